@@ -1,0 +1,90 @@
+"""What did pruning do to a model's features, and can you trust the answer?
+
+The public API on one page; importing it loads nothing heavy, names load on first use.
+
+    text      read_study, study_from_data, CorpusConfig, split_tokens, windows
+    model     load_model, run_to_site, replace_at_site, measure_perplexity
+    prune     prune_model, input_norms, apply_masks, save_checkpoint
+    SAEs      capture, Activations, statistics, TopKSAE, train_sae, evaluate_sae
+    compare   match_dictionaries, match_rates, seed_stability, survival, persistence
+    study     plan_study, run_and_report, write_report
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunelens.activations import Activations, Statistics, capture, statistics
+    from prunelens.analyses.persistence import persistence, persistence_summary
+    from prunelens.analyses.stability import seed_stability
+    from prunelens.analyses.survival import corrected_survival, survival
+    from prunelens.config import (
+        ActivationConfig,
+        CorpusConfig,
+        ModelConfig,
+        PruningConfig,
+        SaeConfig,
+        StudyConfig,
+        read_study,
+        study_from_data,
+    )
+    from prunelens.corpus import split_tokens, windows
+    from prunelens.errors import UserError
+    from prunelens.match import match_dictionaries, match_rates
+    from prunelens.model import LanguageModel, load_model, replace_at_site, run_to_site
+    from prunelens.perplexity import measure_perplexity
+    from prunelens.prune.apply import apply_masks, prune_model
+    from prunelens.prune.calibrate import input_norms
+    from prunelens.prune.checkpoint import save_checkpoint
+    from prunelens.report.write import run_and_report, write_report
+    from prunelens.sae.quality import evaluate_sae
+    from prunelens.sae.topk import TopKSAE
+    from prunelens.sae.train import train_sae
+    from prunelens.study.plan import plan_study
+
+_HOMES = {
+    "prunelens.activations": ("Activations", "Statistics", "capture", "statistics"),
+    "prunelens.analyses.persistence": ("persistence", "persistence_summary"),
+    "prunelens.analyses.stability": ("seed_stability",),
+    "prunelens.analyses.survival": ("corrected_survival", "survival"),
+    "prunelens.config": (
+        "ActivationConfig",
+        "CorpusConfig",
+        "ModelConfig",
+        "PruningConfig",
+        "SaeConfig",
+        "StudyConfig",
+        "read_study",
+        "study_from_data",
+    ),
+    "prunelens.corpus": ("split_tokens", "windows"),
+    "prunelens.errors": ("UserError",),
+    "prunelens.match": ("match_dictionaries", "match_rates"),
+    "prunelens.model": ("LanguageModel", "load_model", "replace_at_site", "run_to_site"),
+    "prunelens.perplexity": ("measure_perplexity",),
+    "prunelens.prune.apply": ("apply_masks", "prune_model"),
+    "prunelens.prune.calibrate": ("input_norms",),
+    "prunelens.prune.checkpoint": ("save_checkpoint",),
+    "prunelens.report.write": ("run_and_report", "write_report"),
+    "prunelens.sae.quality": ("evaluate_sae",),
+    "prunelens.sae.topk": ("TopKSAE",),
+    "prunelens.sae.train": ("train_sae",),
+    "prunelens.study.plan": ("plan_study",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module on first use."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'prunelens' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__

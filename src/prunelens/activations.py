@@ -1,0 +1,220 @@
+"""The paired activation store: written once as a stream, read in random batches.
+
+A store is one safetensors file with one tensor, `activations` [tokens, d_model]. Dense and pruned
+models see the same windows in the same order, so row i of one store and row i of another are the
+same token. Rows that no one may use (attention sinks of the dense model) stay in the file; which
+rows count is a separate index, made once from the dense model and shared by all conditions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prunelens.config import ActivationConfig, Site
+from prunelens.errors import UserError
+from prunelens.model import LanguageModel, run_to_site
+
+STORAGE = {
+    "float32": (torch.float32, "F32"),
+    "bfloat16": (torch.bfloat16, "BF16"),
+    "float16": (torch.float16, "F16"),
+}
+BATCH_TOKENS = 8192  # tokens per forward pass and per sequential read
+
+
+class Statistics(NamedTuple):
+    """Mean and standard deviation per dimension, computed in float64 (methods §4)."""
+
+    mean: Float[Tensor, " d_model"]
+    sigma: Float[Tensor, " d_model"]
+
+    def save(self, path: pathlib.Path) -> None:
+        """Write both as safetensors."""
+        save_file({"mean": self.mean, "sigma": self.sigma}, path)
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> Statistics:
+        """Read what `save` wrote."""
+        return cls(**load_file(path))
+
+
+def capture(
+    lm: LanguageModel,
+    windows: Int[Tensor, "windows context_tokens"],
+    path: pathlib.Path,
+    *,
+    site: Site,
+    layer: int,
+    config: ActivationConfig,
+    progress: Callable[[int], None] | None = None,
+) -> Float[Tensor, " tokens"]:
+    """Run `windows` up to the site and stream what is there to `path`; returns each row's norm.
+
+    The first `skip_first` positions of every window are left out. Peak memory is that of one batch,
+    whatever the number of tokens.
+    Raises: UserError where an activation is NaN or infinite, or overflows the storage precision.
+    """
+    skip = config.skip_first
+    if skip >= windows.shape[1]:
+        raise UserError(
+            f"activations.skip_first: {skip} leaves nothing of a window of"
+            f" {windows.shape[1]} tokens; make it smaller"
+        )
+    dtype, code = STORAGE[config.storage]
+    per_batch = max(1, BATCH_TOKENS // windows.shape[1])
+    norms = []
+    with path.open("wb") as file:
+        for first in range(0, len(windows), per_batch):
+            batch = windows[first : first + per_batch].to(lm.device)
+            states = run_to_site(lm, batch, site, layer)[:, skip:].to(dtype).cpu()
+            _refuse_non_finite(states, first, lm, layer, config.storage)
+            rows = states.flatten(0, 1).contiguous()
+            if first == 0:
+                num_rows = len(windows) * (windows.shape[1] - skip)
+                _write_header(file, (num_rows, rows.shape[1]), code, dtype.itemsize)
+            file.write(rows.view(torch.uint8).numpy().data)
+            norms.append(torch.linalg.vector_norm(rows.float(), dim=1))
+            if progress:
+                progress((first + len(batch)) * windows.shape[1])
+        file.flush()
+        os.fsync(file.fileno())
+    return torch.cat(norms)
+
+
+def usable_rows(
+    norms: Float[Tensor, " tokens"], *, median: float, multiple: float | None
+) -> Int[Tensor, " kept"]:
+    """Indices of the rows whose dense norm is at most `multiple` times the dense `median`."""
+    if multiple is None:
+        return torch.arange(len(norms))
+    return (norms <= multiple * median).nonzero().squeeze(1)
+
+
+def statistics(data: Activations, *, num_tokens: int, seed: int = 0) -> Statistics:
+    """Mean and deviation of `num_tokens` rows drawn without replacement, in float64.
+
+    A dimension that never varies gets deviation 1: it normalises to 0 instead of to NaN.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(data.num_tokens, generator=generator)[:num_tokens].sort().values
+    total = torch.zeros(data.d_model, dtype=torch.float64)
+    for part in drawn.split(BATCH_TOKENS):
+        total += data.raw_rows(part).double().sum(0).cpu()
+    mean = total / len(drawn)
+    squares = torch.zeros_like(total)
+    for part in drawn.split(BATCH_TOKENS):
+        squares += (data.raw_rows(part).double().cpu() - mean).square().sum(0)
+    sigma = (squares / len(drawn)).sqrt()
+    return Statistics(mean.float(), torch.where(sigma > 0, sigma, 1.0).float())
+
+
+def total_variance(data: Activations) -> float:
+    """Sum over tokens of ||x - mean(x)||^2 on raw activations, in float64."""
+    total = torch.zeros(data.d_model, dtype=torch.float64)
+    for batch in data.raw_batches(BATCH_TOKENS):
+        total += batch.double().sum(0).cpu()
+    mean = total / data.num_tokens
+    return sum(
+        (batch.double().cpu() - mean).square().sum().item()
+        for batch in data.raw_batches(BATCH_TOKENS)
+    )
+
+
+def random_rotation(d_model: int, *, seed: int) -> Float[Tensor, "d_model d_model"]:
+    """A random orthogonal matrix (Haar): the space of the `floor_shared` arm (methods §7)."""
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(d_model, d_model, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return (q * r.diagonal().sign()).float()
+
+
+class Activations:
+    """A view of one store: which rows count, how they are normalised, on which device.
+
+    `rows` and `batches` give x_hat = (x - mean) / sigma in float32, `raw_rows` and `raw_batches`
+    give x. The file stays on disk; the operating system pages in what is read.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        *,
+        statistics: Statistics | None = None,
+        kept: Int[Tensor, " kept"] | None = None,
+        rotation: Float[Tensor, "d_model d_model"] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self._stored: Tensor = load_file(path)["activations"]  # mapped, not read
+        self._kept = kept
+        self._device = torch.device(device)
+        self.d_model: int = self._stored.shape[1]
+        self.num_tokens: int = len(self._stored) if kept is None else len(kept)
+        given = statistics or Statistics(torch.zeros(self.d_model), torch.ones(self.d_model))
+        self.mean, self.sigma = (part.to(self._device) for part in given)
+        self._rotation = None if rotation is None else rotation.to(self._device)
+
+    def rows(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_model"]:
+        """Normalised rows, in the order of `index` (into the rows that count)."""
+        return self._normalise(self._read(index))
+
+    def raw_rows(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_model"]:
+        """Rows as captured; under a rotation, the rotated rows scaled back by sigma and mean."""
+        return self._restore(self._read(index))
+
+    def batches(self, batch_tokens: int) -> Iterator[Float[Tensor, "batch d_model"]]:
+        """All normalised rows in order."""
+        for index in torch.arange(self.num_tokens).split(batch_tokens):
+            yield self.rows(index)
+
+    def raw_batches(self, batch_tokens: int) -> Iterator[Float[Tensor, "batch d_model"]]:
+        """All raw rows in order."""
+        for index in torch.arange(self.num_tokens).split(batch_tokens):
+            yield self.raw_rows(index)
+
+    def _read(self, index: Tensor) -> Tensor:
+        where = index if self._kept is None else self._kept[index]
+        return self._stored[where].to(self._device, torch.float32)
+
+    def _normalise(self, raw: Tensor) -> Tensor:
+        normal = (raw - self.mean) / self.sigma
+        return normal if self._rotation is None else normal @ self._rotation
+
+    def _restore(self, raw: Tensor) -> Tensor:
+        if self._rotation is None:
+            return raw
+        return self._normalise(raw) * self.sigma + self.mean
+
+
+def _write_header(file: BinaryIO, shape: tuple[int, int], code: str, itemsize: int) -> None:
+    """The safetensors header for one tensor whose rows follow.
+
+    By hand because safetensors' own writer wants the whole tensor in memory.
+    """
+    size = shape[0] * shape[1] * itemsize
+    entry = {"activations": {"dtype": code, "shape": list(shape), "data_offsets": [0, size]}}
+    header = json.dumps(entry).encode()
+    header += b" " * (-len(header) % 8)
+    file.write(len(header).to_bytes(8, "little") + header)
+
+
+def _refuse_non_finite(
+    states: Tensor, first_window: int, lm: LanguageModel, layer: int, storage: str
+) -> None:
+    finite = states.isfinite().flatten(1).all(1)
+    if not finite.all():
+        window = first_window + int((~finite).nonzero()[0])
+        dtype = str(lm.model.dtype).removeprefix("torch.")
+        raise UserError(
+            f"activations: {lm.label} layer {layer} in {dtype} (stored as {storage}) gives NaN or"
+            f" infinity, first in window {window}; set models.dtype and activations.storage to"
+            " bfloat16 or float32"
+        )

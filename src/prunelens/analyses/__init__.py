@@ -1,0 +1,1 @@
+"""The questions, one per file; each takes tensors and tables and returns tables."""

@@ -1,0 +1,173 @@
+"""Checkpoints: a model's files, found or fetched, and what stands for them in identities."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from prunelens import hub
+from prunelens.config import ModelConfig
+from prunelens.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUNDLED = pathlib.Path(__file__).parent / "data" / "model"
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "spiece.model",
+    "special_tokens_map.json",
+    "*.jinja",
+)
+_WEIGHT_FILES = ("config.json", "generation_config.json", "model*.safetensors*")
+
+
+def load_weights(config: ModelConfig) -> PreTrainedModel:
+    """The Hugging Face model of a checkpoint, from safetensors; no remote code is run.
+
+    Raises: UserError where it is missing, gated, out of reach, without safetensors, incomplete or
+        no causal language model.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    folder = _folder(config, (*_WEIGHT_FILES, *_TOKENIZER_FILES))
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"models.name: {config.name!r} has no .safetensors weights; convert it once with"
+            " AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) and name that folder"
+        )
+    try:
+        with _without_progress_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, config.dtype),
+                device_map=config.device_map,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        raise _cannot_load(config, "it as a causal language model", error) from None
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"models.name: {config.name!r} lacks {len(missing)} of the model's tensors, e.g."
+            f" {missing[0]}; save the whole model (adapters merged) and name that folder"
+        )
+    return model
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; None where it comes without. Raises UserError as `load_weights`."""
+    from transformers import AutoTokenizer
+
+    folder = _folder(config, ("config.json", *_TOKENIZER_FILES))
+    if not any(path.name != "config.json" for path in _files(folder, _TOKENIZER_FILES)):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load(config, "its tokenizer", error) from None
+
+
+class ModelShape(NamedTuple):
+    """What a plan needs to know of a model before it is loaded."""
+
+    d_model: int
+    num_blocks: int
+    vocabulary_size: int
+
+
+def model_shape(config: ModelConfig) -> ModelShape:
+    """Width, depth and vocabulary from the config. Raises UserError as `load_weights`."""
+    from transformers import AutoConfig
+
+    folder = _folder(config, ("config.json",))
+    try:
+        found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(config, "its config", error) from None
+    text = found.get_text_config()
+    return ModelShape(text.hidden_size, text.num_hidden_layers, text.vocab_size)
+
+
+def model_fingerprint(config: ModelConfig) -> str:
+    """What stands for the weights in artifact identities.
+
+    The resolved commit of a hub model; else a SHA-256 over config, weights and tokenizer files.
+    Raises: UserError as `load_weights`.
+    """
+    if not _is_local(config.name):
+        return hub.commit(config.name, field="models.name", kind="model", revision=config.revision)
+    digest = hashlib.sha256()
+    for path in _files(_folder(config, ()), ("config.json", "*.safetensors*", *_TOKENIZER_FILES)):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _folder(config: ModelConfig, patterns: tuple[str, ...]) -> pathlib.Path:
+    """Where the model's files are; a hub model's are fetched first."""
+    if not _is_local(config.name):
+        return hub.snapshot(
+            config.name,
+            field="models.name",
+            kind="model",
+            revision=config.revision,
+            patterns=patterns,
+        )
+    folder = BUNDLED if config.name == "bundled" else pathlib.Path(config.name).expanduser()
+    if not (folder / "config.json").is_file():
+        if config.name == "bundled":
+            raise UserError(
+                "models.name: 'bundled', but this installation has no bundled model; make it with"
+                " tools/train_demo_lm.py, or name a hub id or a local folder"
+            )
+        state = "has no config.json" if folder.exists() else "does not exist"
+        raise UserError(
+            f"models.name: the folder {config.name!r} {state}; name a folder that save_pretrained"
+            " wrote, or a hub id"
+        )
+    return folder
+
+
+def _is_local(name: str) -> bool:
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return name == "bundled" or looks_like_path or pathlib.Path(name).is_dir()
+
+
+def _files(folder: pathlib.Path, patterns: tuple[str, ...]) -> list[pathlib.Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+
+
+def _cannot_load(config: ModelConfig, what: str, error: Exception) -> UserError:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if "trust_remote_code" in str(error):
+        lines = ["it needs code of its own, which prunelens does not run"]
+    return UserError(
+        f"models.name: cannot load {what} from {config.name!r} ({lines[0].strip()[:200]});"
+        " name a checkpoint that AutoModelForCausalLM loads"
+    )
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Transformers draws a bar per loaded model; a study has its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,322 @@
+"""Text as token windows, split by document (methods §1).
+
+`text` reads the documents; `split_tokens` tokenises it once into train, calibration and the two
+halves of eval, which never share a document; `windows` cuts a stream of tokens into what a model
+sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int, Int32, Int64
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from prunelens.config import CorpusConfig
+from prunelens.errors import UserError
+from prunelens.text import (
+    Document,
+    documents,
+    every_document,
+    fingerprint,
+    matching_files,
+    named,
+    stdlib_documents,
+    stdlib_held_out,
+)
+
+__all__ = [
+    "Document",
+    "TokenSplits",
+    "documents",
+    "fingerprint",
+    "joined_stream",
+    "split_tokens",
+    "stdlib_documents",
+    "stdlib_held_out",
+    "windows",
+]
+
+Tokenizer = Any
+"""A transformers PreTrainedTokenizerBase; named loosely, because importing transformers is slow."""
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 500_000
+
+
+class TokenSplits(NamedTuple):
+    """Token ids of the splits, without any BOS, each trimmed to whole windows."""
+
+    train: Int32[Tensor, " tokens"]
+    """For training SAEs."""
+    calibration: Int32[Tensor, " tokens"]
+    """For the pruning criteria that need activations."""
+    eval_first: Int32[Tensor, " tokens"]
+    """One half of the documents for measurements."""
+    eval_second: Int32[Tensor, " tokens"]
+    """The other half; shares no document with the first."""
+    bos_token: int | None
+    """What opens every window; None: nothing does."""
+
+
+def split_tokens(
+    config: CorpusConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> TokenSplits:
+    """Tokenise a corpus once and split it by document.
+
+    A document's SHA-256 decides its split, in proportion to the tokens asked for; of `stdlib`,
+    eval is the held-out modules and nothing else. Documents follow each other without a separator,
+    and the reading ends when all splits are full. Where the windows carry a BOS, BOS ids inside
+    the text are dropped, so that no window holds two.
+
+    Args:
+        config: context_tokens, bos and the *_tokens fields (which count the windows' BOS).
+        tokenizer: the model's; None is enough for `tokens`.
+        progress: called with the number of tokens kept so far.
+    Raises: UserError as `documents`; where a split asks for less than a window or for more than
+        there is; where `bos: always` meets a tokenizer without BOS.
+    """
+    bos_token = _bos_token(config, tokenizer)
+    quotas = _quotas(config, bos_token)
+    encode = (
+        _rows_without(bos_token) if config.source == "tokens" else _encoder(tokenizer, bos_token)
+    )
+    kept: dict[str, list[Tensor]] = {split: [] for split in quotas}
+    missing = dict(quotas)
+    for batch in _batches(_assigned(config, quotas)):
+        wanted = [(split, content) for split, content in batch if missing[split]]
+        for (split, _), ids in zip(wanted, encode([c for _, c in wanted]), strict=True):
+            kept[split].append(ids[: missing[split]].clone())
+            missing[split] -= len(kept[split][-1])
+        if progress:
+            progress(sum(quotas.values()) - sum(missing.values()))
+        if not any(missing.values()):
+            break
+    if any(missing.values()):
+        raise UserError(_too_little(config, quotas, missing))
+    return TokenSplits(**{s: torch.cat(parts) for s, parts in kept.items()}, bos_token=bos_token)
+
+
+def windows(
+    stream: Int[Tensor, " tokens"], context_tokens: int, bos_token: int | None
+) -> Int64[Tensor, "windows context_tokens"]:
+    """Cut a stream into windows that open with the BOS; a partial last window is dropped.
+
+    BOS ids inside the stream are dropped, so that there are never two in a row.
+    """
+    if bos_token is None:
+        count = len(stream) // context_tokens
+        return stream[: count * context_tokens].view(count, context_tokens).long()
+    stream = stream[stream != bos_token].long()
+    count = len(stream) // (context_tokens - 1)
+    body = stream[: count * (context_tokens - 1)].view(count, context_tokens - 1)
+    return torch.cat([body.new_full((count, 1), bos_token), body], dim=1)
+
+
+def joined_stream(
+    config: CorpusConfig, tokenizer: Tokenizer | None
+) -> tuple[Int32[Tensor, " tokens"], int | None]:
+    """A whole corpus as one text, documents joined with blank lines; and the BOS of its windows.
+
+    This is the convention for WikiText-2 perplexity (methods §2): rows joined with "\\n\\n", empty
+    ones included. Of `stdlib` only held-out modules are read. The text is held in memory.
+    Raises: UserError as `split_tokens`.
+    """
+    bos_token = _bos_token(config, tokenizer)
+    if config.source == "tokens":
+        rows = _token_rows(config)
+        return torch.cat(_rows_without(bos_token)(rows)), bos_token
+    if config.source == "stdlib":
+        texts = [document.text for document in _stdlib_halves()[1]]
+    else:
+        texts = [document.text for document in every_document(config)]
+    if not any(text.strip() for text in texts):
+        raise UserError(f"{named(config)} holds no text; give a source that does")
+    return _encoder(tokenizer, bos_token)(["\n\n".join(texts)])[0], bos_token
+
+
+# --- which split --------------------------------------------------------------------------------
+
+
+def _assigned(config: CorpusConfig, quotas: dict[str, int]) -> Iterator[tuple[str, Any]]:
+    """Every document's content with its split."""
+    if config.source == "tokens":
+        for row in _token_rows(config):
+            yield _split_of(row.numpy().tobytes(), quotas), row
+    elif config.source == "stdlib":
+        trained, held_out = _stdlib_halves()
+        for part, names in (
+            (trained, ("train", "calibration")),
+            (held_out, ("eval_first", "eval_second")),
+        ):
+            for document in part:
+                yield (
+                    _split_of(document.text.encode(), {s: quotas[s] for s in names}),
+                    document.text,
+                )
+    else:
+        for document in documents(config):
+            yield _split_of(document.text.encode(), quotas), document.text
+
+
+def _split_of(content: bytes, quotas: dict[str, int]) -> str:
+    """u = sha256 / 2^256 against the cumulative quotas, in exact integers."""
+    u = int.from_bytes(hashlib.sha256(content).digest(), "big")
+    total = sum(quotas.values())
+    for split, bound in zip(quotas, itertools.accumulate(quotas.values()), strict=True):
+        if u * total < bound << 256:
+            return split
+    raise AssertionError("u is below 1, so a split was found")
+
+
+def _stdlib_halves() -> tuple[list[Document], list[Document]]:
+    """Modules that the bundled model was trained on, and held-out ones that copy none of those."""
+    modules = stdlib_documents()
+    trained = [document for document in modules if not stdlib_held_out(document.name)]
+    seen = {document.text for document in trained}
+    return trained, [d for d in modules if stdlib_held_out(d.name) and d.text not in seen]
+
+
+def _quotas(config: CorpusConfig, bos_token: int | None) -> dict[str, int]:
+    """Tokens wanted per split, in whole windows, the BOS not counted."""
+    width, eval_windows = config.context_tokens, config.eval_tokens // config.context_tokens
+    for field, least in (("train_tokens", 1), ("calibration_tokens", 1), ("eval_tokens", 2)):
+        if (value := getattr(config, field)) < least * width:
+            raise UserError(
+                f"corpus.{field}: {value} is less than {least} window{'s' * (least > 1)} of"
+                f" {width} tokens; raise it to {least * width} or lower corpus.context_tokens"
+            )
+    counts = {
+        "train": config.train_tokens // width,
+        "calibration": config.calibration_tokens // width,
+        "eval_first": eval_windows - eval_windows // 2,
+        "eval_second": eval_windows // 2,
+    }
+    return {split: count * (width - (bos_token is not None)) for split, count in counts.items()}
+
+
+def _too_little(config: CorpusConfig, quotas: dict[str, int], missing: dict[str, int]) -> str:
+    """The emptiest split, and how far to lower all three fields: the shares stay, so it fits."""
+    worst = max(missing, key=lambda split: missing[split] / quotas[split])
+    field = "eval_tokens" if worst.startswith("eval") else f"{worst}_tokens"
+    found = quotas[worst] - missing[worst]
+    scale = 0.97 * found / quotas[worst]
+    fields = ("train_tokens", "eval_tokens", "calibration_tokens")
+    lower = ", ".join(
+        f"{f} {int(getattr(config, f) * scale) // config.context_tokens * config.context_tokens}"
+        for f in fields
+    )
+    return (
+        f"corpus.{field}: {getattr(config, field)} is more than the text holds: {found} of"
+        f" {quotas[worst]} tokens for {worst}; give more text, or lower all three, e.g. {lower}"
+    )
+
+
+# --- tokens -------------------------------------------------------------------------------------
+
+
+def _bos_token(config: CorpusConfig, tokenizer: Tokenizer | None) -> int | None:
+    if config.source == "tokens":
+        return _bos_of_rows(config)
+    if tokenizer is None:
+        raise UserError(
+            f"corpus.source: {config.source!r} is text, and the model has no tokenizer;"
+            " add one to the model's folder, or use source 'tokens'"
+        )
+    if config.bos == "always" and tokenizer.bos_token_id is None:
+        raise UserError("corpus.bos: 'always', but the tokenizer has no BOS; use 'auto' or 'never'")
+    return None if config.bos == "never" else tokenizer.bos_token_id
+
+
+def _encoder(
+    tokenizer: Tokenizer, bos_token: int | None
+) -> Callable[[list[str]], list[Int32[Tensor, " tokens"]]]:
+    """Texts to token ids, without special tokens and without BOS ids that the text spells out."""
+
+    def encode(texts: list[str]) -> list[Tensor]:
+        if not texts:
+            return []
+        encoded = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        streams = [torch.from_numpy(np.array(ids, dtype=np.int32)) for ids in encoded]
+        return streams if bos_token is None else [ids[ids != bos_token] for ids in streams]
+
+    return encode
+
+
+def _batches(assigned: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+    """Documents in groups that are worth one call of the tokenizer and fit into memory."""
+    batch: list[tuple[str, Any]] = []
+    size = 0
+    for item in assigned:
+        batch.append(item)
+        size += len(item[1])
+        if len(batch) >= _BATCH_DOCUMENTS or size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# --- ready-made token ids -----------------------------------------------------------------------
+
+
+def _token_rows(config: CorpusConfig) -> Int32[Tensor, "windows context_tokens"]:
+    """The tensor `tokens` of every file, one below the other."""
+    return torch.cat([_read_tokens(path, config) for path in matching_files(config)])
+
+
+def _read_tokens(path: pathlib.Path, config: CorpusConfig) -> Tensor:
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"corpus.paths: {path.name} is no safetensors file ({error})") from None
+    if "tokens" not in tensors:
+        raise UserError(
+            f"corpus.paths: {path.name} has no tensor 'tokens' but {sorted(tensors)}; rename it"
+        )
+    tokens = tensors["tokens"]
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+        raise UserError(
+            f"corpus.paths: 'tokens' of {path.name} is {tokens.dtype} {list(tokens.shape)};"
+            " it must hold token ids as integers [windows, context_tokens]"
+        )
+    if tokens.shape[1] != config.context_tokens:
+        raise UserError(
+            f"corpus.context_tokens: {config.context_tokens}, but the windows of {path.name} are"
+            f" {tokens.shape[1]} wide; set context_tokens to {tokens.shape[1]}"
+        )
+    if int(tokens.min()) < 0:
+        raise UserError(f"corpus.paths: 'tokens' of {path.name} holds ids below 0; write it again")
+    return tokens.int()
+
+
+def _bos_of_rows(config: CorpusConfig) -> int | None:
+    """The id that opens every row and stands nowhere else; ready-made windows get no other BOS."""
+    if config.bos == "never":
+        return None
+    rows = _token_rows(config)
+    first = int(rows[0, 0])
+    if bool((rows[:, 0] == first).all()) and not bool((rows[:, 1:] == first).any()):
+        return first
+    if config.bos == "always":
+        raise UserError(
+            "corpus.bos: 'always', but the rows of the tokens file do not open with one id that"
+            " stands nowhere else; write them with their BOS, or use 'auto'"
+        )
+    return None
+
+
+def _rows_without(bos_token: int | None) -> Callable[[Iterable[Tensor]], list[Tensor]]:
+    """Rows as stream pieces: the BOS column is dropped where there is one."""
+    return lambda rows: [row if bos_token is None else row[1:] for row in rows]

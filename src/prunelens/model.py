@@ -1,0 +1,271 @@
+"""A causal language model, its sites, and running it up to a site (methods §4).
+
+A site is a place in the residual architecture, by decoder block counted from 0:
+
+- `resid_post`: the block's output.
+- `attn_out`, `mlp_out`: what attention and MLP **add to the residual stream**. Where a block
+  normalises a sublayer's output before adding it (Gemma 2 and 3, OLMo 2, GLM-4) the site is after
+  that norm, as `hook_attn_out` and `hook_mlp_out` of TransformerLens and SAELens, so that
+  block input + attn_out + mlp_out = resid_post everywhere.
+
+No attention mask is passed: windows have no padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from prunelens.checkpoint import (
+    ModelShape,
+    load_tokenizer,
+    load_weights,
+    model_fingerprint,
+    model_shape,
+)
+from prunelens.config import ModelConfig, Site
+from prunelens.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "LanguageModel",
+    "ModelShape",
+    "as_language_model",
+    "load_model",
+    "load_tokenizer",
+    "logits",
+    "model_fingerprint",
+    "model_shape",
+    "replace_at_site",
+    "run_to_site",
+    "site_module",
+]
+
+# Names of sublayers and of the norms on their output, over the architectures of transformers.
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_POST_NORMS = {
+    "post_feedforward_layernorm": "post_attention_layernorm",
+    "post_mlp_layernorm": "post_self_attn_layernorm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model in evaluation mode, without gradients."""
+
+    model: PreTrainedModel
+    """The Hugging Face model."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """Its tokenizer; None where it has none (then only a `tokens` corpus will do)."""
+    label: str
+    """Its name in tables and errors."""
+    blocks: nn.ModuleList
+    """Its decoder blocks, in order."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids have to be: the device of the embedding."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def max_context_tokens(self) -> int | None:
+        """The longest window that it was built for; None where its config names none."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids are below this."""
+        return self.model.config.get_text_config().vocab_size
+
+
+def load_model(config: ModelConfig | str, *, device: str = "cpu") -> LanguageModel:
+    """Load a causal language model and its tokenizer from safetensors; no remote code is run.
+
+    Of a multi-modal checkpoint the text decoder is used.
+
+    Args:
+        config: the model, or just its name: `bundled`, a local folder or a hub id.
+        device: where to put it; `device_map: auto` decides by itself.
+    Raises: UserError where it is missing, gated, out of reach, without safetensors, incomplete or
+        no causal language model.
+    """
+    config = ModelConfig(name=config) if isinstance(config, str) else config
+    device = _usable(device)
+    model = load_weights(config)
+    if config.device_map is None:
+        model.to(device)
+    return as_language_model(model, load_tokenizer(config), label=config.label)
+
+
+def as_language_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, label: str
+) -> LanguageModel:
+    """Wrap a Hugging Face causal language model that is already in memory.
+
+    It is put in evaluation mode, its gradients are switched off, and attention soft-capping
+    (Gemma 2) gets the eager implementation, the one that applies it everywhere.
+    Raises: UserError where no decoder blocks are found.
+    """
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+    model.eval().requires_grad_(False)
+    return LanguageModel(model, tokenizer, label, _decoder_blocks(model, label))
+
+
+def site_module(lm: LanguageModel, site: Site, layer: int) -> nn.Module:
+    """The module whose output is the site.
+
+    Raises: UserError where the model has no such layer or no such sublayer.
+    """
+    if not 0 <= layer < len(lm.blocks):
+        raise UserError(
+            f"models.layers: layer {layer} is not in {lm.label}, which has {len(lm.blocks)}"
+            " blocks, counted from 0"
+        )
+    block = lm.blocks[layer]
+    if site == "resid_post":
+        return block
+    names: tuple[str, ...] = _MLP if site == "mlp_out" else _ATTENTION
+    for of_mlp, of_attention in _POST_NORMS.items():
+        if hasattr(block, of_mlp):
+            names = (of_mlp if site == "mlp_out" else of_attention,)
+    for name in names:
+        if isinstance(module := getattr(block, name, None), nn.Module):
+            return module
+    parts = ", ".join(name for name, _ in block.named_children())
+    raise UserError(
+        f"models.site: {site!r} is not found in block {layer} of {lm.label}, which has {parts};"
+        " use 'resid_post'"
+    )
+
+
+@torch.no_grad()
+def run_to_site(
+    lm: LanguageModel, tokens: Int[Tensor, "windows context"], site: Site, layer: int
+) -> Float[Tensor, "windows context d_model"]:
+    """The activations at a site, in the model's dtype; nothing above the site is run.
+
+    Raises: UserError for an unknown site, a token outside the vocabulary or a window too long.
+    """
+
+    def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        raise _SiteReachedError(_activations(output))
+
+    tokens = _checked(lm, tokens)
+    handle = site_module(lm, site, layer).register_forward_hook(stop)
+    try:
+        lm.model(input_ids=tokens, use_cache=False)
+    except _SiteReachedError as reached:
+        return reached.activations
+    finally:
+        handle.remove()
+    raise AssertionError("the site's module is part of the forward pass")
+
+
+@torch.no_grad()
+def logits(
+    lm: LanguageModel, tokens: Int[Tensor, "windows context"]
+) -> Float[Tensor, "windows context vocabulary"]:
+    """Scores of the next token at every position, in the model's dtype.
+
+    Raises: UserError as `run_to_site`.
+    """
+    return lm.model(input_ids=_checked(lm, tokens), use_cache=False).logits
+
+
+def replace_at_site(
+    lm: LanguageModel,
+    tokens: Int[Tensor, "windows context"],
+    site: Site,
+    layer: int,
+    replacement: Callable[
+        [Float[Tensor, "windows context d_model"]], Float[Tensor, "windows context d_model"]
+    ],
+) -> Float[Tensor, "windows context vocabulary"]:
+    """The logits when `replacement` of the activations at a site goes on in their place.
+
+    Raises: UserError as `run_to_site`.
+    """
+
+    def swap(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        before = _activations(output)
+        after = replacement(before).to(before)
+        return (after, *output[1:]) if isinstance(output, tuple) else after
+
+    handle = site_module(lm, site, layer).register_forward_hook(swap)
+    try:
+        return logits(lm, tokens)
+    finally:
+        handle.remove()
+
+
+class _SiteReachedError(Exception):
+    """Carries the activations out of a forward pass that need not go on."""
+
+    def __init__(self, activations: Tensor):
+        super().__init__()
+        self.activations = activations
+
+
+def _activations(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _checked(lm: LanguageModel, tokens: Tensor) -> Tensor:
+    """Tokens on the model's device; what it cannot take is refused while they are on the CPU."""
+    limit = lm.max_context_tokens
+    if limit is not None and tokens.shape[-1] > limit:
+        raise UserError(
+            f"corpus.context_tokens: {tokens.shape[-1]} is more than the {limit} that {lm.label}"
+            f" takes; lower it to {limit}"
+        )
+    if tokens.device.type == "cpu" and tokens.numel():
+        highest = int(tokens.max())
+        if highest >= lm.vocabulary_size:
+            raise UserError(
+                f"corpus: token id {highest} is outside the vocabulary of {lm.label}"
+                f" ({lm.vocabulary_size} tokens); use text or ids made for this model"
+            )
+    return tokens.to(lm.device)
+
+
+def _decoder_blocks(model: PreTrainedModel, label: str) -> nn.ModuleList:
+    """The outermost list of modules with matrices in them, of the length that the config names."""
+    lists = list(_outermost_lists(model.get_decoder()))
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if not lists:
+        raise UserError(
+            f"models.name: {label!r} has no list of decoder blocks; use a transformer decoder"
+        )
+    return max(lists, key=lambda blocks: (len(blocks) == depth, len(blocks)))
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            if any(len(p.shape) == 2 for block in child for p in block.parameters()):
+                yield child
+        else:
+            yield from _outermost_lists(child)
+
+
+def _usable(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:150]
+        raise UserError(f"device: {device!r} cannot be used ({reason}); use 'cpu'") from None
+    return device

@@ -1,0 +1,89 @@
+"""Perplexity of a model on a text (methods §2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+
+from prunelens.corpus import windows
+from prunelens.errors import UserError
+from prunelens.model import LanguageModel, logits
+
+_LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**29}  # numbers, four bytes each: 128 MB and 2 GB
+
+
+class Perplexity(NamedTuple):
+    """How well a model predicts a text."""
+
+    context_tokens: int
+    """Tokens per window, the BOS included, after the cut to the model's maximum."""
+    num_tokens: int
+    """Predicted tokens."""
+    nll: float
+    """Mean negative log likelihood per predicted token, in nats; NaN where the model gives NaN."""
+    perplexity: float
+    """exp(nll)."""
+
+
+@torch.no_grad()
+def measure_perplexity(
+    lm: LanguageModel,
+    stream: Int[Tensor, " tokens"],
+    *,
+    context_tokens: int,
+    bos_token: int | None,
+    max_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Perplexity:
+    """exp(mean NLL over predicted tokens), in non-overlapping windows.
+
+    The BOS is context and never predicted; without one the first token of a window is not
+    predicted. The sum is in float64.
+
+    Args:
+        stream: token ids without BOS, as `joined_stream` and `split_tokens` give them.
+        context_tokens: tokens per window, cut to the model's maximum.
+        bos_token: what opens every window; None: nothing does.
+        max_tokens: predict at most so many tokens (in whole windows); None: all.
+        progress: called with the number of tokens predicted so far.
+    Raises: UserError where there is less than one window.
+    """
+    context_tokens = min(context_tokens, lm.max_context_tokens or context_tokens)
+    cut = windows(stream, context_tokens, bos_token)
+    if not len(cut):
+        raise UserError(
+            f"perplexity.context_tokens: {context_tokens} is more than the {len(stream)} tokens of"
+            " the text; lower it or give more text"
+        )
+    if max_tokens is not None:
+        cut = cut[: max_tokens // (context_tokens - 1)]
+        if not len(cut):
+            raise UserError(
+                f"perplexity.max_tokens: {max_tokens} is less than one window of {context_tokens}"
+                f" tokens; raise it to at least {context_tokens - 1}"
+            )
+    per_batch = _LOGITS_AT_ONCE.get(lm.device.type, 2**25) // (context_tokens * lm.vocabulary_size)
+    total, num_tokens = 0.0, 0
+    for batch in cut.split(max(1, per_batch)):
+        total += _summed_nll(logits(lm, batch), batch)
+        num_tokens += batch[:, 1:].numel()
+        if progress:
+            progress(num_tokens)
+    nll = total / num_tokens
+    # math.exp overflows above 709 nats, where the perplexity is as good as infinite.
+    return Perplexity(context_tokens, num_tokens, nll, math.inf if nll > 709 else math.exp(nll))
+
+
+def _summed_nll(scores: Tensor, tokens: Tensor) -> float:
+    """Sum over the windows' positions 1.. of -log p(token | what stands before it)."""
+    targets = tokens[:, 1:].to(scores.device)
+    losses = F.cross_entropy(
+        scores[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    return float(losses.double().sum())

@@ -1,0 +1,197 @@
+"""What Wanda needs to know of the inputs: their norms over the calibration tokens.
+
+`input_norms` takes them from the model as it is, in one pass. `norms_upwards` takes them block by
+block while the caller prunes each block before the next is looked at (methods §3, `sequential`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor, nn
+
+from prunelens.errors import UserError
+from prunelens.model import LanguageModel, run_to_site
+from prunelens.prune.matrices import as_matrix, prunable_matrices
+
+BATCH_TOKENS = 4096
+"""Calibration tokens per forward pass. Fixed, because sums depend on it in the last bit."""
+
+
+@torch.no_grad()
+def input_norms(
+    lm: LanguageModel,
+    calibration: Int[Tensor, "windows context"],
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Float32[Tensor, " _input"]]:
+    """The Euclidean norm of every input of every prunable matrix over all calibration tokens.
+
+    Squares are summed in float32 over a batch (at most 4,096 tokens) and in float64 over batches,
+    so that 300,000 tokens lose no small terms; the norm is rounded to float32.
+
+    Args:
+        lm: the model as it is; one forward pass, without the output head.
+        calibration: token windows; every position counts.
+        progress: called after each batch with the number of windows done.
+    Raises: UserError where inputs are NaN or infinite, a matrix is never used, or windows do not
+        fit the model (token ids, length).
+    """
+    done = 0
+    with _summing_squares(prunable_matrices(lm)) as squares:
+        for batch in _batches(calibration):
+            run_to_site(lm, batch, "resid_post", len(lm.blocks) - 1)
+            done += len(batch)
+            if progress:
+                progress(done)
+    return _norms(squares)
+
+
+@torch.no_grad()
+def norms_upwards(
+    lm: LanguageModel,
+    calibration: Int[Tensor, "windows context"],
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[dict[str, Float32[Tensor, " _input"]]]:
+    """The norms of one block after the other, to be pruned by the caller before the next is taken.
+
+    All matrices of a block are seen with that block unpruned and the blocks below as the caller
+    left them. In memory at a time: the inputs of one block for all windows, in the model's dtype
+    and on its device, besides the model. What a block is called with beside its input (masks,
+    rotary embeddings) is caught once per batch size, from the model's own forward pass.
+
+    Args: as `input_norms`; `progress` counts up to the number of windows over all blocks together.
+    Raises: UserError as `input_norms`, and where blocks take more than the block before gives.
+    """
+    _check_replayable(lm, calibration)
+    batches = _batches(calibration)
+    by_size = {len(batch): batch for batch in batches}
+    calls = {size: _forward(lm, batch, lm.blocks).calls for size, batch in by_size.items()}
+    hidden = [_forward(lm, batch, lm.blocks[:1]).inputs[0] for batch in batches]
+    matrices = prunable_matrices(lm)
+    for index, block in enumerate(lm.blocks):
+        own = {id(module) for module in block.modules()}
+        names = {name: module for name, module in matrices.items() if id(module) in own}
+        with _summing_squares(names) as squares:
+            for inputs in hidden:
+                calls[len(inputs)][index].run(block, inputs)
+        yield _norms(squares)
+        for position, inputs in enumerate(hidden):
+            hidden[position] = calls[len(inputs)][index].run(block, inputs)
+        if progress:
+            progress(len(calibration) * (index + 1) // len(lm.blocks))
+
+
+class _Call(NamedTuple):
+    """What the model hands to a block beside its input."""
+
+    arguments: tuple[Any, ...]
+    """The positional arguments after the input."""
+    keywords: dict[str, Any]
+    """The keyword arguments."""
+
+    def run(self, block: nn.Module, inputs: Tensor) -> Float[Tensor, "windows context d_model"]:
+        """The block's output."""
+        output = block(inputs, *self.arguments, **self.keywords)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class _Forward(NamedTuple):
+    """How a forward pass called some blocks."""
+
+    inputs: list[Tensor]
+    """Each block's input [windows, context, d_model]."""
+    calls: list[_Call]
+    """Each block's other arguments."""
+
+
+class _Reached(Exception):  # noqa: N818 (no error: it ends a forward pass early)
+    """The last block of interest was called."""
+
+
+def _forward(lm: LanguageModel, tokens: Tensor, blocks: nn.ModuleList) -> _Forward:
+    """Run the model until the last of `blocks` is called."""
+    record = _Forward([], [])
+
+    def catch(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        inputs, *others = arguments
+        record.inputs.append(inputs)
+        record.calls.append(_Call(tuple(others), dict(keywords)))
+        if block is blocks[-1]:
+            raise _Reached
+
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            handle = block.register_forward_pre_hook(catch, with_kwargs=True)
+            stack.callback(handle.remove)
+        with contextlib.suppress(_Reached):
+            run_to_site(lm, tokens, "resid_post", len(lm.blocks) - 1)
+    return record
+
+
+def _check_replayable(lm: LanguageModel, calibration: Tensor) -> None:
+    """Replay two texts block by block with one text's calls; it must give what the model gives.
+
+    It does not where a block's other arguments depend on the text, or blocks share state.
+    """
+    texts = [calibration[:1], calibration[:1].flip(1)]
+    truth = [_forward(lm, text, lm.blocks) for text in texts]
+    calls = _forward(lm, texts[1], lm.blocks).calls
+    hidden = [forward.inputs[0] for forward in truth]
+    for index, block in enumerate(lm.blocks[:-1]):
+        hidden = [calls[index].run(block, inputs) for inputs in hidden]
+        for ours, forward in zip(hidden, truth, strict=True):
+            theirs = forward.inputs[index + 1]
+            scale = float(theirs.abs().amax())
+            if not torch.allclose(ours, theirs, atol=0.01 * scale, rtol=0.01, equal_nan=True):
+                raise UserError(
+                    f"pruning.calibration: 'sequential' needs blocks that take only the output of"
+                    f" the block before, and block {index + 1} of {lm.label} takes more; use dense"
+                )
+
+
+@contextlib.contextmanager
+def _summing_squares(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """While open, add up the squares of every module's inputs: float64 [input] by name."""
+    squares: dict[str, Tensor] = {}
+
+    def adder(name: str, num_inputs: int, device: torch.device) -> Callable[..., None]:
+        squares[name] = torch.zeros(num_inputs, dtype=torch.float64, device=device)
+
+        def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            squares[name] += arguments[0].flatten(0, -2).float().square().sum(0)
+
+        return add
+
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            weight = as_matrix(module)
+            hook = adder(name, weight.shape[1], weight.device)
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield squares
+
+
+def _norms(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Float32 norms from summed squares; refuses what would make every score meaningless."""
+    for name, sums in squares.items():
+        if not bool(sums.isfinite().all()):
+            raise UserError(
+                f"pruning: calibration inputs of {name} are NaN or infinite; load the model in"
+                " bfloat16 or float32"
+            )
+        if not bool(sums.any()):
+            raise UserError(
+                f"pruning: calibration never reached {name}, so Wanda cannot score it; prune by"
+                " magnitude"
+            )
+    return {name: sums.sqrt().float() for name, sums in squares.items()}
+
+
+def _batches(calibration: Tensor) -> tuple[Tensor, ...]:
+    """Windows in batches of at most BATCH_TOKENS tokens (at least one window)."""
+    if not len(calibration):
+        raise UserError("pruning: no calibration windows; raise corpus.calibration_tokens")
+    return calibration.split(max(1, BATCH_TOKENS // calibration.shape[1]))

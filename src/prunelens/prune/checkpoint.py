@@ -1,0 +1,27 @@
+"""A model as a Hugging Face checkpoint on disk."""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+
+from prunelens.errors import UserError
+from prunelens.model import LanguageModel
+
+
+def save_checkpoint(lm: LanguageModel, folder: pathlib.Path) -> None:
+    """Write model (safetensors) and tokenizer so that `AutoModelForCausalLM` loads them.
+
+    They are written beside `folder` and renamed, so `folder` is whole or not there. Zeroed weights
+    are stored as zeros: the files are as large as the dense model's.
+    Raises: UserError where `folder` exists and is not an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"out: {str(folder)!r} exists and is not an empty folder; name a new one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        partial = pathlib.Path(scratch) / folder.name
+        lm.model.save_pretrained(partial)
+        if lm.tokenizer is not None:
+            lm.tokenizer.save_pretrained(partial)
+        partial.replace(folder)

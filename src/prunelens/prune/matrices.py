@@ -1,0 +1,68 @@
+"""Which weights of a model may be pruned, as matrices of [output, input]."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from prunelens.errors import UserError
+from prunelens.model import LanguageModel
+
+
+def prunable_matrices(lm: LanguageModel) -> dict[str, nn.Module]:
+    """Every nn.Linear and Conv1D inside the decoder blocks (methods §3), by full name.
+
+    The order is that of `model.named_modules()`, which is the order of ties. Embeddings and the
+    output head lie outside the blocks. Two modules that share one weight count once, under the
+    first name; a weight shared with an embedding or the head does not count.
+    Raises: UserError where the blocks hold no such module, or one whose weight cannot be edited
+        (quantised, offloaded), or the stacked experts of a mixture, which are no linear layers.
+    """
+    inside = {id(module) for block in lm.blocks for module in block.modules()}
+    outside = (lm.model.get_input_embeddings(), lm.model.get_output_embeddings())
+    seen = {id(module.weight) for module in outside if module is not None}
+    found: dict[str, nn.Module] = {}
+    for name, module in lm.model.named_modules():
+        if id(module) not in inside:
+            continue
+        if isinstance(module, nn.Linear | Conv1D):
+            if id(module.weight) not in seen:
+                _check_editable(name, module.weight)
+                found[name] = module
+                seen.add(id(module.weight))
+        else:
+            _check_no_experts(name, module)
+    if not found:
+        raise UserError(
+            f"pruning: the blocks of {lm.label} hold no nn.Linear or Conv1D; nothing can be pruned"
+        )
+    return found
+
+
+def as_matrix(module: nn.Module) -> Float[Tensor, "output input"]:
+    """The weight as a view [output, input] (Conv1D stores the transpose); edits reach the model."""
+    assert isinstance(module, nn.Linear | Conv1D)
+    weight = module.weight.detach()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def _check_editable(name: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise UserError(
+            f"pruning: {name} is offloaded; prune where the whole model fits on its devices"
+        )
+    if not weight.is_floating_point():
+        raise UserError(
+            f"pruning: {name} is quantised ({weight.dtype}); prune the float checkpoint instead"
+        )
+
+
+def _check_no_experts(name: str, module: nn.Module) -> None:
+    """Stacked experts would stay dense unnoticed; a convolution's kernel is no linear layer."""
+    for own, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim >= 3 and not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            raise UserError(
+                f"pruning: {name}.{own} has shape {list(parameter.shape)}; mixtures of experts"
+                " cannot be pruned yet, use a dense architecture"
+            )

@@ -1,0 +1,1 @@
+"""Results -> tables -> figures -> a summary. Nothing here computes a statistic."""

@@ -1,0 +1,118 @@
+"""What a study found, on one screen: the paper's number and its control side by side."""
+
+from __future__ import annotations
+
+import pandas as pd
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+PRIMARY_TAU = 0.7
+ENOUGH_RETENTION = 0.9  # mean cosine to the start above which dictionaries are not trained enough
+ENOUGH_FALL = 0.02  # relative fall of FVU over the last quarter above which training was cut short
+
+
+def summary(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> RenderableType:
+    """The tables of a study as one readable block, with what its numbers do and do not say."""
+    parts: list[RenderableType] = [_table(tables, runs)]
+    parts += [f"  {line}" for line in _notes(tables)]
+    failed = runs[runs["status"] == "failed"]
+    parts += [f"[red]failed[/] {row.run}: {row.reason}" for row in failed.itertuples()]
+    return Group(*parts)
+
+
+def print_summary(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> None:
+    """Print it to standard output."""
+    Console(width=None if Console().is_terminal else 140).print(summary(tables, runs))
+
+
+def _table(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> Table:
+    table = Table(title=f"What pruning did to the features (tau {PRIMARY_TAU})", title_style="bold")
+    table.add_column("run", no_wrap=True)
+    for name in (
+        "perplexity",
+        "FVU",
+        "seed\nstability",
+        "survival\n(paper)",
+        "corrected\nshared",
+        "corrected\ncross",
+        "persist-\nence",
+        "noise\nof equal size",
+        "excess z",
+    ):
+        table.add_column(name, justify="right")
+    for run in runs["run"]:
+        table.add_row(run, *_cells(tables, run))
+    return table
+
+
+def _cells(tables: dict[str, pd.DataFrame], run: str) -> list[str]:
+    """One run's numbers; the perplexity is that of the longest window."""
+    rows = {name: part[part["run"] == run] for name, part in tables.items()}
+    for name in ("stability", "survival", "survival_corrected"):
+        if name in rows:
+            rows[name] = rows[name][rows[name]["tau"] == PRIMARY_TAU]
+    empty = pd.DataFrame()
+
+    def mean(name: str, column: str, digits: int = 3, **where: str) -> str:
+        part = rows.get(name, empty)
+        for key, value in where.items():
+            part = part[part[key] == value] if len(part) else part
+        if not len(part) or part[column].isna().all():
+            return "-"
+        return f"{part[column].mean():.{digits}f}"
+
+    longest = rows.get("perplexity", empty)
+    if len(longest):
+        rows["perplexity"] = longest[longest["context_tokens"] == longest["context_tokens"].max()]
+    return [
+        mean("perplexity", "perplexity", 2),
+        mean("sae_quality", "fvu"),
+        mean("stability", "mnn"),
+        mean("survival", "mnn", arm="shared_init", coordinates="normalised"),
+        mean("survival_corrected", "corrected", arm="shared"),
+        mean("survival_corrected", "corrected", arm="cross"),
+        mean("persistence", "mean_correlation", source="pruned"),
+        mean("persistence", "mean_correlation", source="noise_isotropic"),
+        mean("persistence", "excess_z", source="noise_isotropic"),
+    ]
+
+
+def _notes(tables: dict[str, pd.DataFrame]) -> list[str]:
+    """How to read the columns, from this study's own controls."""
+    notes = []
+    if "survival" in tables:
+        rates = tables["survival"]
+        rates = rates[(rates["tau"] == PRIMARY_TAU) & (rates["coordinates"] == "normalised")]
+        arms = rates.groupby("arm")["mnn"].mean()
+        notes.append(
+            "survival (paper) shares its start of training with the dense SAE. With that start it"
+            f" would be {arms.get('ceiling_shared', float('nan')):.3f} without any pruning and"
+            f" {arms.get('floor_shared', float('nan')):.3f} in a space with no feature in common;"
+        )
+        notes.append(
+            "corrected survival puts it between these two (0 and 1). With another start, without"
+            f" pruning, it would be {arms.get('ceiling_cross', float('nan')):.3f}, untrained"
+            f" {arms.get('chance', float('nan')):.3f}."
+        )
+    if "persistence" in tables:
+        notes.append(
+            "persistence is the correlation of the dense SAE's latents before and after pruning;"
+            " excess z below 0 is harm beyond that of noise of equal size."
+        )
+    if "sae_training" in tables:
+        notes.append(_training_note(tables["sae_training"]))
+    return notes
+
+
+def _training_note(training: pd.DataFrame) -> str:
+    """Whether the dense dictionaries moved from their start and had settled by the end."""
+    dense = training[(training["method"] == "dense") & ~training["rotated"]]
+    retention = dense["mean_init_retention"].mean()
+    fall = (1 - dense["fvu"] / dense["fvu_at_three_quarters"]).mean()
+    enough = retention < ENOUGH_RETENTION and fall < ENOUGH_FALL
+    verdict = "" if enough else " [yellow]These dictionaries are not trained enough to compare.[/]"
+    return (
+        f"training: dense latents end at a mean cosine of {retention:.3f} to their start (below"
+        f" {ENOUGH_RETENTION} wanted); FVU falls by {fall:.1%} over the last quarter of the steps"
+        f" (below {ENOUGH_FALL:.0%} wanted).{verdict}"
+    )

@@ -1,0 +1,33 @@
+"""A study folder -> its tables, figures and summary."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pandas as pd
+
+from prunelens.config import StudyConfig
+from prunelens.report.figures import write_figures
+from prunelens.report.summary import print_summary
+from prunelens.report.tables import write_tables
+from prunelens.study.local import Outcome
+from prunelens.study.run import open_study, run_study
+
+
+def run_and_report(
+    study: StudyConfig, out: pathlib.Path, *, device: str = "auto", quiet: bool = False
+) -> Outcome:
+    """Run what is missing of a study, then write its tables and figures and print the summary."""
+    outcome = run_study(study, out, device=device, quiet=quiet)
+    tables = write_report(out)
+    if not quiet:
+        print_summary(tables, pd.read_csv(out / "runs.csv", keep_default_na=False))
+    return outcome
+
+
+def write_report(out: pathlib.Path) -> dict[str, pd.DataFrame]:
+    """Write `tables/`, `latents.parquet` and `figures/` of a study folder; returns the tables."""
+    plan, store = open_study(out)
+    tables = write_tables(plan, store, out)
+    write_figures(tables, out)
+    return tables

@@ -1,0 +1,1 @@
+"""A study: its matrix of runs, its stages, their artifacts, and who executes them."""

@@ -1,0 +1,76 @@
+"""What a person sees while a study runs: what is being done, how far it is, how long it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from prunelens.study.store import Stage
+
+SECONDS_BETWEEN_LINES = 15  # where there is no terminal to draw a bar in
+
+
+class StudyProgress:
+    """A bar over all stages with the remaining time; plain lines where there is no terminal.
+
+    Use as a context manager. Remaining time is what is left of the estimated work at the speed
+    that was measured so far.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[remaining]}"),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._total, self._done = 1.0, 0.0
+        self._started = self._last_line = time.monotonic()
+
+    def __enter__(self) -> StudyProgress:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.__exit__(None, None, None)
+
+    def start(self, total_cost: float) -> None:
+        """Begin to count towards `total_cost` (floating-point operations, roughly)."""
+        self._total = max(total_cost, 1.0)
+        self._started = time.monotonic()
+        self._task = self._bar.add_task("", total=self._total, remaining="")
+
+    @contextlib.contextmanager
+    def stage(self, stage: Stage) -> Iterator[Callable[[float], None]]:
+        """Show one stage; yields a callback for the share of it that is done."""
+        self._show(stage.label, self._done)
+        yield lambda share: self._show(stage.label, self._done + share * stage.cost)
+        self._done += stage.cost
+        self._show(stage.label, self._done)
+
+    def _show(self, label: str, done: float) -> None:
+        if self._task is None:
+            return
+        elapsed = time.monotonic() - self._started
+        left = elapsed * (self._total - done) / done if done > 0.01 * self._total else None
+        remaining = "" if left is None else f"about {max(0, left):.0f} s left"
+        self._bar.update(self._task, completed=done, description=label, remaining=remaining)
+        if not self._console.is_terminal and self._is_time_for_a_line():
+            share = 100 * done / self._total
+            self._console.print(f"{elapsed:4.0f} s  {share:3.0f} %  {remaining:<18} {label}")
+
+    def _is_time_for_a_line(self) -> bool:
+        now = time.monotonic()
+        if now - self._last_line < SECONDS_BETWEEN_LINES:
+            return False
+        self._last_line = now
+        return True

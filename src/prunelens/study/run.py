@@ -1,0 +1,200 @@
+"""From a study's description to a finished study folder (all but tables and figures)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Iterator
+from io import StringIO
+from typing import Any
+
+import filelock
+import pandas as pd
+import torch
+from ruamel.yaml import YAML
+
+from prunelens.config import PruningConfig, StudyConfig, parse_yaml, study_from_data
+from prunelens.errors import UserError
+from prunelens.study.local import Outcome, RunResult, run_locally
+from prunelens.study.plan import Plan, plan_study
+from prunelens.study.progress import StudyProgress
+from prunelens.study.store import DamagedArtifactError, Store, library_versions
+
+RUN_COLUMNS = [
+    "run", "model", "layer", "method", "scope", "pattern", "sparsity",
+    "status", "reason", "wall_seconds",
+]  # fmt: skip
+
+
+def run_study(
+    study: StudyConfig, out: pathlib.Path, *, device: str = "auto", quiet: bool = False
+) -> Outcome:
+    """Make everything that `study` asks for and is not yet in the folder `out`.
+
+    Leaves `artifacts/`, `study.yaml`, `environment.json` and `runs.csv`. May be killed at any
+    moment and called again; a finished study does no work.
+    Raises: UserError for a wrong study, before anything is written, and where another process
+        works in the same folder.
+    """
+    device = resolve_device(device)
+    plan = plan_study(study)
+    store = Store(out / "artifacts")
+    with _alone_in(out), StudyProgress(quiet=quiet) as progress:
+        outcome = run_locally(
+            plan, store, device=device, progress=progress, log_folder=out / "logs"
+        )
+        _write(out / "study.yaml", _as_yaml(study))
+        _write(out / "environment.json", json.dumps(environment(device), indent=1))
+        _write(out / "runs.csv", _runs_table(outcome.results, store).to_csv(index=False))
+    return outcome
+
+
+def open_study(out: pathlib.Path) -> tuple[Plan, Store]:
+    """The plan and the artifacts of a study folder that `run_study` left."""
+    path = out / "study.yaml"
+    if not path.is_file():
+        raise UserError(f"study folder: {str(out)!r} has no study.yaml; give the folder of a study")
+    text = path.read_text(encoding="utf-8")
+    study = study_from_data(parse_yaml(text, where=str(path)))
+    return plan_study(study), Store(out / "artifacts")
+
+
+def study_status(out: pathlib.Path) -> list[dict[str, Any]]:
+    """Per run: run, status (done, failed, unfinished), present and stages (counts), reason."""
+    plan, store = open_study(out)
+    reasons: dict[str, str] = {}
+    if (out / "runs.csv").is_file():
+        table = pd.read_csv(out / "runs.csv", keep_default_na=False)
+        reasons = dict(zip(table["run"], table["reason"], strict=True))
+    rows = []
+    for run in plan.runs:
+        targets = {stage.identity: stage for stage in run.targets()}
+        present = sum(store.has(stage) for stage in targets.values())
+        reason = reasons.get(run.name, "")
+        unfinished = "failed" if reason else "unfinished"
+        status = "done" if present == len(targets) else unfinished
+        rows.append(
+            {
+                "run": run.name,
+                "status": status,
+                "present": present,
+                "stages": len(targets),
+                "reason": reason,
+            }
+        )
+    return rows
+
+
+def resolve_device(device: str) -> str:
+    """`auto` becomes cuda where there is one, else cpu. Raises UserError for an absent device."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"--device: {device!r} cannot be used ({why}); try cpu") from None
+    return device
+
+
+def method_columns(pruning: PruningConfig | None) -> dict[str, Any]:
+    """method, scope, pattern, sparsity as tables name them."""
+    if pruning is None:
+        return {"method": "dense", "scope": "", "pattern": "", "sparsity": 0.0}
+    return {
+        "method": pruning.criterion,
+        "scope": pruning.scope,
+        "pattern": pruning.pattern,
+        "sparsity": pruning.sparsity,
+    }
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the numbers were made with."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "libraries": library_versions(),
+    }
+
+
+@contextlib.contextmanager
+def _alone_in(out: pathlib.Path) -> Iterator[None]:
+    """Hold the folder's lock; a folder that this call made and left empty is removed again."""
+    is_new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(out / ".lock", blocking=False)
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(
+            f"--out: another prunelens works in {str(out)!r}; wait for it or choose another folder"
+        ) from None
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {str(out)!r} ({error.strerror})") from None
+    try:
+        yield
+    except UserError:
+        if is_new:
+            _remove_if_empty(out)
+        raise
+    finally:
+        lock.release()
+
+
+def _remove_if_empty(out: pathlib.Path) -> None:
+    """Remove a study folder in which there is nothing but empty folders and the lock."""
+    if any(p.is_file() and p.name != ".lock" for p in out.rglob("*")):
+        return
+    (out / ".lock").unlink(missing_ok=True)
+    for folder in sorted((p for p in out.rglob("*") if p.is_dir()), reverse=True):
+        folder.rmdir()
+    out.rmdir()
+
+
+def _runs_table(results: list[RunResult], store: Store) -> pd.DataFrame:
+    rows = []
+    for run, status, reason in results:
+        rows.append(
+            {
+                "run": run.name,
+                "model": run.model,
+                "layer": run.layer,
+                **method_columns(run.pruning),
+                "status": status,
+                "reason": reason,
+                "wall_seconds": round(sum(_wall_seconds(store, s) for s in run.targets()), 1),
+            }
+        )
+    return pd.DataFrame(rows, columns=RUN_COLUMNS)
+
+
+def _wall_seconds(store: Store, stage: Any) -> float:
+    """What the stage took when it was made; 0 if it is not there."""
+    if not store.has(stage):
+        return 0.0
+    try:
+        return float(store.meta(stage).get("wall_seconds", 0.0))
+    except DamagedArtifactError:
+        return 0.0
+
+
+def _as_yaml(study: StudyConfig) -> str:
+    stream = StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(study.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """Replace a file whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

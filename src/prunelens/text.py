@@ -1,0 +1,294 @@
+"""Where text comes from: the standard library, local files, the hub (methods §1).
+
+`documents` reads a corpus document by document; a new source is one reader in `_READERS`.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import pathlib
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from prunelens import hub
+from prunelens.config import CorpusConfig
+from prunelens.errors import UserError
+
+_NOT_TEXT = {
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
+_TEXT_FILES = (".txt", ".jsonl", ".parquet")
+_HEADING = re.compile(r" ?= [^=].* =\s*")  # WikiText's title of an article; sections have `= =`
+
+
+class Document(NamedTuple):
+    """A piece of text that no two splits share."""
+
+    name: str
+    """Where it comes from: a module, a file and a number, a row."""
+    text: str
+    """The text as it stands there."""
+
+
+def documents(config: CorpusConfig) -> Iterator[Document]:
+    """The documents of a corpus in its own order, blank ones left out.
+
+    Raises: UserError where a source is missing, unreadable or empty, or is no text (`tokens`).
+    """
+    found = False
+    for document in every_document(config):
+        if document.text.strip():
+            found = True
+            yield document
+    if not found:
+        raise UserError(f"{named(config)} holds no text; give a source that does")
+
+
+def every_document(config: CorpusConfig) -> Iterator[Document]:
+    """As `documents`, blank ones included (WikiText-2's convention joins those too)."""
+    return _READERS[config.source](config)
+
+
+def fingerprint(config: CorpusConfig) -> str:
+    """What stands for the text in artifact identities: a content hash, or the hub's commit.
+
+    Names, order and contents count; the folders they lie in do not.
+    Raises: UserError where the source is missing or out of reach.
+    """
+    if config.source == "stdlib":
+        return _digest((d.name.encode(), d.text.encode()) for d in stdlib_documents())
+    if config.source == "hub":
+        assert config.dataset is not None  # CorpusConfig sees to it
+        folder = pathlib.Path(config.dataset)
+        if not folder.is_dir():
+            return hub.commit(
+                config.dataset, field="corpus.dataset", kind="dataset", revision=config.revision
+            )
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    else:
+        paths = matching_files(config)
+    return _digest((path.name.encode(), _file_digest(path)) for path in paths)
+
+
+def stdlib_documents() -> list[Document]:
+    """The modules of this interpreter's standard library, in path order.
+
+    Tests, `encodings`, `pydoc_data` and installed packages are left out. The bundled language
+    model was trained on this selection: changing it would leak held-out text.
+    Raises: UserError where the interpreter has no library sources.
+    """
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    out = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if _NOT_TEXT & set(parts[:-1]):
+            continue
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text.strip():
+            out.append(Document(name, text))
+    if not out:
+        raise UserError(
+            "corpus.source: 'stdlib' needs the standard library's .py files, and this interpreter"
+            " has none; install them, or use source 'files'"
+        )
+    return out
+
+
+def stdlib_held_out(name: str) -> bool:
+    """Whether the bundled model never saw this module: every tenth, by hash of its name."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
+
+
+def matching_files(config: CorpusConfig) -> list[pathlib.Path]:
+    """The files that `paths` names, each once, a glob's in sorted order.
+
+    Raises: UserError for a missing file, a folder, an empty glob or an unknown extension.
+    """
+    known = _TEXT_FILES if config.source == "files" else (".safetensors",)
+    found: dict[pathlib.Path, None] = {}
+    for given in config.paths:
+        pattern = str(pathlib.Path(given).expanduser())
+        is_glob = glob.has_magic(pattern) and not pathlib.Path(pattern).exists()
+        names = sorted(glob.glob(pattern, recursive=True)) if is_glob else [pattern]  # noqa: PTH207
+        paths = [p for p in map(pathlib.Path, names) if p.is_file() or not is_glob]
+        if not paths:
+            raise UserError(f"corpus.paths: {given!r} matches no file; check the pattern")
+        for path in paths:
+            if path.is_dir():
+                raise UserError(
+                    f"corpus.paths: {given!r} is a folder; name files, e.g. '{given}/*.txt'"
+                )
+            if not path.is_file():
+                raise UserError(f"corpus.paths: {given!r} does not exist; check the path")
+            if path.suffix not in known:
+                raise UserError(
+                    f"corpus.paths: {path.name!r} ends in {path.suffix!r}; source"
+                    f" {config.source!r} reads {', '.join(known)}"
+                )
+            found[path] = None
+    return list(found)
+
+
+def named(config: CorpusConfig) -> str:
+    """The field that says where the text is, with its value, to open an error with."""
+    if config.source == "stdlib":
+        return "corpus.source: 'stdlib'"
+    if config.source == "hub":
+        return f"corpus.dataset: {config.dataset!r}"
+    return f"corpus.paths: {list(config.paths)}"
+
+
+# --- readers ------------------------------------------------------------------------------------
+
+
+def _read_stdlib(config: CorpusConfig) -> Iterator[Document]:
+    yield from stdlib_documents()
+
+
+def _read_files(config: CorpusConfig) -> Iterator[Document]:
+    for path in matching_files(config):
+        if path.suffix == ".txt":
+            texts = _grouped(_lines(path), config.document)
+        else:
+            rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path, config)
+            texts = _row_texts(rows, config, path.name)
+        for number, text in enumerate(texts):
+            yield Document(f"{path.name}:{number}", text)
+
+
+def _read_hub(config: CorpusConfig) -> Iterator[Document]:
+    assert config.dataset is not None  # CorpusConfig sees to it
+    rows = hub.dataset_rows(
+        config.dataset, subset=config.subset, split=config.split, revision=config.revision
+    )
+    for number, text in enumerate(_row_texts(rows, config, config.dataset)):
+        yield Document(f"{config.dataset}:{number}", text)
+
+
+def _read_tokens(config: CorpusConfig) -> Iterator[Document]:
+    raise UserError("corpus.source: 'tokens' holds token ids, no text; use stdlib, files or hub")
+
+
+_READERS: dict[str, Callable[[CorpusConfig], Iterator[Document]]] = {
+    "stdlib": _read_stdlib,
+    "files": _read_files,
+    "hub": _read_hub,
+    "tokens": _read_tokens,
+}
+
+
+def _lines(path: pathlib.Path) -> Iterator[str]:
+    """Lines with their ends, so that joining gives the file back."""
+    with path.open(encoding="utf-8") as file:
+        try:
+            yield from file
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"corpus.paths: {path.name} is not UTF-8 text ({error.reason} at byte"
+                f" {error.start}); convert it to UTF-8"
+            ) from None
+
+
+def _grouped(lines: Iterable[str], document: str) -> Iterator[str]:
+    """Lines to documents. A blank line is an empty one, as in the hub's WikiText rows."""
+    if document == "file":
+        yield "".join(lines)
+        return
+    if document == "line":
+        yield from (line if line.strip() else "" for line in lines)
+        return
+    held: list[str] = []
+    for line in lines:
+        blank = not line.strip()
+        starts_new = _HEADING.fullmatch(line) if document == "heading" else blank
+        if starts_new and held:
+            yield "".join(held)
+            held = []
+        if document == "heading" or not blank:
+            held.append(line)
+    if held:
+        yield "".join(held)
+
+
+def _row_texts(rows: Iterable[dict[str, Any]], config: CorpusConfig, where: str) -> Iterator[str]:
+    """The text of every row; a row is a document, or a line under `blank_line` and `heading`."""
+    texts = (_text_of(row, config.text_field, where) for row in rows)
+    if config.document in ("file", "line"):
+        return texts
+    return _grouped((t if t.endswith("\n") else f"{t}\n" for t in texts), config.document)
+
+
+def _text_of(row: Any, field: str, where: str) -> str:
+    if not isinstance(row, dict):
+        raise UserError(
+            f"corpus.paths: {where} has a line that is no JSON object; each must be one"
+        )
+    if field not in row:
+        raise UserError(
+            f"corpus.text_field: {where} has no field {field!r}; it has {', '.join(map(str, row))}"
+        )
+    text = row[field]
+    if text is not None and not isinstance(text, str):
+        raise UserError(
+            f"corpus.text_field: {field!r} of {where} holds {type(text).__name__}, not text;"
+            " name a field that holds text"
+        )
+    return text or ""
+
+
+def _jsonl_rows(path: pathlib.Path) -> Iterator[Any]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"corpus.paths: line {number} of {path.name} is not JSON ({error.msg}); mend it"
+                ) from None
+
+
+def _parquet_rows(path: pathlib.Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+    from pyarrow.lib import ArrowException
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if config.text_field not in names:
+                raise UserError(
+                    f"corpus.text_field: {path.name} has no field {config.text_field!r};"
+                    f" it has {', '.join(names)}"
+                )
+            for batch in file.iter_batches(1024, columns=[config.text_field]):
+                yield from batch.to_pylist()
+    except ArrowException as error:
+        raise UserError(f"corpus.paths: {path.name} is no Parquet file ({error})") from None
+
+
+# --- digests ------------------------------------------------------------------------------------
+
+
+def _digest(parts: Iterable[tuple[bytes, bytes]]) -> str:
+    """SHA-256 over pairs, each length first, so that no two lists run into each other."""
+    digest = hashlib.sha256()
+    for pair in parts:
+        for part in pair:
+            digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
+
+
+def _file_digest(path: pathlib.Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,0 +1,101 @@
+"""Tiny random models of four architectures, and a saved checkpoint with a trained tokenizer."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from prunelens.model import LanguageModel, as_language_model
+
+ARCHITECTURES = ("llama", "gemma2", "gemma3", "gpt2")
+VOCABULARY, CONTEXT = 128, 64
+TEXT = (
+    "def greet(name):\n    return 'hello ' + name\n\nThe quick brown fox jumps over the lazy dog.\n"
+)
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def tiny_lm(request: pytest.FixtureRequest) -> LanguageModel:
+    """One tiny random model per architecture, float32, fresh for every test."""
+    return tiny_language_model(request.param)
+
+
+@pytest.fixture
+def tiny_llama() -> LanguageModel:
+    """The tiny Llama alone."""
+    return tiny_language_model("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE of up to 384 tokens with a BOS (id 0) that it never adds by itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<bos>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>")
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: transformers.PreTrainedTokenizerFast
+) -> pathlib.Path:
+    """A saved tiny Llama with its tokenizer. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-llama"
+    tiny_language_model("llama", vocabulary=len(tiny_tokenizer)).model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_language_model(
+    architecture: str, *, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """A random model whose weights are large enough that every part of it matters."""
+    config = _tiny_config(architecture, vocabulary)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return as_language_model(model, label=f"tiny-{architecture}")
+
+
+def _tiny_config(architecture: str, vocabulary: int) -> transformers.PreTrainedConfig:
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    if architecture == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=vocabulary,
+            n_embd=16,
+            n_layer=3,
+            n_head=2,
+            n_positions=CONTEXT,
+            initializer_range=0.2,
+            **ids,
+        )
+    common = {
+        "vocab_size": vocabulary,
+        "hidden_size": 16,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.2,
+        **ids,
+    }
+    if architecture == "llama":
+        return transformers.LlamaConfig(**common)
+    if architecture == "gemma2":  # a small cap, so that it matters
+        return transformers.Gemma2Config(**common, sliding_window=8, attn_logit_softcapping=2.0)
+    return transformers.Gemma3TextConfig(**common, sliding_window=8)

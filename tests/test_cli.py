@@ -1,0 +1,99 @@
+"""The command line as a user types it, in processes of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from prunelens.sae.topk import TopKSAE
+
+
+def prunelens(*arguments, cwd=None):
+    command = [sys.executable, "-c", "from prunelens.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"def f{n}(name): return 'hello ' + name * {n}" for n in range(300)))
+    return path
+
+
+def one_line_of_error(result, *words):
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "nope"], ["study", "'nope'", "demo"]),
+        (["run", "demo", "--set", "sae.k=5000"], ["sae.k", "5000"]),
+        (["run", "demo", "--set", "sae.kk=1"], ["sae.kk", "did you mean 'k'"]),
+        (["run", "demo", "--set", "novalue"], ["--set", "field=value"]),
+        (["run", "demo", "--set", "prunings.0.sparsities=[1.5]"], ["1.5", "outside"]),
+        (["run", "demo", "--set", "models.0.name=./missing"], ["models.name", "./missing"]),
+        (["run", "demo", "--device", "cuda:99"], ["--device", "cuda:99"]),
+        (["plan", "demo", "--set", "models.0.layers=[77]"], ["layer 77", "6 blocks"]),
+        (["status", "nowhere"], ["nowhere", "study.yaml"]),
+        (["match", "nowhere", "nowhere"], ["nowhere"]),
+        (["prune", "bundled", "--out", "x", "--sparsity", "1.5"], ["sparsit", "1.5"]),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(arguments, words, tmp_path):
+    one_line_of_error(prunelens(*arguments, cwd=tmp_path), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_shows_the_matrix_and_runs_nothing(tmp_path):
+    result = prunelens("plan", "demo", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert [row["run"] for row in plan["runs"]] == [
+        "bundled/L3/dense",
+        "bundled/L3/magnitude-global-0.30",
+        "bundled/L3/magnitude-global-0.50",
+        "bundled/L3/wanda-row-0.30",
+        "bundled/L3/wanda-row-0.50",
+    ]
+    assert plan["stages"]["sae"] == 21
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prune_saves_a_checkpoint_that_transformers_loads(checkpoint_folder, text, tmp_path):
+    out = tmp_path / "pruned"
+    result = prunelens(
+        "prune", checkpoint_folder, "--out", out, "--sparsity", "0.5", "--json",
+        "--set", "corpus.source=files", "--set", f"corpus.paths=[{text}]",
+        "--set", "corpus.document=line", "--set", "corpus.context_tokens=16",
+        "--set", "corpus.train_tokens=160", "--set", "corpus.eval_tokens=160",
+        "--set", "corpus.calibration_tokens=1600",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["achieved_sparsity"] == pytest.approx(0.5)
+    weight = AutoModelForCausalLM.from_pretrained(out).model.layers[0].mlp.up_proj.weight
+    assert ((weight == 0).sum(1) == weight.shape[1] // 2).all()
+    again = prunelens("prune", checkpoint_folder, "--out", out, "--criterion", "magnitude")
+    one_line_of_error(again, "--out", "not empty")
+
+
+def test_match_prints_the_rates_of_two_saes(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        TopKSAE.initialise(16, 64, 4, init_seed=seed).save(tmp_path / name)
+    same = json.loads(prunelens("match", tmp_path / "a", tmp_path / "b", "--json").stdout)
+    assert [row["tau"] for row in same] == [0.5, 0.6, 0.7, 0.8, 0.9]
+    assert all(row["mnn"] == row["greedy"] == row["one_way"] == 1.0 for row in same)
+    other = json.loads(prunelens("match", tmp_path / "a", tmp_path / "c", "--json").stdout)
+    assert other[-1]["mnn"] < 0.1
+    assert "one-way" in prunelens("match", tmp_path / "a", tmp_path / "c").stdout
+
+
+def test_the_threads_of_a_test_run_are_few():
+    assert torch.get_num_threads() <= 2

@@ -1,0 +1,406 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import random
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from prunelens import text
+from prunelens.config import CorpusConfig
+from prunelens.corpus import (
+    TokenSplits,
+    documents,
+    fingerprint,
+    joined_stream,
+    split_tokens,
+    stdlib_documents,
+    stdlib_held_out,
+    windows,
+)
+from prunelens.errors import UserError
+
+WIKITEXT = pathlib.Path(__file__).parents[2] / "shared" / "data" / "wikitext-2"
+Tokenizer = transformers.PreTrainedTokenizerFast
+SPLITS = ("train", "calibration", "eval_first", "eval_second")
+
+
+def lines_of_text(count: int) -> list[str]:
+    source = random.Random(3)
+    words = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "says", "hello")
+    return [" ".join(source.choices(words, k=12)) + f" {number}" for number in range(count)]
+
+
+def config_of(path: pathlib.Path, **fields: Any) -> CorpusConfig:
+    small = {
+        "context_tokens": 16,
+        "train_tokens": 1600,
+        "eval_tokens": 640,
+        "calibration_tokens": 320,
+        "document": "line",
+    }
+    return CorpusConfig(source="files", paths=(str(path),), **{**small, **fields})
+
+
+@pytest.fixture
+def text_file(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "some.txt"
+    path.write_text("\n".join(lines_of_text(400)), encoding="utf-8")
+    return path
+
+
+# --- documents ----------------------------------------------------------------------------------
+
+
+def test_what_a_document_of_a_text_file_is(tmp_path: pathlib.Path):
+    path = tmp_path / "a.txt"
+    content = " \n = One = \n\nfirst\n = = part = = \nmore\n\n\n = Two = \nlast"
+    path.write_text(content, encoding="utf-8")
+
+    def texts(document: str) -> list[str]:
+        return [d.text for d in documents(config_of(path, document=document))]
+
+    assert texts("file") == [content]
+    assert texts("line") == [line for line in content.splitlines(True) if line.strip()]
+    assert texts("blank_line") == [
+        " = One = \n",
+        "first\n = = part = = \nmore\n",
+        " = Two = \nlast",
+    ]
+    assert texts("heading") == [
+        " = One = \n\nfirst\n = = part = = \nmore\n\n\n",
+        " = Two = \nlast",
+    ]
+
+
+def test_jsonl_parquet_and_globs_hold_the_same(tmp_path: pathlib.Path):
+    texts = lines_of_text(5)
+    pd.DataFrame({"body": texts, "n": range(5)}).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"body": t}) for t in texts))
+    for pattern, expected in (("a.parquet", texts), ("*.jsonl", texts), ("*", texts + texts)):
+        config = config_of(tmp_path / pattern, text_field="body", document="file")
+        assert [d.text for d in documents(config)] == expected
+
+
+def test_stdlib_selection_is_what_the_bundled_model_was_trained_on():
+    modules = stdlib_documents()
+    names = [name for name, _ in modules]  # unpacks as the training tool does
+    assert len(set(names)) == len(names) > 300
+    assert "argparse" in names and "json.decoder" in names and "asyncio" in names
+    assert not any("test" in name.split(".")[:-1] for name in names)
+    assert not any(name.startswith(("encodings.", "pydoc_data.")) for name in names)
+    digest = int(hashlib.sha256(b"argparse").hexdigest(), 16)
+    assert stdlib_held_out("argparse") == (digest % 10 == 0)
+    assert 0.05 < sum(map(stdlib_held_out, names)) / len(names) < 0.15
+
+
+def test_fingerprint_is_content_not_place(tmp_path: pathlib.Path):
+    prints = []
+    for folder, content in (("one", "a"), ("two", "a"), ("three", "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text(content)
+        prints.append(fingerprint(config_of(tmp_path / folder / "x.txt")))
+    assert prints[0] == prints[1] != prints[2]
+    assert len(fingerprint(CorpusConfig())) == 64
+
+
+# --- splits and windows -------------------------------------------------------------------------
+
+
+def test_splits_are_disjoint_by_document_and_in_order(
+    text_file: pathlib.Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    config = config_of(text_file)
+    splits = split_tokens(config, tiny_tokenizer)
+    texts = [d.text for d in documents(config)]
+    quotas = {"train": 1500, "calibration": 300, "eval_first": 300, "eval_second": 300}
+    assert {s: len(getattr(splits, s)) for s in SPLITS} == quotas
+    expected: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for content in texts:  # u = sha256 / 2^256 in floats, independently
+        u = int(hashlib.sha256(content.encode()).hexdigest(), 16) / 2**256
+        split = SPLITS[(u >= 15 / 24) + (u >= 18 / 24) + (u >= 21 / 24)]
+        expected[split].append(content)
+    for split in SPLITS:
+        ids = tiny_tokenizer("".join(expected[split]), add_special_tokens=False)["input_ids"]
+        stored = getattr(splits, split)
+        assert stored.dtype == torch.int32
+        assert (
+            tiny_tokenizer.decode(stored)
+            == tiny_tokenizer.decode(ids)[: len(tiny_tokenizer.decode(stored))]
+        )
+    monkeypatch.setattr("prunelens.corpus._BATCH_DOCUMENTS", 3)
+    again = split_tokens(config, tiny_tokenizer)
+    assert all(torch.equal(getattr(splits, s), getattr(again, s)) for s in SPLITS)
+
+
+def test_identical_text_lands_in_one_split(tmp_path: pathlib.Path, tiny_tokenizer: Tokenizer):
+    path = tmp_path / "twice.txt"
+    lines = lines_of_text(200)
+    path.write_text("\n".join(lines * 2) + "\n", encoding="utf-8")
+    splits = split_tokens(config_of(path), tiny_tokenizer)
+    found = [
+        {number for number in range(200) if f" {number}\n" in tiny_tokenizer.decode(part)}
+        for part in splits[:4]
+    ]
+    assert all(found) and sum(map(len, found)) == len(set.union(*found))
+
+
+def test_stdlib_evaluates_on_held_out_modules_only(
+    tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    lines = lines_of_text(400)
+    modules = [text.Document(f"module{n}", line + "\n") for n, line in enumerate(lines)]
+    copied = next(m for m in modules if not stdlib_held_out(m.name)).text
+    held = next(name for name in (f"copy{n}" for n in range(1000)) if stdlib_held_out(name))
+    modules.append(text.Document(held, copied))
+    monkeypatch.setattr("prunelens.corpus.stdlib_documents", lambda: modules)
+    config = config_of(pathlib.Path(), train_tokens=3200, eval_tokens=192)
+    config = config.model_copy(update={"source": "stdlib"})
+    splits = split_tokens(config, tiny_tokenizer)
+    joined, _ = joined_stream(config, tiny_tokenizer)
+    trained = {m.text for m in modules if not stdlib_held_out(m.name)}
+    for part in (*splits[2:4], joined):
+        whole = [line + "\n" for line in tiny_tokenizer.decode(part).split("\n")[:-1] if line]
+        assert whole and not trained & set(whole)
+    for part in splits[:2]:
+        whole = [line + "\n" for line in tiny_tokenizer.decode(part).split("\n")[:-1]]
+        assert set(whole) <= trained
+
+
+def test_windows_open_with_one_bos():
+    stream = torch.arange(1, 24, dtype=torch.int32)
+    plain = windows(stream, 8, None)
+    assert plain.dtype == torch.int64 and plain.tolist() == [[*range(1, 9)], [*range(9, 17)]]
+    opened = windows(stream, 8, 0)
+    assert opened.tolist() == [[0, *range(1 + 7 * n, 8 + 7 * n)] for n in range(3)]
+    doubled = torch.cat([torch.zeros(1, dtype=torch.int32), stream])
+    assert torch.equal(windows(doubled, 8, 0), opened)
+    assert windows(stream[:3], 8, 0).shape == (0, 8)
+
+
+def test_bos_options(text_file: pathlib.Path, tiny_tokenizer: Tokenizer):
+    text_file.write_text("<bos>" + "\n<bos>".join(lines_of_text(400)), encoding="utf-8")
+    for bos, expected in (("auto", 0), ("always", 0), ("never", None)):
+        splits = split_tokens(config_of(text_file, bos=bos), tiny_tokenizer)
+        assert splits.bos_token == expected
+        cut = windows(splits.train, 16, splits.bos_token)
+        assert cut.shape == (100, 16)
+        if bos != "never":
+            assert (cut[:, 0] == 0).all() and (cut[:, 1:] != 0).all()
+
+
+def test_joined_stream_is_one_text(tmp_path: pathlib.Path, tiny_tokenizer: Tokenizer):
+    path = tmp_path / "wiki.txt"
+    path.write_text(" \n = One = \n \n words here\n", encoding="utf-8")
+    stream, bos_token = joined_stream(config_of(path), tiny_tokenizer)
+    assert bos_token == 0
+    # the convention: "\n\n".join over the hub's rows, where a blank line is an empty row
+    assert tiny_tokenizer.decode(stream) == "\n\n = One = \n\n\n\n\n words here\n"
+
+
+def test_progress_counts_the_tokens_kept(text_file: pathlib.Path, tiny_tokenizer: Tokenizer):
+    told: list[int] = []
+    split_tokens(config_of(text_file), tiny_tokenizer, progress=told.append)
+    assert told == sorted(told) and told[-1] == 2400
+
+
+@pytest.mark.skipif(not WIKITEXT.is_dir(), reason="the shared WikiText-2 files are not here")
+def test_wikitext_by_heading():
+    config = config_of(WIKITEXT / "valid.txt", document="heading")
+    articles = list(documents(config))
+    assert len(articles) == 60  # the release's number of validation articles
+    assert all(a.text.startswith(" = ") and not a.text.startswith(" = =") for a in articles)
+
+
+# --- ready-made tokens --------------------------------------------------------------------------
+
+
+def test_tokens_need_no_tokenizer(tmp_path: pathlib.Path):
+    rows = torch.arange(1, 16 * 400 + 1).view(400, 16)
+    save_file({"tokens": rows}, tmp_path / "t.safetensors")
+    config = config_of(tmp_path / "t.safetensors", document="file")
+    config = config.model_copy(update={"source": "tokens"})
+    splits = split_tokens(config, None)
+    assert splits.bos_token is None
+    cut = torch.cat([windows(part, 16, None) for part in splits[:4]])
+    assert cut.shape == (160, 16) and len(cut.unique(dim=0)) == 160
+    assert (cut[:, 0] % 16 == 1).all()  # rows stay whole
+    assert torch.equal(joined_stream(config, None)[0], rows.int().flatten())
+    rows[:, 0] = 0
+    save_file({"tokens": rows}, tmp_path / "t.safetensors")
+    opened = split_tokens(config, None)
+    assert opened.bos_token == 0 and len(opened.train) == 1500
+    assert (windows(opened.train, 16, 0)[:, 1] % 16 == 2).all()
+
+
+def test_bad_tokens_files(tmp_path: pathlib.Path):
+    path = tmp_path / "t.safetensors"
+    config = config_of(path).model_copy(update={"source": "tokens"})
+
+    def message(tensors: dict[str, torch.Tensor], **fields: Any) -> str:
+        save_file(tensors, path)
+        with pytest.raises(UserError) as caught:
+            split_tokens(config.model_copy(update=fields), None)
+        return str(caught.value)
+
+    good = torch.arange(160).view(10, 16)
+    wide = message({"tokens": torch.ones(4, 20, dtype=torch.long)})
+    assert wide == (
+        "corpus.context_tokens: 16, but the windows of t.safetensors are 20 wide;"
+        " set context_tokens to 20"
+    )
+    assert "no tensor 'tokens' but ['ids']" in message({"ids": good})
+    assert "must hold token ids as integers" in message({"tokens": good.float()})
+    assert "ids below 0" in message({"tokens": good - 5})
+    assert "corpus.bos: 'always'" in message({"tokens": good}, bos="always")
+    assert "is more than the text holds" in message({"tokens": good})
+    path.write_text("torn")
+    with pytest.raises(UserError, match="is no safetensors file"):
+        split_tokens(config, None)
+
+
+# --- the hub ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def local_dataset(tmp_path: pathlib.Path) -> pathlib.Path:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    frame = pd.DataFrame({"text": lines_of_text(400), "id": range(400)})
+    frame.to_parquet(folder / "train.parquet")
+    return folder
+
+
+def hub_config(dataset: object, **fields: Any) -> CorpusConfig:
+    base = config_of(pathlib.Path()).model_dump() | {"source": "hub", "dataset": str(dataset)}
+    return CorpusConfig(**{**base, **fields})
+
+
+def test_hub_rows_are_streamed(local_dataset: pathlib.Path, tiny_tokenizer: Tokenizer):
+    config = hub_config(local_dataset)
+    assert [d.text for d in documents(config)] == lines_of_text(400)
+    assert isinstance(split_tokens(config, tiny_tokenizer), TokenSplits)
+    before = fingerprint(config)
+    pd.DataFrame({"text": ["other"]}).to_parquet(local_dataset / "train.parquet")
+    assert fingerprint(config) != before
+
+
+def test_bad_hub_datasets_give_one_line(
+    local_dataset: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "empty").mkdir()
+    cases = {
+        "corpus.split: 'dev'": hub_config(local_dataset, split="dev"),
+        "corpus.subset: 'big'": hub_config(local_dataset, subset="big"),
+        "corpus.text_field: ": hub_config(local_dataset, text_field="body"),
+        "corpus.dataset: ": hub_config(tmp_path / "empty"),
+        "corpus.dataset: 'org/none' is not in the local cache and the hub": hub_config("org/none"),
+        "corpus.dataset: 'a/b/c' is neither": hub_config("a/b/c"),
+    }
+    for expected, config in cases.items():
+        with pytest.raises(UserError) as caught:
+            list(documents(config))
+        assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)
+
+
+def test_a_hub_dataset_is_identified_by_its_commit(monkeypatch: pytest.MonkeyPatch):
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(name: str, **named: Any) -> str:
+        asked.append((name, named["repo_type"], named["revision"]))
+        return "cache/snapshots/" + "c0ffee" * 6 + "abcd"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    config = hub_config("org/fingerprinted", revision="main")
+    assert fingerprint(config) == fingerprint(config) == "c0ffee" * 6 + "abcd"
+    assert asked == [("org/fingerprinted", "dataset", "main")]  # once per process
+
+
+def test_a_gated_dataset_says_so(monkeypatch: pytest.MonkeyPatch):
+    import datasets
+    import huggingface_hub
+
+    def refuse(*_args: object, **_named: object) -> None:
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/g' is a gated dataset on …")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: "cache/abc")
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match=r"corpus.dataset: 'org/gated' is gated; accept"):
+        list(documents(hub_config("org/gated")))
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+def test_bad_files_give_one_line(tmp_path: pathlib.Path, text_file: pathlib.Path):
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 10)
+    (tmp_path / "table.csv").write_text("a,b\n")
+    (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "list.jsonl").write_text("[1, 2]\n")
+    (tmp_path / "other.jsonl").write_text('{"body": "a", "n": 1}\n')
+    (tmp_path / "number.jsonl").write_text('{"text": 5}\n')
+    (tmp_path / "torn.parquet").write_text("PAR1")
+    pd.DataFrame({"body": ["a"]}).to_parquet(tmp_path / "other.parquet")
+    cases = {
+        "missing.txt": "does not exist; check the path",
+        "*.none": "matches no file; check the pattern",
+        "": "is a folder; name files",
+        "table.csv": "ends in '.csv'; source 'files' reads .txt, .jsonl, .parquet",
+        "empty.txt": "holds no text; give a source that does",
+        "latin.txt": "is not UTF-8 text",
+        "torn.jsonl": "line 2 of torn.jsonl is not JSON",
+        "list.jsonl": "no JSON object",
+        "other.jsonl": "has no field 'text'; it has body, n",
+        "number.jsonl": "holds int, not text",
+        "torn.parquet": "is no Parquet file",
+        "other.parquet": "has no field 'text'; it has body",
+    }
+    for name, expected in cases.items():
+        with pytest.raises(UserError) as caught:
+            list(documents(config_of(tmp_path / name)))
+        said = str(caught.value)
+        assert said.startswith("corpus.") and expected in said and "\n" not in said
+
+
+def test_too_little_text_says_by_how_much_to_lower(
+    text_file: pathlib.Path, tiny_tokenizer: Tokenizer
+):
+    config = config_of(text_file, train_tokens=64_000, eval_tokens=6_400, calibration_tokens=6_400)
+    with pytest.raises(UserError, match=r"is more than the text holds") as caught:
+        split_tokens(config, tiny_tokenizer)
+    fix = str(caught.value).rpartition("e.g. ")[2].split(", ")
+    lowered = {field: int(value) for field, value in (part.split() for part in fix)}
+    splits = split_tokens(config.model_copy(update=lowered), tiny_tokenizer)  # the advice holds
+    assert len(splits.train) == lowered["train_tokens"] // 16 * 15
+
+
+def test_other_bad_input(
+    text_file: pathlib.Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    config = config_of(text_file)
+    with pytest.raises(UserError, match=r"corpus.source: 'files' is text, .* no tokenizer"):
+        split_tokens(config, None)
+    with pytest.raises(UserError, match=r"corpus.eval_tokens: 31 is less than 2 windows of 16"):
+        split_tokens(config.model_copy(update={"eval_tokens": 31}), tiny_tokenizer)
+    bare = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)
+    assert split_tokens(config, bare).bos_token is None
+    with pytest.raises(UserError, match=r"corpus.bos: 'always', but the tokenizer has no BOS"):
+        split_tokens(config.model_copy(update={"bos": "always"}), bare)
+    with pytest.raises(UserError, match=r"corpus.source: 'tokens' holds token ids, no text"):
+        list(documents(config.model_copy(update={"source": "tokens"})))
+    monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(text_file.parent)})
+    with pytest.raises(UserError, match=r"corpus.source: 'stdlib' needs the standard library's"):
+        stdlib_documents()

@@ -1,0 +1,362 @@
+import copy
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from conftest import VOCABULARY
+from independent import pruning as independent
+from prunelens.config import PruningConfig
+from prunelens.errors import UserError
+from prunelens.model import as_language_model
+from prunelens.prune import (
+    apply_masks,
+    as_matrix,
+    calibrate,
+    input_norms,
+    keep_masks,
+    load_masks,
+    magnitude,
+    prunable_matrices,
+    prune_model,
+    save_checkpoint,
+    save_masks,
+    wanda,
+)
+from prunelens.prune import masks as masks_module
+
+SPARSITIES = ("0.0", "0.3", "0.5", "0.7")
+SCOPES = ("global", "matrix", "row")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products gain nothing from a second thread and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def windows():
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(0, VOCABULARY, (5, 12), generator=generator)
+
+
+def wanda_config(**changes):
+    return PruningConfig(**{"criterion": "wanda", "scope": "row", "sparsity": 0.5, **changes})
+
+
+def assert_same_masks(ours, theirs):
+    assert list(ours) == list(theirs)
+    for name, mask in theirs.items():
+        assert np.array_equal(ours[name].numpy(), mask), name
+
+
+def set_weights(lm, weights):
+    for name, module in prunable_matrices(lm).items():
+        as_matrix(module).copy_(torch.tensor(weights[name]))
+
+
+def state_of(lm):
+    return {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+
+
+# The masks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
+def test_masks_equal_the_independent_implementation(tiny_lm, windows, dtype, criterion):
+    tiny_lm.model.to(dtype)
+    weights = independent.prunable_weights(tiny_lm.model)
+    norms = input_norms(tiny_lm, windows)
+    slow_norms = {name: norm.numpy() for name, norm in norms.items()}
+    slow_scores = independent.scores_of(weights, criterion, slow_norms)
+    for scope in SCOPES:
+        slow_masks = independent.masks_of(slow_scores, scope, SPARSITIES)
+        for sparsity, slow in zip(SPARSITIES, slow_masks, strict=True):
+            config = PruningConfig(criterion=criterion, scope=scope, sparsity=float(sparsity))
+            set_weights(tiny_lm, weights)
+            pruned = prune_model(tiny_lm, config, input_norms=norms)
+            assert_same_masks(pruned.masks, slow)
+            for name, matrix in independent.prunable_weights(tiny_lm.model).items():
+                assert np.array_equal(matrix, np.where(slow[name], weights[name], 0)), name
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_ties_go_to_the_lowest_index_of_the_first_matrix(scope, monkeypatch):
+    monkeypatch.setattr(masks_module, "BLOCK_WEIGHTS", 16)
+    generator = torch.Generator().manual_seed(0)
+    scores = {
+        name: torch.randint(0, 4, shape, generator=generator).float() / 3
+        for name, shape in {"b": (7, 9), "a": (4, 5), "c": (1, 3)}.items()
+    }
+    lists = {name: matrix.tolist() for name, matrix in scores.items()}
+    texts = ("0", "0.01", "0.1", "0.25", "0.7", "0.99", "1")
+    for text, slow in zip(texts, independent.masks_of(lists, scope, texts), strict=True):
+        assert_same_masks(keep_masks(scores, scope=scope, sparsity=Fraction(text)), slow)
+
+
+def test_scores_over_the_whole_float_range_are_ordered():
+    generator = torch.Generator().manual_seed(1)
+    exponents = torch.rand(60, 50, generator=generator) * 75 - 45
+    scores = {"wide": 10.0**exponents}  # from denormal numbers to 1e30
+    lists = {"wide": scores["wide"].tolist()}
+    ours = keep_masks(scores, scope="global", sparsity=Fraction("0.37"))
+    assert_same_masks(ours, independent.masks_of(lists, "global", ["0.37"])[0])
+
+
+def test_counts_are_exact_where_floats_are_not():
+    """0.7 * 90 is 62.99… in floats; a row of 128 at 30 % loses 38."""
+    for columns, sparsity, zeroed in ((90, 0.7, 63), (128, 0.3, 38), (3, 0.3, 0)):
+        fraction = wanda_config(sparsity=sparsity).fraction
+        mask = keep_masks({"m": torch.rand(2, columns)}, scope="row", sparsity=fraction)["m"]
+        assert (~mask).sum(1).tolist() == [zeroed, zeroed]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_name_their_matrix(scope, bad):
+    scores = {"fine": torch.rand(2, 3), "broken": torch.tensor([[1.0, bad]])}
+    with pytest.raises(UserError, match="broken"):
+        keep_masks(scores, scope=scope, sparsity=Fraction(1, 2))
+
+
+def test_wanda_weighs_columns_by_their_inputs():
+    weight = torch.tensor([[1.0, -2.0], [-3.0, 0.5]], dtype=torch.bfloat16)
+    assert torch.equal(wanda(weight, torch.tensor([10.0, 1.0])), torch.tensor([[10, 2], [30, 0.5]]))
+    assert torch.equal(magnitude(weight), torch.tensor([[1, 2], [3, 0.5]]))
+
+
+# The calibration
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_those_of_whole_forward_passes(tiny_lm, windows, dtype, monkeypatch):
+    monkeypatch.setattr(calibrate, "BATCH_TOKENS", 24)  # batches of 2, 2 and 1 windows
+    tiny_lm.model.to(dtype)
+    done = []
+    norms = input_norms(tiny_lm, windows, done.append)
+    inputs = independent.inputs_of(tiny_lm.model, windows)
+    assert list(norms) == list(inputs) and done == [2, 4, 5]
+    for name, rows in inputs.items():
+        np.testing.assert_allclose(
+            norms[name], independent.norms_of(rows), rtol=1e-5 if dtype == torch.float32 else 2e-2
+        )
+
+
+def test_small_inputs_are_not_lost_among_many(monkeypatch):
+    """300,000 equal terms after a large one: a float32 running sum would stand still."""
+    matrix = torch.nn.Linear(1, 1)
+    with calibrate._summing_squares({"m": matrix}) as squares:
+        matrix(torch.tensor([[30000.0]]))
+        for _ in range(75):
+            matrix(torch.full((4000, 1), 3.0))
+    expected = (30000.0**2 + 300_000 * 9) ** 0.5
+    assert float(calibrate._norms(squares)["m"]) == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("scope", ["matrix", "row"])
+def test_sequential_equals_whole_passes_after_every_block(tiny_lm, windows, scope, monkeypatch):
+    monkeypatch.setattr(calibrate, "BATCH_TOKENS", 24)
+    slow_lm, dense_lm, done = copy.deepcopy(tiny_lm), copy.deepcopy(tiny_lm), []
+    config = wanda_config(scope=scope, calibration="sequential")
+    pruned = prune_model(tiny_lm, config, calibration=windows, progress=done.append)
+    slow = independent.prune_sequentially(slow_lm.model, windows, scope, "0.5")
+    assert_same_masks(pruned.masks, slow)
+    assert all(torch.equal(a, slow_lm.model.state_dict()[n]) for n, a in state_of(tiny_lm).items())
+    assert done[-1] == len(windows) and len(done) == len(tiny_lm.blocks)
+    dense = prune_model(dense_lm, wanda_config(scope=scope), calibration=windows)
+    assert any(not torch.equal(dense.masks[n], mask) for n, mask in pruned.masks.items())
+
+
+def test_sequential_hands_each_block_its_own_mask_and_rotary_embedding(windows, monkeypatch):
+    """Gemma 3 with local and global layers, windows longer than the sliding one."""
+    monkeypatch.setattr(calibrate, "BATCH_TOKENS", 24)
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = transformers.Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=3,
+        layer_types=layer_types,
+        initializer_range=0.2,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    lm, slow_lm = (as_language_model(copy.deepcopy(model), label="gemma") for _ in range(2))
+    pruned = prune_model(lm, wanda_config(calibration="sequential"), calibration=windows)
+    slow = independent.prune_sequentially(slow_lm.model, windows, "row", "0.5")
+    assert_same_masks(pruned.masks, slow)
+
+
+def test_sequential_refuses_blocks_that_share_state(tiny_llama, windows):
+    """A block that remembers the text it saw last cannot be run block by block."""
+    memory = {}
+
+    def remember(block, arguments):
+        memory["first"] = arguments[0]
+
+    def add(block, arguments):
+        return (arguments[0] + 3 * memory["first"], *arguments[1:])
+
+    tiny_llama.blocks[0].register_forward_pre_hook(remember)
+    tiny_llama.blocks[1].register_forward_pre_hook(add)
+    with pytest.raises(UserError, match=r"pruning\.calibration: 'sequential'.*use dense"):
+        prune_model(tiny_llama, wanda_config(calibration="sequential"), calibration=windows)
+
+
+def test_broken_activations_stop_before_any_change(tiny_llama, windows):
+    tiny_llama.model.get_input_embeddings().weight.data[int(windows[0, 0])] = float("nan")
+    before = state_of(tiny_llama)
+    with pytest.raises(UserError, match="calibration inputs of"):
+        prune_model(tiny_llama, wanda_config(), calibration=windows)
+    after = tiny_llama.model.state_dict()
+    assert all(torch.equal(a.nan_to_num(), after[n].nan_to_num()) for n, a in before.items())
+
+
+def test_hooks_are_gone_afterwards(tiny_llama, windows):
+    prune_model(tiny_llama, wanda_config(calibration="sequential"), calibration=windows)
+    input_norms(tiny_llama, windows)
+    assert not any(module._forward_pre_hooks for module in tiny_llama.model.modules())
+
+
+# A model in, a pruned model out
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_zero_pruning_changes_nothing(tiny_lm, windows, scope):
+    before = state_of(tiny_lm)
+    pruned = prune_model(tiny_lm, wanda_config(scope=scope, sparsity=0.0), calibration=windows)
+    assert pruned.achieved_sparsity == 0 and all(mask.all() for mask in pruned.masks.values())
+    assert all(torch.equal(tensor, before[n]) for n, tensor in tiny_lm.model.state_dict().items())
+
+
+def test_the_report_says_what_each_matrix_lost(tiny_llama):
+    config = PruningConfig(criterion="magnitude", scope="global", sparsity=0.3)
+    pruned = prune_model(tiny_llama, config)
+    matrices = prunable_matrices(tiny_llama)
+    assert [line.name for line in pruned.report] == list(matrices)
+    for line in pruned.report:
+        assert line.num_zeroed == int((as_matrix(matrices[line.name]) == 0).sum())
+        assert line.achieved == line.num_zeroed / line.num_weights
+    total = sum(line.num_weights for line in pruned.report)
+    assert pruned.achieved_sparsity == int(Fraction(3, 10) * total) / total
+
+
+def test_only_matrices_inside_blocks_are_prunable(tiny_lm):
+    names = list(prunable_matrices(tiny_lm))
+    assert names == list(independent.prunable_weights(tiny_lm.model))
+    assert len(names) % len(tiny_lm.blocks) == 0
+    assert not any("embed" in n or "lm_head" in n or "wte" in n for n in names)
+
+
+def test_a_shared_weight_counts_once(tiny_llama):
+    names = list(prunable_matrices(tiny_llama))
+    twin = next(n for n in names[1:] if as_matrix(tiny_llama.model.get_submodule(n)).shape
+                == as_matrix(tiny_llama.model.get_submodule(names[0])).shape)  # fmt: skip
+    tiny_llama.model.get_submodule(twin).weight = tiny_llama.model.get_submodule(names[0]).weight
+    assert list(prunable_matrices(tiny_llama)) == [n for n in names if n != twin]
+
+
+def test_experts_are_refused_rather_than_left_dense(tiny_llama):
+    tiny_llama.blocks[0].experts = torch.nn.Module()
+    tiny_llama.blocks[0].experts.up = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    with pytest.raises(UserError, match=r"experts\.up has shape \[2, 3, 4\]"):
+        prunable_matrices(tiny_llama)
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "message"),
+    [
+        ({"calibration": "sequential"}, "norms", "calibration windows instead"),
+        ({}, "", "needs calibration windows or input_norms"),
+        ({}, "wrong norms", "norms; use what"),
+        ({}, "no windows", r"raise corpus\.calibration_tokens"),
+    ],
+)
+def test_missing_norms_say_the_fix(tiny_llama, windows, changes, given, message):
+    options = {
+        "": {},
+        "windows": {"calibration": windows},
+        "norms": {"input_norms": {}},
+        "wrong norms": {"input_norms": dict.fromkeys(prunable_matrices(tiny_llama), torch.ones(1))},
+        "no windows": {"calibration": windows[:0]},
+    }[given]
+    with pytest.raises(UserError, match=message):
+        prune_model(tiny_llama, wanda_config(**changes), **options)
+
+
+def test_sequential_is_refused_where_it_means_nothing():
+    for changes in ({"criterion": "magnitude"}, {"scope": "global"}):
+        with pytest.raises(ValueError, match="sequential"):
+            wanda_config(calibration="sequential", **changes)
+
+
+# Files
+
+
+def test_masks_survive_the_disk_and_prune_a_fresh_model(tiny_lm, windows, tmp_path):
+    fresh = copy.deepcopy(tiny_lm)
+    pruned = prune_model(tiny_lm, wanda_config(sparsity=0.3), calibration=windows)
+    path = tmp_path / "masks.safetensors"
+    save_masks(pruned.masks, path)
+    loaded = load_masks(path)
+    assert list(loaded) == list(pruned.masks)
+    assert all(torch.equal(loaded[n], mask) for n, mask in pruned.masks.items())
+    num_weights = sum(mask.numel() for mask in loaded.values())
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.stat().st_size - header <= num_weights / 8 + len(loaded)
+    apply_masks(fresh, loaded)
+    assert all(torch.equal(t, tiny_lm.model.state_dict()[n]) for n, t in state_of(fresh).items())
+
+
+def test_masks_of_another_model_are_refused(tiny_llama, tmp_path):
+    masks = {name: torch.zeros(as_matrix(m).shape, dtype=torch.bool)
+             for name, m in prunable_matrices(tiny_llama).items()}  # fmt: skip
+    first = next(iter(masks))
+    before = state_of(tiny_llama)
+    with pytest.raises(UserError, match=f"{first}.* use masks of this model"):
+        apply_masks(tiny_llama, {n: mask for n, mask in masks.items() if n != first})
+    with pytest.raises(UserError, match="'extra'"):
+        apply_masks(tiny_llama, masks | {"extra": masks[first]})
+    with pytest.raises(UserError, match=f"{first} has shape"):
+        apply_masks(tiny_llama, masks | {first: masks[first][:1]})
+    assert all(torch.equal(t, tiny_llama.model.state_dict()[n]) for n, t in before.items())
+    (tmp_path / "text").write_text("no masks")
+    for name in ("text", "missing"):
+        with pytest.raises(UserError, match=name):
+            load_masks(tmp_path / name)
+
+
+def test_a_saved_checkpoint_loads_with_equal_logits(tiny_lm, windows, tmp_path):
+    prune_model(tiny_lm, wanda_config(), calibration=windows)
+    folder = tmp_path / "new" / "pruned"
+    save_checkpoint(tiny_lm, folder)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    implementation = tiny_lm.model.config._attn_implementation
+    loaded.set_attn_implementation(implementation)
+    with torch.no_grad():
+        assert torch.equal(loaded(windows).logits, tiny_lm.model(windows).logits)
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["pruned"]
+    assert any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin"))
+
+
+def test_a_checkpoint_overwrites_nothing(tiny_llama, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    for target in (tmp_path, tmp_path / "mine"):
+        with pytest.raises(UserError, match="name a new one"):
+            save_checkpoint(tiny_llama, target)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "empty").mkdir()
+    save_checkpoint(tiny_llama, tmp_path / "empty")
+    assert (tmp_path / "empty" / "config.json").is_file()

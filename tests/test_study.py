@@ -1,0 +1,297 @@
+"""The study runner on a tiny model: plan, run, resume, fail, repair."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.torch import load_file, save_file
+
+from prunelens.config import study_from_data
+from prunelens.errors import UserError
+from prunelens.report.tables import COLUMNS
+from prunelens.report.write import run_and_report
+from prunelens.study import local
+from prunelens.study.plan import plan_study
+from prunelens.study.run import study_status
+
+SENTENCES = ["def greet(name):", "return 'hello ' + name", "The quick brown fox", "jumps over it"]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    generator = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = [" ".join(generator.choice(SENTENCES, 6)) + f" {n}" for n in range(400)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def data(checkpoint_folder, text_file):
+    """A study of seconds: two pruned conditions, two seeds, all questions."""
+    return {
+        "name": "tiny",
+        "models": [{"name": str(checkpoint_folder), "layers": [1]}],
+        "corpus": {
+            "source": "files",
+            "paths": [str(text_file)],
+            "document": "line",
+            "context_tokens": 16,
+            "train_tokens": 3200,
+            "eval_tokens": 1600,
+            "calibration_tokens": 800,
+        },
+        "perplexity": {"context_tokens": [16]},
+        "prunings": [
+            {"criterion": "magnitude", "scope": "global", "sparsities": [0.5]},
+            {"criterion": "wanda", "scope": "row", "sparsities": [0.3]},
+        ],
+        "sae": {
+            "expansion": 4,
+            "k": 4,
+            "steps": 24,
+            "batch_tokens": 64,
+            "learning_rate": 1e-3,
+            "checkpoint_every": 5,
+            "seeds": [0, 1],
+        },
+        "threads_per_stage": 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint_folder, text_file, tmp_path_factory):
+    """One finished study and its outcome, shared by the tests that only look."""
+    out = tmp_path_factory.mktemp("finished") / "tiny"
+    study = study_from_data(data.__wrapped__(checkpoint_folder, text_file))
+    outcome = run_and_report(study, out, quiet=True)
+    return study, out, outcome
+
+
+def tables_of(out):
+    return {p.name: p.read_bytes() for p in sorted((out / "tables").glob("*.csv"))}
+
+
+def test_a_finished_study_keeps_the_contract(finished):
+    _, out, outcome = finished
+    assert {r.status for r in outcome.results} == {"done"}
+    for name in ("study.yaml", "environment.json", "runs.csv", "latents.parquet"):
+        assert (out / name).is_file()
+    for name, columns in COLUMNS.items():
+        table = pd.read_csv(out / "tables" / f"{name}.csv")
+        assert list(table.columns) == columns
+        assert len(table)
+    for figure in ("fig1_seed_stability", "fig2_survival"):
+        for suffix in (".png", ".pdf"):
+            assert (out / "figures" / f"{figure}{suffix}").stat().st_size > 1000
+    runs = pd.read_csv(out / "runs.csv", keep_default_na=False)
+    assert list(runs["run"]) == [
+        "tiny-llama/L1/dense",
+        "tiny-llama/L1/magnitude-global-0.50",
+        "tiny-llama/L1/wanda-row-0.30",
+    ]
+
+
+def test_all_seven_arms_at_all_taus_in_both_coordinates(finished):
+    _, out, _ = finished
+    survival = pd.read_csv(out / "tables" / "survival.csv")
+    dense = survival[survival["method"] == "dense"]
+    pruned = survival[survival["method"] != "dense"]
+    assert set(dense["arm"]) == {"ceiling_shared", "floor_shared", "ceiling_cross", "chance"}
+    for _, part in pruned.groupby("run"):
+        assert set(part["arm"]) == {"shared_init", "shared_start", "cross_init"}
+    assert set(survival["tau"]) == {0.5, 0.6, 0.7, 0.8, 0.9}
+    assert set(survival["coordinates"]) == {"normalised", "raw"}
+
+
+def test_latents_have_one_row_per_run_seed_and_latent(finished):
+    study, out, _ = finished
+    latents = pd.read_parquet(out / "latents.parquet")
+    assert len(latents) == 3 * len(study.sae.seeds) * 64
+    assert not latents.duplicated(["run", "seed", "latent"]).any()
+    pruned = latents[latents["method"] != "dense"]
+    assert pruned["cosine_shared_init"].notna().all()
+    assert pruned["cosine_cross_init"].notna().all()
+    rates = pd.read_csv(out / "tables" / "survival.csv")
+    row = rates[
+        (rates["arm"] == "shared_init")
+        & (rates["coordinates"] == "normalised")
+        & (rates["tau"] == 0.7)
+    ].iloc[0]
+    same = pruned[(pruned["run"] == row["run"]) & (pruned["seed"] == row["init_a"])]
+    mnn = (same["mutual_shared_init"].astype(bool) & (same["cosine_shared_init"] >= 0.7)).mean()
+    assert mnn == pytest.approx(row["mnn"])
+    quality = pd.read_csv(out / "tables" / "sae_quality.csv").iloc[0]
+    first = latents[(latents["run"] == quality["run"]) & (latents["seed"] == quality["seed"])]
+    assert (first["firing_rate"] > 0).sum() == quality["alive"]
+    assert first["firing_rate"].sum() == pytest.approx(quality["l0"])
+
+
+def test_a_second_run_does_no_work(finished):
+    study, out, _ = finished
+    before = tables_of(out)
+    outcome = run_and_report(study, out, quiet=True)
+    assert outcome.num_executed == 0
+    assert tables_of(out) == before
+
+
+def test_activation_stores_are_deleted_and_nothing_is_left_half_done(finished):
+    _, out, _ = finished
+    assert not list((out / "artifacts" / "activations").iterdir())
+    assert not list((out / "artifacts").glob("*/*.tmp"))
+    assert not list((out / "artifacts" / "unfinished").iterdir())
+
+
+def test_no_pickle_is_written(finished):
+    _, out, _ = finished
+    kinds = {p.suffix for p in out.rglob("*") if p.is_file()} - {""}
+    assert kinds <= {".safetensors", ".json", ".parquet", ".csv", ".yaml", ".png", ".pdf"}
+
+
+def test_a_new_condition_runs_only_what_is_new(finished, data, tmp_path):
+    _, out, _ = finished
+    subprocess.run(["cp", "-r", str(out), str(tmp_path / "copy")], check=True)
+    data["prunings"].append({"criterion": "magnitude", "scope": "row", "sparsities": [0.3]})
+    outcome = run_and_report(study_from_data(data), tmp_path / "copy", quiet=True)
+    # two activation stores (the dense one was deleted), statistics, masks, perplexity, three SAEs,
+    # stability, survival, corrected, persistence
+    assert outcome.num_executed == 12
+    assert len(pd.read_csv(tmp_path / "copy" / "runs.csv")) == 4
+
+
+def test_one_failed_run_does_not_stop_the_others(data, tmp_path, monkeypatch):
+    real = local.execute
+
+    def broken(work):
+        if work.stage.name == "activations" and "magnitude" in work.stage.label:
+            raise UserError("activations: NaN in layer 1; use bfloat16")
+        if work.stage.name == "prune" and "wanda" in work.stage.label:
+            raise ZeroDivisionError("a bug of ours")
+        real(work)
+
+    monkeypatch.setattr(local, "execute", broken)
+    outcome = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
+    assert [r.status for r in outcome.results] == ["done", "failed", "failed"]
+    runs = pd.read_csv(tmp_path / "s" / "runs.csv", keep_default_na=False)
+    assert "NaN in layer 1; use bfloat16" in runs["reason"][1]
+    assert "ZeroDivisionError" in runs["reason"][2]
+    assert list((tmp_path / "s" / "logs").glob("prune-*.log"))
+    quality = pd.read_csv(tmp_path / "s" / "tables" / "sae_quality.csv")
+    assert set(quality["method"]) == {"dense"}
+    assert [row["status"] for row in study_status(tmp_path / "s")] == ["done", "failed", "failed"]
+    monkeypatch.setattr(local, "execute", real)
+    again = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
+    assert {r.status for r in again.results} == {"done"}
+
+
+def test_a_damaged_artifact_is_set_aside_and_made_again(finished, tmp_path):
+    study, out, _ = finished
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+    plan = plan_study(study)
+    sae = next(iter(plan.runs[1].saes.values()))
+    path = copy / "artifacts" / "sae" / sae.identity / "sae.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    outcome = run_and_report(study, copy, quiet=True)
+    assert outcome.num_executed == 2  # its activations and itself
+    assert list((copy / "artifacts" / "damaged").iterdir())
+    assert tables_of(copy) == tables_of(out)
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_tables(finished, tmp_path):
+    study, out, _ = finished
+    path = tmp_path / "study.json"
+    path.write_text(study.model_dump_json())
+    code = (
+        "import sys, json, pathlib; from prunelens.config import study_from_data;"
+        "from prunelens.report.write import run_and_report;"
+        "run_and_report(study_from_data(json.loads(pathlib.Path(sys.argv[1]).read_text())),"
+        " pathlib.Path(sys.argv[2]), quiet=True)"
+    )
+    target = tmp_path / "killed"
+    kills = 0
+    for number in range(3):
+        process = subprocess.Popen([sys.executable, "-c", code, str(path), str(target)])
+        wait_for_artifacts(process, target, more_than=4 + 7 * number)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    outcome = run_and_report(study, target, quiet=True)
+    assert outcome.num_executed > 0
+    assert tables_of(target) == tables_of(out)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(target / "latents.parquet"), pd.read_parquet(out / "latents.parquet")
+    )
+
+
+def wait_for_artifacts(process, target, more_than):
+    """Until so many artifacts are there, so that a kill falls inside the work."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if len(list(target.glob("artifacts/*/*/meta.json"))) > more_than:
+                return
+        time.sleep(0.01)
+
+
+def test_two_processes_on_one_folder_are_refused(finished):
+    import filelock
+
+    study, out, _ = finished
+    with (
+        filelock.FileLock(out / ".lock"),
+        pytest.raises(UserError, match="another prunelens works"),
+    ):
+        run_and_report(study, out, quiet=True)
+
+
+def test_identities_ignore_paths_and_devices_and_cover_the_model(data, checkpoint_folder, tmp_path):
+    copy = tmp_path / "elsewhere" / "tiny-llama"
+    subprocess.run(["mkdir", "-p", str(copy.parent)], check=True)
+    subprocess.run(["cp", "-r", str(checkpoint_folder), str(copy)], check=True)
+    here = plan_study(study_from_data(data)).targets().keys()
+    data["models"][0]["name"] = str(copy)
+    assert plan_study(study_from_data(data)).targets().keys() == here
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert not plan_study(study_from_data(data)).targets().keys() & here
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sae": {"k": 65}}, "sae.k: 65 is more than the 64 latents"),
+        ({"sae": {"batch_tokens": 10**6}}, "sae.batch_tokens: 1000000 is more than"),
+        ({"models": [{"layers": [3]}]}, "has 3 blocks; use 0 to 2"),
+        ({"models": [{"name": "./no/such/model"}]}, "models.name"),
+        ({"corpus": {"paths": ["nothing.txt"]}}, "corpus.paths"),
+        ({"corpus": {"train_tokens": 10**7}}, "corpus.train_tokens"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(data, tmp_path, change, message):
+    for part, fields in change.items():
+        target = data[part][0] if isinstance(data[part], list) else data[part]
+        target.update(fields[0] if isinstance(fields, list) else fields)
+    with pytest.raises(UserError) as error:
+        run_and_report(study_from_data(data), tmp_path / "out", quiet=True)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_environment_is_recorded(finished):
+    _, out, _ = finished
+    facts = json.loads((out / "environment.json").read_text())
+    assert {"python", "libraries", "device", "cpu_count"} <= set(facts)
