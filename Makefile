@@ -10,7 +10,7 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 
 # Compiling all of torch and transformers to bytecode takes longer than the rest of the installation,
 # so only what is imported is compiled, on first import, and kept even where the environment says not to.
-export PIP_NO_COMPILE := 1
+export PIP_COMPILE := 0
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install demo test

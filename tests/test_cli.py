@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 from prunelens.sae.topk import TopKSAE
@@ -93,7 +92,3 @@ def test_match_prints_the_rates_of_two_saes(tmp_path):
     other = json.loads(prunelens("match", tmp_path / "a", tmp_path / "c", "--json").stdout)
     assert other[-1]["mnn"] < 0.1
     assert "one-way" in prunelens("match", tmp_path / "a", tmp_path / "c").stdout
-
-
-def test_the_threads_of_a_test_run_are_few():
-    assert torch.get_num_threads() <= 2

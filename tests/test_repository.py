@@ -27,9 +27,13 @@ import tomllib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jaxtyping
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from prunelens.prune.scores import wanda
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "prunelens"
@@ -52,7 +56,10 @@ def test_readme_tree_is_the_tree_on_disk() -> None:
 
 
 def test_tree_comparison_sees_both_kinds_of_difference() -> None:
-    readme = "```text\nprunelens/\n  a.py, b.py   two\n  src/p/       code\n    c.py  x\n  d/     all\n```\n"
+    readme = (
+        "```text\nprunelens/\n  a.py, b.py   two\n"
+        "  src/p/       code\n    c.py  x\n  d/     all\n```\n"
+    )
     entries = tree_entries(readme)
     assert [e.path for e in entries] == ["a.py", "b.py", "src/p/", "src/p/c.py", "d/"]
     assert compare(entries, ["a.py", "b.py", "src/p/c.py", "d/e/f.py", ".dot"]) == ([], [])
@@ -89,14 +96,14 @@ def compare(entries: list[Entry], files: list[str]) -> tuple[list[str], list[str
     holds = {parent for file in files for parent in _with_parents(file)}
     missing = [e.path for e in entries if e.path not in holds]
     named = {parent for e in entries for parent in _with_parents(e.path)}
-    leaves = tuple(e.path for e in entries if e.is_leaf and e.path.endswith("/"))
-    unlisted = []
+    listed_as_a_whole = tuple(e.path for e in entries if e.is_leaf and e.path.endswith("/"))
+    unlisted = {}
     for file in files:
-        outermost = next((p for p in _with_parents(file) if p not in named), None)
-        if outermost and not file.startswith((*leaves, ".")) and outermost not in unlisted:
-            if not pathlib.PurePath(outermost).name.startswith("."):
-                unlisted.append(outermost)
-    return missing, unlisted
+        outermost = next((p for p in _with_parents(file) if p not in named), file)
+        hidden = pathlib.PurePath(outermost).name.startswith(".")
+        if outermost not in named and not hidden and not file.startswith(listed_as_a_whole):
+            unlisted[outermost] = True
+    return missing, list(unlisted)
 
 
 def _with_parents(path: str) -> list[str]:
@@ -156,6 +163,11 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
                     yield ast.unparse(keyword)
 
 
+def test_shapes_are_checked_under_pytest() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError, match="input_norm"):
+        wanda(torch.ones(3, 4), torch.ones(5))
+
+
 def test_no_file_names_a_place_on_one_machine() -> None:
     """Absolute paths of whoever wrote a file have no place in the repository."""
     place = re.compile(r"(?<![\w.:/-])/(?:work|root|home|opt|mnt|Users)/\w+")
@@ -194,7 +206,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def test_constraints_pin_every_dependency_within_its_range() -> None:
-    pins = {}
+    pins: dict[str, str] = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
             name, version = line.split("==")

@@ -33,8 +33,7 @@ def text_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def data(checkpoint_folder, text_file):
+def tiny_study(checkpoint_folder, text_file):
     """A study of seconds: two pruned conditions, two seeds, all questions."""
     return {
         "name": "tiny",
@@ -66,11 +65,16 @@ def data(checkpoint_folder, text_file):
     }
 
 
+@pytest.fixture
+def data(checkpoint_folder, text_file):
+    return tiny_study(checkpoint_folder, text_file)
+
+
 @pytest.fixture(scope="module")
 def finished(checkpoint_folder, text_file, tmp_path_factory):
     """One finished study and its outcome, shared by the tests that only look."""
     out = tmp_path_factory.mktemp("finished") / "tiny"
-    study = study_from_data(data.__wrapped__(checkpoint_folder, text_file))
+    study = study_from_data(tiny_study(checkpoint_folder, text_file))
     outcome = run_and_report(study, out, quiet=True)
     return study, out, outcome
 
@@ -167,16 +171,16 @@ def test_a_new_condition_runs_only_what_is_new(finished, data, tmp_path):
 
 
 def test_one_failed_run_does_not_stop_the_others(data, tmp_path, monkeypatch):
-    real = local.execute
+    real = local.make_stage
 
-    def broken(work):
-        if work.stage.name == "activations" and "magnitude" in work.stage.label:
+    def broken(store, stage, **options):
+        if stage.name == "activations" and "magnitude" in stage.label:
             raise UserError("activations: NaN in layer 1; use bfloat16")
-        if work.stage.name == "prune" and "wanda" in work.stage.label:
+        if stage.name == "prune" and "wanda" in stage.label:
             raise ZeroDivisionError("a bug of ours")
-        real(work)
+        real(store, stage, **options)
 
-    monkeypatch.setattr(local, "execute", broken)
+    monkeypatch.setattr(local, "make_stage", broken)
     outcome = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
     assert [r.status for r in outcome.results] == ["done", "failed", "failed"]
     runs = pd.read_csv(tmp_path / "s" / "runs.csv", keep_default_na=False)
@@ -186,7 +190,7 @@ def test_one_failed_run_does_not_stop_the_others(data, tmp_path, monkeypatch):
     quality = pd.read_csv(tmp_path / "s" / "tables" / "sae_quality.csv")
     assert set(quality["method"]) == {"dense"}
     assert [row["status"] for row in study_status(tmp_path / "s")] == ["done", "failed", "failed"]
-    monkeypatch.setattr(local, "execute", real)
+    monkeypatch.setattr(local, "make_stage", real)
     again = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
     assert {r.status for r in again.results} == {"done"}
 
@@ -245,6 +249,13 @@ def wait_for_artifacts(process, target, more_than):
         time.sleep(0.01)
 
 
+def test_several_workers_give_the_same_tables(finished, tmp_path):
+    study, out, _ = finished
+    outcome = run_and_report(study, tmp_path / "workers", workers=2, quiet=True)
+    assert {r.status for r in outcome.results} == {"done"}
+    assert tables_of(tmp_path / "workers") == tables_of(out)
+
+
 def test_two_processes_on_one_folder_are_refused(finished):
     import filelock
 
@@ -277,7 +288,7 @@ def test_identities_ignore_paths_and_devices_and_cover_the_model(data, checkpoin
         ({"models": [{"layers": [3]}]}, "has 3 blocks; use 0 to 2"),
         ({"models": [{"name": "./no/such/model"}]}, "models.name"),
         ({"corpus": {"paths": ["nothing.txt"]}}, "corpus.paths"),
-        ({"corpus": {"train_tokens": 10**7}}, "corpus.train_tokens"),
+        ({"corpus": {"train_tokens": 10**7}}, "give more text, or lower the largest"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(data, tmp_path, change, message):

@@ -31,6 +31,10 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Replace a field: sae.steps=500. Repeatable.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes side by side; default: as cores and memory allow."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Folder = Annotated[pathlib.Path, typer.Argument(metavar="DIR", help="A study's folder.")]
@@ -58,11 +62,12 @@ def demo(
     out: Out = None,
     settings: Settings = None,
     device: Device = "auto",
+    workers: Workers = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """The shipped study on the bundled model; the same as `run demo`."""
-    run("demo", out, settings, device, quiet, as_json)
+    run("demo", out, settings, device, workers, quiet, as_json)
 
 
 @app.command()
@@ -71,6 +76,7 @@ def run(
     out: Out = None,
     settings: Settings = None,
     device: Device = "auto",
+    workers: Workers = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -79,7 +85,7 @@ def run(
     folder = out or pathlib.Path("runs") / config.name
     from prunelens.report.write import run_and_report
 
-    outcome = run_and_report(config, folder, device=device, quiet=quiet or as_json)
+    outcome = run_and_report(config, folder, device=device, workers=workers, quiet=quiet or as_json)
     failed = [result for result in outcome.results if result.status == "failed"]
     if as_json:
         runs = {result.run.name: result.reason or "done" for result in outcome.results}

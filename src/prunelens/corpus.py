@@ -211,13 +211,14 @@ def _too_little(config: CorpusConfig, quotas: dict[str, int], missing: dict[str,
     found = quotas[worst] - missing[worst]
     scale = 0.97 * found / quotas[worst]
     fields = ("train_tokens", "eval_tokens", "calibration_tokens")
-    lower = ", ".join(
-        f"{f} {int(getattr(config, f) * scale) // config.context_tokens * config.context_tokens}"
-        for f in fields
-    )
+    windows_each = {f: int(getattr(config, f) * scale) // config.context_tokens for f in fields}
+    fix = "lower the largest of " + ", ".join(fields)
+    if all(windows_each.values()):
+        lower = (f"{f} {n * config.context_tokens}" for f, n in windows_each.items())
+        fix = f"lower all three, e.g. {', '.join(lower)}"
     return (
         f"corpus.{field}: {getattr(config, field)} is more than the text holds: {found} of"
-        f" {quotas[worst]} tokens for {worst}; give more text, or lower all three, e.g. {lower}"
+        f" {quotas[worst]} tokens for {worst}; give more text, or {fix}"
     )
 
 

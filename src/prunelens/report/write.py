@@ -15,10 +15,18 @@ from prunelens.study.run import open_study, run_study
 
 
 def run_and_report(
-    study: StudyConfig, out: pathlib.Path, *, device: str = "auto", quiet: bool = False
+    study: StudyConfig,
+    out: pathlib.Path,
+    *,
+    device: str = "auto",
+    workers: int | None = 1,
+    quiet: bool = False,
 ) -> Outcome:
-    """Run what is missing of a study, then write its tables and figures and print the summary."""
-    outcome = run_study(study, out, device=device, quiet=quiet)
+    """Run what is missing of a study, then write its tables and figures and print the summary.
+
+    Arguments, errors and result as `run_study`.
+    """
+    outcome = run_study(study, out, device=device, workers=workers, quiet=quiet)
     tables = write_report(out)
     if not quiet:
         print_summary(tables, pd.read_csv(out / "runs.csv", keep_default_na=False))

@@ -151,16 +151,15 @@ def top_k(pre: Float[Tensor, "tokens latents"], k: int) -> SparseLatents:
     if pre.device.type != "cpu":
         return SparseLatents(*pre.topk(k, sorted=False))
     B, F = pre.shape
-    fixed = pre.detach()
     # Cost is about F/size maxima to search plus k*size candidates: least at sqrt(F/k).
     size = max(s for s in range(1, math.isqrt(F // k) + 1) if F % s == 0)
-    num_groups = F // size
-    groups = _largest(fixed.view(B, size, num_groups).amax(1) if size > 1 else fixed, k)
-    if size > 1:
-        members = torch.arange(size)[:, None] * num_groups
-        candidates = (groups[:, None, :] + members).view(B, size * k)
-        groups = candidates.gather(1, _largest(fixed.gather(1, candidates), k))
-    return SparseLatents(pre.gather(1, groups), groups)
+    num_groups = F // size  # group g holds the latents g, g + num_groups, ...
+    members = pre.detach().view(B, size, num_groups)
+    groups = _largest(members.amax(1), k)  # [B, k]
+    candidates = members.gather(2, groups[:, None, :].expand(B, size, k)).view(B, size * k)
+    found = _largest(candidates, k)
+    indices = found // k * num_groups + groups.gather(1, found % k)
+    return SparseLatents(pre.gather(1, indices), indices)
 
 
 def _largest(values: Float[Tensor, "tokens columns"], k: int) -> Int[Tensor, "tokens k"]:

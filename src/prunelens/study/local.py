@@ -1,4 +1,4 @@
-"""The local executor: makes what is missing, in order, on this machine.
+"""The local executor: makes what is missing, in this process or in several.
 
 Finished artifacts are never made again; a damaged one is set aside and remade. A stage that fails
 fails the runs that need it and no others. Activation stores go as soon as nothing that is still
@@ -7,23 +7,28 @@ to be made reads them.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import json
 import logging
+import multiprocessing
 import pathlib
-import traceback
-from collections.abc import Iterator
-from typing import NamedTuple
-
-import torch
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 from prunelens.errors import UserError
 from prunelens.study.plan import Plan, Run
 from prunelens.study.progress import StudyProgress
-from prunelens.study.stages import Work, execute
+from prunelens.study.stages import failure_of, make_stage
 from prunelens.study.store import DamagedArtifactError, Stage, Store
+from prunelens.study.worker import die_with_parent, make_by_identity, read_share
 
 log = logging.getLogger(__name__)
 
 SHARED_BY_ALL = ("corpus", "text")  # a mistake here is the user's and ends the study
+POLL_SECONDS = 0.5  # how often the progress of other processes is looked at
+Result = TypeVar("Result")
 
 
 class RunResult(NamedTuple):
@@ -44,33 +49,29 @@ class Outcome(NamedTuple):
     """Stages that had to be made; 0 when everything was there."""
 
 
-class _FailedError(Exception):
-    """A stage, or one that it needs, cannot be made."""
-
-
 def run_locally(
-    plan: Plan, store: Store, *, device: str, progress: StudyProgress, log_folder: pathlib.Path
+    plan: Plan,
+    store: Store,
+    *,
+    device: str,
+    workers: int,
+    progress: StudyProgress,
+    log_folder: pathlib.Path,
 ) -> Outcome:
-    """Make every target of every run of `plan`.
+    """Make every target of every run of `plan`, in `workers` processes (1: in this one).
 
-    Raises: UserError if the text itself is at fault, before any run has begun.
+    Raises: UserError if the text itself is at fault.
     """
-    executor = _Executor(plan, store, device, progress, log_folder)
     store.sweep_temporary()
-    progress.start(executor.missing_cost())
-    results = []
-    for run in plan.runs:
-        reason = ""
-        for stage in run.targets():
-            try:
-                executor.ensure(stage)
-            except _FailedError as failure:
-                reason = reason or str(failure)
-        results.append(RunResult(run, "failed" if reason else "done", reason))
-    return Outcome(results, executor.num_executed)
+    scheduler = _Scheduler(plan, store, device, progress, log_folder)
+    with _pool(workers) as pool:
+        scheduler.work_in(pool, limit=workers)
+    return Outcome([scheduler.result(run) for run in plan.runs], scheduler.num_executed)
 
 
-class _Executor:
+class _Scheduler:
+    """What is missing, what is being made, what failed."""
+
     def __init__(
         self,
         plan: Plan,
@@ -81,69 +82,110 @@ class _Executor:
     ) -> None:
         self._plan, self._store, self._device = plan, store, device
         self._progress, self._log_folder = progress, log_folder
+        self._running: dict[str, tuple[Stage, Future[str | None]]] = {}
         self._failures: dict[str, str] = {}
         self.num_executed = 0
 
-    def ensure(self, stage: Stage) -> pathlib.Path:
-        """The verified artifact of `stage`, made now if need be."""
-        if stage.identity in self._failures:
-            raise _FailedError(self._failures[stage.identity])
-        if self._store.has(stage):
-            try:
-                return self._store.read(stage)
-            except DamagedArtifactError as damage:
-                where = self._store.set_aside(stage)
-                log.warning("damaged artifact %s: moved to %s and made again", damage, where.name)
-        try:
-            parents = {role: self.ensure(parent) for role, parent in stage.parents.items()}
-        except _FailedError as failure:
-            self._failures[stage.identity] = str(failure)
-            raise
-        self._execute(stage, parents)
-        self._delete_unneeded()
-        return self._store.read(stage)
+    def work_in(self, pool: Executor, *, limit: int) -> None:
+        """Submit whatever is ready, at most `limit` at a time, until nothing is left to do."""
+        self._progress.start(sum(stage.cost for stage in self._missing()))
+        while True:
+            self._submit_ready(pool, limit)
+            if not self._running:
+                return
+            futures = [future for _, future in self._running.values()]
+            done = concurrent.futures.wait(
+                futures, POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
+            ).done
+            for identity, (stage, future) in list(self._running.items()):
+                if future in done:
+                    del self._running[identity]
+                    self._settle(stage, future.result())
+                else:
+                    self._progress.update(stage, read_share(self._store, stage))
 
-    def missing_cost(self) -> float:
-        """Work in all stages that are not there."""
-        return sum(stage.cost for stage in self._missing())
+    def result(self, run: Run) -> RunResult:
+        """How `run` ended: failed for the first reason that one of its targets failed for."""
+        for stage in run.targets():
+            if stage.identity in self._failures:
+                return RunResult(run, "failed", self._failures[stage.identity])
+        return RunResult(run, "done", "")
 
-    def _execute(self, stage: Stage, parents: dict[str, pathlib.Path]) -> None:
-        try:
-            with (
-                self._progress.stage(stage) as report,
-                self._store.writing(stage, device=self._device) as folder,
-            ):
-                partial = lambda: self._store.partial(stage)  # noqa: E731
-                execute(Work(stage, parents, folder, partial, self._device, report))
-        except UserError as error:
-            if stage.name in SHARED_BY_ALL:
-                raise
-            self._fail(stage, str(error))
-        except torch.OutOfMemoryError as error:
-            self._fail(stage, f"out of memory: {str(error).splitlines()[0]}")
-        except Exception as error:  # one run's failure, of any kind, must not stop the others
-            self._log_folder.mkdir(parents=True, exist_ok=True)
-            path = self._log_folder / f"{stage.name}-{stage.identity[:12]}.log"
-            path.write_text(traceback.format_exc(), encoding="utf-8")
-            first = (str(error).splitlines() or [""])[0][:200]
-            self._fail(stage, f"{type(error).__name__}: {first} (traceback in logs/{path.name})")
+    def _submit_ready(self, pool: Executor, limit: int) -> None:
+        while len(self._running) < limit:
+            ready = next((stage for stage in self._missing() if self._is_ready(stage)), None)
+            if ready is None:
+                return
+            if isinstance(pool, _Here):
+                future = pool.submit(self._make_here, ready)
+            else:
+                future = pool.submit(
+                    make_by_identity, self._request, ready.identity, str(self._log_folder)
+                )
+            self._running[ready.identity] = (ready, future)
+            self._progress.update(ready, 0.0)
+            if future.done():
+                return
+
+    @property
+    def _request(self) -> str:
+        """What another process needs to know: plain JSON."""
+        folder = str(self._store.root.absolute())
+        study = self._plan.study.model_dump(mode="json")
+        return json.dumps({"study": study, "artifacts": folder, "device": self._device})
+
+    def _make_here(self, stage: Stage) -> str | None:
+        return failure_of(
+            lambda: make_stage(
+                self._store,
+                stage,
+                device=self._device,
+                progress=lambda share: self._progress.update(stage, share),
+            ),
+            self._log_folder / f"{stage.name}-{stage.identity[:12]}.log",
+        )
+
+    def _settle(self, stage: Stage, failure: str | None) -> None:
         self.num_executed += 1
-
-    def _fail(self, stage: Stage, reason: str) -> None:
-        self._failures[stage.identity] = f"{stage.label}: {reason}"
-        log.error("%s", self._failures[stage.identity])
+        self._progress.finish(stage)
+        if failure is not None:
+            if stage.name in SHARED_BY_ALL:
+                raise UserError(failure)
+            self._failures[stage.identity] = f"{stage.label}: {failure}"
+            log.error("%s", self._failures[stage.identity])
         self._delete_unneeded()
-        raise _FailedError(self._failures[stage.identity]) from None
+
+    def _is_ready(self, stage: Stage) -> bool:
+        """Whether all parents are there, undamaged; also finds out that one has failed."""
+        if stage.identity in self._running or stage.identity in self._failures:
+            return False
+        for parent in stage.parents.values():
+            if parent.identity in self._failures:
+                self._failures[stage.identity] = self._failures[parent.identity]
+                return False
+        return all(self._is_sound(parent) for parent in stage.parents.values())
+
+    def _is_sound(self, stage: Stage) -> bool:
+        """Whether the artifact is there and what was written; a damaged one is set aside."""
+        if not self._store.has(stage):
+            return False
+        try:
+            self._store.read(stage)
+        except DamagedArtifactError as damage:
+            where = self._store.set_aside(stage)
+            log.warning("damaged artifact %s: moved to %s and made again", damage, where.name)
+            return False
+        return True
 
     def _missing(self) -> Iterator[Stage]:
-        """Stages still to be made, parents first."""
+        """Stages still to be made, parents first, in the order of the plan."""
         seen: set[str] = set()
 
         def walk(stage: Stage) -> Iterator[Stage]:
             if stage.identity in seen or stage.identity in self._failures:
                 return
             seen.add(stage.identity)
-            if self._store.has(stage):
+            if self._is_sound(stage):
                 return
             for parent in stage.parents.values():
                 yield from walk(parent)
@@ -155,8 +197,31 @@ class _Executor:
     def _delete_unneeded(self) -> None:
         if self._plan.study.keep_activations:
             return
-        needed = {parent.identity for stage in self._missing() for parent in stage.parents.values()}
+        needed = {parent.identity for s in self._missing() for parent in s.parents.values()}
         for run in self._plan.runs:
             for stage in run.temporary():
                 if stage.identity not in needed and self._store.has(stage):
                     self._store.delete(stage)
+
+
+class _Here(Executor):
+    """Runs what is submitted at once, in this process."""
+
+    def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
+        future: Future[Result] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[Executor]:
+    """Processes started afresh (CUDA and threads do not survive a fork), or none."""
+    if workers == 1:
+        yield _Here()
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -34,6 +32,7 @@ class StudyProgress:
         )
         self._task: TaskID | None = None
         self._total, self._done = 1.0, 0.0
+        self._current: dict[str, float] = {}
         self._started = self._last_line = time.monotonic()
 
     def __enter__(self) -> StudyProgress:
@@ -49,17 +48,21 @@ class StudyProgress:
         self._started = time.monotonic()
         self._task = self._bar.add_task("", total=self._total, remaining="")
 
-    @contextlib.contextmanager
-    def stage(self, stage: Stage) -> Iterator[Callable[[float], None]]:
-        """Show one stage; yields a callback for the share of it that is done."""
-        self._show(stage.label, self._done)
-        yield lambda share: self._show(stage.label, self._done + share * stage.cost)
-        self._done += stage.cost
-        self._show(stage.label, self._done)
+    def update(self, stage: Stage, share: float) -> None:
+        """A stage is being made and `share` of it, 0 to 1, is done."""
+        self._current[stage.identity] = share * stage.cost
+        self._show(stage.label)
 
-    def _show(self, label: str, done: float) -> None:
+    def finish(self, stage: Stage) -> None:
+        """A stage has ended, well or not."""
+        self._current.pop(stage.identity, None)
+        self._done += stage.cost
+        self._show(stage.label)
+
+    def _show(self, label: str) -> None:
         if self._task is None:
             return
+        done = self._done + sum(self._current.values())
         elapsed = time.monotonic() - self._started
         left = elapsed * (self._total - done) / done if done > 0.01 * self._total else None
         remaining = "" if left is None else f"about {max(0, left):.0f} s left"

@@ -13,16 +13,19 @@ from typing import Any
 
 import filelock
 import pandas as pd
+import psutil
 import torch
 from ruamel.yaml import YAML
 
 from prunelens.config import PruningConfig, StudyConfig, parse_yaml, study_from_data
 from prunelens.errors import UserError
+from prunelens.model import model_shape
 from prunelens.study.local import Outcome, RunResult, run_locally
 from prunelens.study.plan import Plan, plan_study
 from prunelens.study.progress import StudyProgress
 from prunelens.study.store import DamagedArtifactError, Store, library_versions
 
+WORKER_BYTES = 700_000_000  # a process with torch, transformers and a batch of activations
 RUN_COLUMNS = [
     "run", "model", "layer", "method", "scope", "pattern", "sparsity",
     "status", "reason", "wall_seconds",
@@ -30,12 +33,24 @@ RUN_COLUMNS = [
 
 
 def run_study(
-    study: StudyConfig, out: pathlib.Path, *, device: str = "auto", quiet: bool = False
+    study: StudyConfig,
+    out: pathlib.Path,
+    *,
+    device: str = "auto",
+    workers: int | None = 1,
+    quiet: bool = False,
 ) -> Outcome:
     """Make everything that `study` asks for and is not yet in the folder `out`.
 
     Leaves `artifacts/`, `study.yaml`, `environment.json` and `runs.csv`. May be killed at any
     moment and called again; a finished study does no work.
+
+    Args:
+        study: what to do.
+        out: the study's folder.
+        device: `auto`, `cpu`, `cuda`, …
+        workers: processes that make stages side by side; None: as many as cores and memory allow.
+        quiet: show no progress.
     Raises: UserError for a wrong study, before anything is written, and where another process
         works in the same folder.
     """
@@ -44,7 +59,12 @@ def run_study(
     store = Store(out / "artifacts")
     with _alone_in(out), StudyProgress(quiet=quiet) as progress:
         outcome = run_locally(
-            plan, store, device=device, progress=progress, log_folder=out / "logs"
+            plan,
+            store,
+            device=device,
+            workers=workers or workers_that_fit(study, device),
+            progress=progress,
+            log_folder=out / "logs",
         )
         _write(out / "study.yaml", _as_yaml(study))
         _write(out / "environment.json", json.dumps(environment(device), indent=1))
@@ -98,6 +118,21 @@ def resolve_device(device: str) -> str:
         why = str(error).splitlines()[0]
         raise UserError(f"--device: {device!r} cannot be used ({why}); try cpu") from None
     return device
+
+
+def workers_that_fit(study: StudyConfig, device: str) -> int:
+    """As many processes as the cores allow at `threads_per_stage`, and memory at a model each.
+
+    One on a GPU, which stages would only share.
+    """
+    if device != "cpu":
+        return 1
+    shapes = [model_shape(model) for model in study.models]
+    weights = max(12 * s.num_blocks * s.d_model**2 + s.vocabulary_size * s.d_model for s in shapes)
+    each = WORKER_BYTES + 8 * weights  # float32 weights, and as much again while loading
+    by_memory = psutil.virtual_memory().available // (2 * each)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(by_memory, (cores or 1) // study.threads_per_stage))
 
 
 def method_columns(pruning: PruningConfig | None) -> dict[str, Any]:

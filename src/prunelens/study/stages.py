@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ from prunelens.analyses.survival import (
 )
 from prunelens.config import ActivationConfig, PruningConfig, SaeConfig
 from prunelens.corpus import TokenSplits, joined_stream, split_tokens, windows
+from prunelens.errors import UserError
 from prunelens.model import LanguageModel, load_model, load_tokenizer
 from prunelens.perplexity import measure_perplexity
 from prunelens.prune.apply import apply_masks, prune_model
@@ -45,7 +47,7 @@ from prunelens.prune.masks import load_masks, save_masks
 from prunelens.sae.quality import evaluate_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.train import train_sae
-from prunelens.study.store import Stage
+from prunelens.study.store import Stage, Store
 
 ROTATION_SEED = 7919  # one fixed rotation for every floor_shared SAE
 
@@ -75,10 +77,37 @@ class Work:
         return lambda done: self.progress(min(1.0, (before + done) / total))
 
 
-def execute(work: Work) -> None:
-    """Do the work of one stage with the number of threads that its config names."""
-    torch.set_num_threads(work.config["threads"])
-    STAGES[work.stage.name](work)
+def make_stage(
+    store: Store, stage: Stage, *, device: str, progress: Callable[[float], None]
+) -> None:
+    """Make the artifact of one stage whose parents are there and verified.
+
+    The number of threads is the one that its config names.
+    """
+    torch.set_num_threads(stage.config["threads"])
+    parents = {role: store.folder(parent) for role, parent in stage.parents.items()}
+    with store.writing(stage, device=device) as out:
+        work = Work(stage, parents, out, lambda: store.partial(stage), device, progress)
+        STAGES[stage.name](work)
+
+
+def failure_of(make: Callable[[], None], log_path: pathlib.Path) -> str | None:
+    """Call `make`; None if it succeeds, else why it failed, in one line.
+
+    The traceback of what is not the user's mistake goes to `log_path`.
+    """
+    try:
+        make()
+    except UserError as error:
+        return str(error)
+    except torch.OutOfMemoryError as error:
+        return f"out of memory: {str(error).splitlines()[0]}"
+    except Exception as error:  # one run's failure, of any kind, must not stop the others
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        log_path.write_text(traceback.format_exc(), encoding="utf-8")
+        first = (str(error).splitlines() or [""])[0][:200]
+        return f"{type(error).__name__}: {first} (traceback in logs/{log_path.name})"
+    return None
 
 
 def _corpus(work: Work) -> None:

@@ -71,7 +71,7 @@ class Store:
     """The artifacts of one study folder."""
 
     def __init__(self, root: pathlib.Path) -> None:
-        self._root = root
+        self.root = root
         self._verified: set[str] = set()
 
     def has(self, stage: Stage) -> bool:
@@ -80,11 +80,11 @@ class Store:
 
     def folder(self, stage: Stage) -> pathlib.Path:
         """Where the artifact of `stage` is or would be."""
-        return self._root / stage.name / stage.identity
+        return self.root / stage.name / stage.identity
 
     def partial(self, stage: Stage) -> pathlib.Path:
         """A folder for checkpoints of unfinished work; it goes when the artifact is published."""
-        folder = self._root / "unfinished" / f"{stage.name}-{stage.identity}"
+        folder = self.root / "unfinished" / f"{stage.name}-{stage.identity}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -132,15 +132,13 @@ class Store:
         temporary.rename(final)
         _flush(final.parent)
         shutil.rmtree(
-            self._root / "unfinished" / f"{stage.name}-{stage.identity}", ignore_errors=True
+            self.root / "unfinished" / f"{stage.name}-{stage.identity}", ignore_errors=True
         )
 
     def set_aside(self, stage: Stage) -> pathlib.Path:
         """Move a damaged artifact out of the way; returns where it went."""
         folder = self.folder(stage)
-        target = (
-            self._root / "damaged" / f"{stage.name}-{stage.identity[:12]}-{os.urandom(3).hex()}"
-        )
+        target = self.root / "damaged" / f"{stage.name}-{stage.identity[:12]}-{os.urandom(3).hex()}"
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(target)
         return target
@@ -156,7 +154,7 @@ class Store:
 
     def sweep_temporary(self) -> None:
         """Remove what killed processes left half-written. Only under the study's lock."""
-        for folder in self._root.glob("*/*.tmp"):
+        for folder in self.root.glob("*/*.tmp"):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _finish(self, stage: Stage, folder: pathlib.Path, facts: dict[str, Any]) -> None:
