@@ -3,6 +3,7 @@ import torch
 from safetensors.torch import load_file
 
 from prunelens.activations import (
+    FORWARD_TOKENS,
     Activations,
     Statistics,
     capture,
@@ -23,7 +24,7 @@ def tokens():
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16"])
 def test_a_store_holds_what_the_model_gives(tiny_llama, tokens, tmp_path, monkeypatch, storage):
-    monkeypatch.setattr("prunelens.activations.BATCH_TOKENS", 30)
+    monkeypatch.setitem(FORWARD_TOKENS, "cpu", 30)
     config = ActivationConfig(skip_first=2, storage=storage)
     path = tmp_path / "a.safetensors"
     told = []

@@ -79,7 +79,7 @@ def test_prune_saves_a_checkpoint_that_transformers_loads(checkpoint_folder, tex
     weight = AutoModelForCausalLM.from_pretrained(out).model.layers[0].mlp.up_proj.weight
     assert ((weight == 0).sum(1) == weight.shape[1] // 2).all()
     again = prunelens("prune", checkpoint_folder, "--out", out, "--criterion", "magnitude")
-    one_line_of_error(again, "--out", "not empty")
+    one_line_of_error(again, "out:", "not an empty folder")
 
 
 def test_match_prints_the_rates_of_two_saes(tmp_path):

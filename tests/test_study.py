@@ -20,6 +20,7 @@ from prunelens.report.write import run_and_report
 from prunelens.study import local
 from prunelens.study.plan import plan_study
 from prunelens.study.run import study_status
+from prunelens.study.store import Store
 
 SENTENCES = ["def greet(name):", "return 'hello ' + name", "The quick brown fox", "jumps over it"]
 
@@ -186,7 +187,7 @@ def test_one_failed_run_does_not_stop_the_others(data, tmp_path, monkeypatch):
     runs = pd.read_csv(tmp_path / "s" / "runs.csv", keep_default_na=False)
     assert "NaN in layer 1; use bfloat16" in runs["reason"][1]
     assert "ZeroDivisionError" in runs["reason"][2]
-    assert list((tmp_path / "s" / "logs").glob("prune-*.log"))
+    assert list((tmp_path / "s" / "logs").glob("*.log"))
     quality = pd.read_csv(tmp_path / "s" / "tables" / "sae_quality.csv")
     assert set(quality["method"]) == {"dense"}
     assert [row["status"] for row in study_status(tmp_path / "s")] == ["done", "failed", "failed"]
@@ -306,3 +307,62 @@ def test_the_environment_is_recorded(finished):
     _, out, _ = finished
     facts = json.loads((out / "environment.json").read_text())
     assert {"python", "libraries", "device", "cpu_count"} <= set(facts)
+
+
+def test_status_of_a_killed_study_says_unfinished(finished, tmp_path):
+    study, out, _ = finished
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+    (copy / "runs.csv").write_text("")
+    last = plan_study(study).runs[-1]
+    subprocess.run(
+        ["rm", "-r", str(copy / "artifacts" / "stability" / last.stages["stability"].identity)],
+        check=True,
+    )
+    rows = study_status(copy)
+    assert [row["status"] for row in rows] == ["done", "done", "unfinished"]
+
+
+def test_stores_that_a_kill_left_behind_go_on_the_next_run(finished, tmp_path):
+    study, out, _ = finished
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+    stage = next(plan_study(study).runs[0].temporary())
+    with Store(copy / "artifacts").writing(stage) as folder:
+        (folder / "train.safetensors").write_bytes(b"x")
+    outcome = run_and_report(study, copy, quiet=True)
+    assert outcome.num_executed == 0
+    assert not list((copy / "artifacts" / "activations").iterdir())
+
+
+def test_a_worker_that_dies_fails_its_run_and_no_other(data, tmp_path):
+    """The worker is killed whenever it works on the wanda masks."""
+    code = (
+        "import os, sys, json, pathlib\n"
+        "from prunelens.study import stages\n"
+        "real = stages._prune\n"
+        "def dying(work):\n"
+        "    if 'wanda' in work.stage.label: os.kill(os.getpid(), 9)\n"
+        "    real(work)\n"
+        "stages.STAGES['prune'] = dying\n"
+        "if __name__ == '__main__':\n"
+        "    from prunelens.config import study_from_data\n"
+        "    from prunelens.report.write import run_and_report\n"
+        "    study = study_from_data(json.loads(pathlib.Path(sys.argv[1]).read_text()))\n"
+        "    outcome = run_and_report(study, pathlib.Path(sys.argv[2]), workers=2, quiet=True)\n"
+        "    print([r.status for r in outcome.results], outcome.results[2].reason)\n"
+    )
+    script, path = tmp_path / "dying.py", tmp_path / "study.json"
+    script.write_text(code)  # a spawned worker imports the script, and so gets the dying stage
+    path.write_text(json.dumps(data))
+    command = [sys.executable, str(script), str(path), str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "['done', 'done', 'failed']" in result.stdout, result.stderr
+    assert "died twice" in result.stdout
+
+
+def test_too_little_text_leaves_nothing_with_several_workers_either(data, tmp_path):
+    data["corpus"]["train_tokens"] = 10**7
+    with pytest.raises(UserError, match="corpus"):
+        run_and_report(study_from_data(data), tmp_path / "out", workers=2, quiet=True)
+    assert not (tmp_path / "out").exists()

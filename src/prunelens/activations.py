@@ -28,7 +28,9 @@ STORAGE = {
     "bfloat16": (torch.bfloat16, "BF16"),
     "float16": (torch.float16, "F16"),
 }
-BATCH_TOKENS = 8192  # tokens per forward pass and per sequential read
+READ_TOKENS = 8192  # rows per sequential read
+# Tokens per forward pass. On a CPU 2,048 ran 1.5 times faster than 8,192: they stay in the cache.
+FORWARD_TOKENS = {"cpu": 2048}
 
 
 class Statistics(NamedTuple):
@@ -70,7 +72,7 @@ def capture(
             f" {windows.shape[1]} tokens; make it smaller"
         )
     dtype, code = STORAGE[config.storage]
-    per_batch = max(1, BATCH_TOKENS // windows.shape[1])
+    per_batch = max(1, FORWARD_TOKENS.get(lm.device.type, 16_384) // windows.shape[1])
     norms = []
     with path.open("wb") as file:
         for first in range(0, len(windows), per_batch):
@@ -107,11 +109,11 @@ def statistics(data: Activations, *, num_tokens: int, seed: int = 0) -> Statisti
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(data.num_tokens, generator=generator)[:num_tokens].sort().values
     total = torch.zeros(data.d_model, dtype=torch.float64)
-    for part in drawn.split(BATCH_TOKENS):
+    for part in drawn.split(READ_TOKENS):
         total += data.raw_rows(part).double().sum(0).cpu()
     mean = total / len(drawn)
     squares = torch.zeros_like(total)
-    for part in drawn.split(BATCH_TOKENS):
+    for part in drawn.split(READ_TOKENS):
         squares += (data.raw_rows(part).double().cpu() - mean).square().sum(0)
     sigma = (squares / len(drawn)).sqrt()
     return Statistics(mean.float(), torch.where(sigma > 0, sigma, 1.0).float())
@@ -120,12 +122,12 @@ def statistics(data: Activations, *, num_tokens: int, seed: int = 0) -> Statisti
 def total_variance(data: Activations) -> float:
     """Sum over tokens of ||x - mean(x)||^2 on raw activations, in float64."""
     total = torch.zeros(data.d_model, dtype=torch.float64)
-    for batch in data.raw_batches(BATCH_TOKENS):
+    for batch in data.raw_batches(READ_TOKENS):
         total += batch.double().sum(0).cpu()
     mean = total / data.num_tokens
     return sum(
         (batch.double().cpu() - mean).square().sum().item()
-        for batch in data.raw_batches(BATCH_TOKENS)
+        for batch in data.raw_batches(READ_TOKENS)
     )
 
 

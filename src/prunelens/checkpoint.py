@@ -85,6 +85,8 @@ class ModelShape(NamedTuple):
     d_model: int
     num_blocks: int
     vocabulary_size: int
+    max_context_tokens: int | None
+    """None where the config names none."""
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
@@ -94,10 +96,11 @@ def model_shape(config: ModelConfig) -> ModelShape:
     folder = _folder(config, ("config.json",))
     try:
         found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load(config, "its config", error) from None
-    text = found.get_text_config()
-    return ModelShape(text.hidden_size, text.num_hidden_layers, text.vocab_size)
+        text = found.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        return ModelShape(text.hidden_size, text.num_hidden_layers, text.vocab_size, longest)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise _cannot_load(config, "a language model's config", error) from None
 
 
 def model_fingerprint(config: ModelConfig) -> str:
@@ -122,7 +125,9 @@ def _folder(config: ModelConfig, patterns: tuple[str, ...]) -> pathlib.Path:
             config.name,
             field="models.name",
             kind="model",
-            revision=config.revision,
+            revision=hub.commit(
+                config.name, field="models.name", kind="model", revision=config.revision
+            ),
             patterns=patterns,
         )
     folder = BUNDLED if config.name == "bundled" else pathlib.Path(config.name).expanduser()

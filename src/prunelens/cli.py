@@ -6,15 +6,18 @@ import json
 import logging
 import pathlib
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from prunelens.config import StudyConfig, read_study
 from prunelens.errors import UserError
+
+INTERRUPTED = 130  # what typer returns after Ctrl-C
 
 app = typer.Typer(
     help="What did pruning do to a model's features, and can you trust the answer?",
@@ -22,6 +25,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+# The base of typer's usage errors, which typer itself does not export.
+UsageError: Any = typer.BadParameter.__base__
 
 Study = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped study.")]
 Out = Annotated[
@@ -48,13 +54,21 @@ def main() -> None:
         handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
     )
     try:
-        app()
+        code = app(standalone_mode=False)
     except UserError as error:
-        print(f"prunelens: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("prunelens: stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        _give_up(str(error))
+    except UsageError as error:
+        _give_up(f"{error.format_message()}; see prunelens --help")
+    except OSError as error:
+        _give_up(f"{error.filename or 'file'}: {error.strerror or error}; check the path")
+    if code == INTERRUPTED:
+        _give_up("stopped; the same command goes on from here", code=INTERRUPTED)
+    sys.exit(code)
+
+
+def _give_up(message: str, *, code: int = 2) -> NoReturn:
+    print(f"prunelens: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 @app.command()
@@ -114,7 +128,8 @@ def plan(study: Study, settings: Settings = None, as_json: AsJson = False) -> No
         console.print(f"  {count:4d} x {name}")
     console.print(
         f"activation stores: {lines.store_gigabytes:.2f} GB each, at most"
-        f" {lines.peak_gigabytes:.2f} GB at a time; kept at the end: {lines.kept_gigabytes:.2f} GB"
+        f" {lines.peak_gigabytes:.2f} GB at a time with one worker;"
+        f" kept at the end: {lines.kept_gigabytes:.2f} GB"
     )
 
 
@@ -129,20 +144,20 @@ def status(folder: Folder, as_json: AsJson = False) -> None:
         return
     table = Table("run", "status", "stages there", "reason")
     for row in rows:
-        table.add_row(row["run"], row["status"], f"{row['present']}/{row['stages']}", row["reason"])
+        table.add_row(
+            row["run"], row["status"], f"{row['present']}/{row['stages']}", escape(row["reason"])
+        )
     Console().print(table)
 
 
 @app.command()
 def report(folder: Folder) -> None:
     """Write a study's tables and figures again from its artifacts, and print the summary."""
-    import pandas as pd
-
     from prunelens.report.summary import print_summary
     from prunelens.report.write import write_report
+    from prunelens.study.run import read_runs
 
-    tables = write_report(folder)
-    print_summary(tables, pd.read_csv(folder / "runs.csv", keep_default_na=False))
+    print_summary(write_report(folder), read_runs(folder))
 
 
 @app.command()

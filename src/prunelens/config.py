@@ -34,12 +34,12 @@ def read_study(source: str | pathlib.Path, settings: dict[str, str] | None = Non
     Raises: UserError where the file is missing, is no YAML, or says something invalid.
     """
     path = pathlib.Path(source)
-    if not path.exists():
+    if not path.is_file():
         path = SHIPPED_STUDIES / f"{source}.yaml"
     if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in SHIPPED_STUDIES.glob("*.yaml")))
         raise UserError(f"study: no file or shipped study {str(source)!r}; shipped are: {shipped}")
-    data = parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
+    data = parse_yaml(read_text(path), where=str(path))
     return study_from_data(with_settings(data, settings or {}))
 
 
@@ -48,6 +48,14 @@ def with_settings(data: Any, settings: dict[str, str]) -> Any:
     for field, text in settings.items():
         _replace(data, field, parse_yaml(text, where=f"--set {field}"))
     return data
+
+
+def read_text(path: pathlib.Path) -> str:
+    """The text of a UTF-8 file. Raises UserError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"study: cannot read {str(path)!r} as UTF-8 text ({error})") from None
 
 
 def study_from_data(data: Any) -> StudyConfig:
@@ -64,7 +72,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
     """YAML 1.2 to plain data, duplicate keys refused; `where` names the text in errors."""
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # ValueError: a date such as 2001-99-99
         problem = " ".join(str(error).split())[:200]
         raise UserError(f"{where}: not valid YAML ({problem})") from None
 
@@ -301,6 +309,11 @@ class StudyConfig(_Frozen):
             raise ValueError(
                 f"sae.seeds: {list(self.sae.seeds)} is one seed; stability and survival compare"
                 " seeds, so give at least two, or ask only 'persistence'"
+            )
+        if self.sae.control_seeds > len(self.sae.seeds):
+            raise ValueError(
+                f"sae.control_seeds: {self.sae.control_seeds} is more than the"
+                f" {len(self.sae.seeds)} sae.seeds; make it at most that"
             )
         labels = [p.label for p in self.conditions()]
         doubled = sorted({label for label in labels if labels.count(label) > 1})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +69,7 @@ def split_tokens(
     config: CorpusConfig,
     tokenizer: Tokenizer | None,
     *,
+    only: Sequence[str] = ("train", "calibration", "eval_first", "eval_second"),
     progress: Callable[[int], None] | None = None,
 ) -> TokenSplits:
     """Tokenise a corpus once and split it by document.
@@ -81,12 +82,13 @@ def split_tokens(
     Args:
         config: context_tokens, bos and the *_tokens fields (which count the windows' BOS).
         tokenizer: the model's; None is enough for `tokens`.
+        only: the splits that are wanted, which share the text; the others stay empty.
         progress: called with the number of tokens kept so far.
     Raises: UserError as `documents`; where a split asks for less than a window or for more than
         there is; where `bos: always` meets a tokenizer without BOS.
     """
     bos_token = _bos_token(config, tokenizer)
-    quotas = _quotas(config, bos_token)
+    quotas = {s: count for s, count in _quotas(config, bos_token).items() if s in only}
     encode = (
         _rows_without(bos_token) if config.source == "tokens" else _encoder(tokenizer, bos_token)
     )
@@ -103,7 +105,9 @@ def split_tokens(
             break
     if any(missing.values()):
         raise UserError(_too_little(config, quotas, missing))
-    return TokenSplits(**{s: torch.cat(parts) for s, parts in kept.items()}, bos_token=bos_token)
+    empty = torch.empty(0, dtype=torch.int32)
+    streams = {s: torch.cat(kept[s]) if s in kept else empty for s in TokenSplits._fields[:4]}
+    return TokenSplits(**streams, bos_token=bos_token)
 
 
 def windows(
@@ -158,11 +162,9 @@ def _assigned(config: CorpusConfig, quotas: dict[str, int]) -> Iterator[tuple[st
             (trained, ("train", "calibration")),
             (held_out, ("eval_first", "eval_second")),
         ):
-            for document in part:
-                yield (
-                    _split_of(document.text.encode(), {s: quotas[s] for s in names}),
-                    document.text,
-                )
+            own = {s: quotas[s] for s in names if s in quotas}
+            for document in part if own else ():
+                yield _split_of(document.text.encode(), own), document.text
     else:
         for document in documents(config):
             yield _split_of(document.text.encode(), quotas), document.text

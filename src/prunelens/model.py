@@ -46,6 +46,7 @@ __all__ = [
     "replace_at_site",
     "run_to_site",
     "site_module",
+    "usable_device",
 ]
 
 # Names of sublayers and of the norms on their output, over the architectures of transformers.
@@ -103,7 +104,7 @@ def load_model(config: ModelConfig | str, *, device: str = "cpu") -> LanguageMod
         no causal language model.
     """
     config = ModelConfig(name=config) if isinstance(config, str) else config
-    device = _usable(device)
+    device = usable_device(device)
     model = load_weights(config)
     if config.device_map is None:
         model.to(device)
@@ -262,7 +263,8 @@ def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
             yield from _outermost_lists(child)
 
 
-def _usable(device: str) -> str:
+def usable_device(device: str) -> str:
+    """`device`, if it is there. Raises UserError if not."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

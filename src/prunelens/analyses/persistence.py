@@ -51,9 +51,10 @@ def persistence(
         tokens: the rows to look at.
         seed: of the noise.
     Returns: one row per source and latent: source, latent, dense_firings, firings, correlation
-        (Pearson, over all tokens), jaccard (of the tokens fired on), silenced. A latent that fires
-        on dense and never on the disturbed activations has correlation 0 and is silenced; one with
-        fewer than 10 dense firings has NaN. Noise rows average three draws.
+        (Pearson, over all tokens), fisher_z (of each draw's correlation), jaccard (of the tokens
+        fired on), silenced. A latent that fires on dense and never on the disturbed activations
+        has correlation 0 and is silenced; one with fewer than 10 dense firings has NaN. Noise rows
+        average three draws.
     Source: methods §7, same-dictionary persistence.
     """
     noise = [torch.Generator().manual_seed(1000 * seed + draw) for draw in range(NOISE_DRAWS)]
@@ -84,14 +85,13 @@ def persistence_summary(latents: pd.DataFrame) -> pd.DataFrame:
     0 is harm particular to pruning. NaN for the pruned row, which has nothing to exceed.
     """
     by_source = {source: latents[latents["source"] == source] for source in SOURCES}
-    pruned_z = fisher_z(by_source["pruned"]["correlation"].to_numpy())
+    pruned_z = by_source["pruned"]["fisher_z"].to_numpy()
     rows = []
     for source, part in by_source.items():
         known = part["correlation"].notna()
-        correlation = part["correlation"].to_numpy()
         excess = np.nan
         if source != "pruned" and known.any():
-            excess = float(np.nanmean(pruned_z - fisher_z(correlation)))
+            excess = float(np.nanmean(pruned_z - part["fisher_z"].to_numpy()))
         rows.append(
             {
                 "source": source,
@@ -180,6 +180,7 @@ def _table(source: str, sums: list[_Sums]) -> pd.DataFrame:
             "dense_firings": sums[0].fired("a").astype(np.int64),
             "firings": np.mean([part.fired("b") for part in sums], axis=0),
             "correlation": np.mean([part.correlation() for part in sums], axis=0),
+            "fisher_z": np.mean([fisher_z(part.correlation()) for part in sums], axis=0),
             "jaccard": np.mean([part.jaccard() for part in sums], axis=0),
             "silenced": np.all([part.silenced() for part in sums], axis=0),
         }

@@ -16,8 +16,7 @@ def save_checkpoint(lm: LanguageModel, folder: pathlib.Path) -> None:
     are stored as zeros: the files are as large as the dense model's.
     Raises: UserError where `folder` exists and is not an empty folder.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"out: {str(folder)!r} exists and is not an empty folder; name a new one")
+    check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         partial = pathlib.Path(scratch) / folder.name
@@ -25,3 +24,9 @@ def save_checkpoint(lm: LanguageModel, folder: pathlib.Path) -> None:
         if lm.tokenizer is not None:
             lm.tokenizer.save_pretrained(partial)
         partial.replace(folder)
+
+
+def check_target(folder: pathlib.Path) -> None:
+    """Raise UserError where `folder` exists and is not an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"out: {str(folder)!r} exists and is not an empty folder; name a new one")

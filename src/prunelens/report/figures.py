@@ -92,7 +92,8 @@ def _survival(tables: dict[str, pd.DataFrame]) -> Figure:
         middle.axhline(0, color="#d62728", lw=0.8)
         middle.set(xlabel="sparsity", ylabel="corrected survival")
         middle.set_title("control: 0 = as if nothing survived,\n1 = as if nothing was pruned")
-        middle.legend(frameon=False)
+        if middle.get_legend_handles_labels()[0]:
+            middle.legend(frameon=False)
         for source, line in (("pruned", "-"), ("noise_isotropic", ":"), ("noise_shuffled", "--")):
             rows = _same_site(persistence, part)
             label = source.replace("_", ": ")
@@ -109,14 +110,14 @@ def _by_method(
 ) -> None:
     """One line per method over sparsity, dense (if there) as the common first point."""
     dense = rows[rows["method"] == "dense"]
-    for (method, scope), part in _methods(rows):
+    for family, method, part in _families(rows):
         groups = pd.concat([dense, part]).groupby("sparsity")[column]
         centre = groups.mean()
         if error == "std":
             below = above = groups.std().fillna(0)
         else:
             below, above = centre - groups.min(), groups.max() - centre
-        name = " ".join(filter(None, (method, scope, label)))
+        name = f"{family} {label}".strip()
         axes.errorbar(
             centre.index,
             centre,
@@ -130,16 +131,17 @@ def _by_method(
         axes.plot([0], [dense[column].mean()], "ko", label="dense")
 
 
-def _methods(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:
-    """Pruned rows by method and scope; the scope is told from the run's name."""
+def _families(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Pruned rows by condition but for the sparsity: its name, its method, its rows."""
     pruned = rows[rows["method"] != "dense"]
-    scope = pruned["run"].str.rsplit("/", n=1).str[-1].str.split("-").str[1]
-    for (method, name), part in pruned.groupby(["method", scope]):
-        yield (str(method), str(name)), part
+    condition = pruned["run"].str.rsplit("/", n=1).str[-1]
+    family = condition.str.replace(r"-[0-9.]+", "", regex=True)
+    for name, part in pruned.groupby(family, sort=False):
+        yield str(name), part["method"].iloc[0], part
 
 
 def _corrected_lines(axes: Axes, rows: pd.DataFrame, arm: str, line: str) -> None:
-    for (method, scope), part in _methods(rows):
+    for family, method, part in _families(rows):
         known = part.dropna(subset="corrected").sort_values("sparsity")
         if len(known):
             axes.errorbar(
@@ -149,7 +151,7 @@ def _corrected_lines(axes: Axes, rows: pd.DataFrame, arm: str, line: str) -> Non
                 fmt=f"o{line}",
                 color=COLOURS.get(method),
                 capsize=2,
-                label=f"{method} {scope}, {arm}",
+                label=f"{family}, {arm}",
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 PRIMARY_TAU = 0.7
@@ -16,7 +17,9 @@ def summary(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> RenderableTy
     parts: list[RenderableType] = [_table(tables, runs)]
     parts += [f"  {line}" for line in _notes(tables)]
     failed = runs[runs["status"] == "failed"]
-    parts += [f"[red]failed[/] {row.run}: {row.reason}" for row in failed.itertuples()]
+    parts += [
+        f"[red]failed[/] {escape(row.run)}: {escape(row.reason)}" for row in failed.itertuples()
+    ]
     return Group(*parts)
 
 
@@ -41,7 +44,7 @@ def _table(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> Table:
     ):
         table.add_column(name, justify="right")
     for run in runs["run"]:
-        table.add_row(run, *_cells(tables, run))
+        table.add_row(escape(run), *_cells(tables, run))
     return table
 
 

@@ -48,7 +48,8 @@ def write_tables(plan: Plan, store: Store, out: pathlib.Path) -> dict[str, pd.Da
     """Write `tables/*.csv` and `latents.parquet`; returns the tables by name.
 
     Runs that failed are missing in the tables that they did not reach. A table of a question that
-    the study does not ask is not written.
+    the study does not ask is not written, and one from an earlier run is removed.
+    Raises: UserError where an artifact is damaged.
     """
     (out / "tables").mkdir(parents=True, exist_ok=True)
     tables = {}
@@ -58,6 +59,8 @@ def write_tables(plan: Plan, store: Store, out: pathlib.Path) -> dict[str, pd.Da
             table = pd.concat(parts, ignore_index=True)[COLUMNS[name]]
             _replace(out / "tables" / f"{name}.csv", table.to_csv(index=False).encode())
             tables[name] = table
+        else:
+            (out / "tables" / f"{name}.csv").unlink(missing_ok=True)
     latents = [_with_run(run, part) for run, part in _latents(plan, store)]
     if latents:
         temporary = out / ".latents.parquet.tmp"

@@ -11,7 +11,7 @@ from prunelens.report.figures import write_figures
 from prunelens.report.summary import print_summary
 from prunelens.report.tables import write_tables
 from prunelens.study.local import Outcome
-from prunelens.study.run import open_study, run_study
+from prunelens.study.run import alone_in, open_study, read_runs, run_study
 
 
 def run_and_report(
@@ -24,12 +24,14 @@ def run_and_report(
 ) -> Outcome:
     """Run what is missing of a study, then write its tables and figures and print the summary.
 
-    Arguments, errors and result as `run_study`.
+    Arguments, errors and result as `run_study`; also a UserError where another process works in
+    the same folder.
     """
-    outcome = run_study(study, out, device=device, workers=workers, quiet=quiet)
-    tables = write_report(out)
+    with alone_in(out):
+        outcome = run_study(study, out, device=device, workers=workers, quiet=quiet)
+        tables = write_report(out)
     if not quiet:
-        print_summary(tables, pd.read_csv(out / "runs.csv", keep_default_na=False))
+        print_summary(tables, read_runs(out))
     return outcome
 
 

@@ -15,6 +15,7 @@ import multiprocessing
 import pathlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple, TypeVar
 
 from prunelens.errors import UserError
@@ -26,7 +27,7 @@ from prunelens.study.worker import die_with_parent, make_by_identity, read_share
 
 log = logging.getLogger(__name__)
 
-SHARED_BY_ALL = ("corpus", "text")  # a mistake here is the user's and ends the study
+TEXT = ("corpus", "text")  # stages that read text; they have no parents
 POLL_SECONDS = 0.5  # how often the progress of other processes is looked at
 Result = TypeVar("Result")
 
@@ -57,15 +58,21 @@ def run_locally(
     workers: int,
     progress: StudyProgress,
     log_folder: pathlib.Path,
+    on_text: Callable[[], None],
 ) -> Outcome:
     """Make every target of every run of `plan`, in `workers` processes (1: in this one).
 
-    Raises: UserError if the text itself is at fault.
+    The text comes first: what is wrong with it is wrong for all runs of its model.
+    Raises: UserError if the text is at fault; nothing else has been made then.
     """
     store.sweep_temporary()
     scheduler = _Scheduler(plan, store, device, progress, log_folder)
-    with _pool(workers) as pool:
-        scheduler.work_in(pool, limit=workers)
+    scheduler.start()
+    scheduler.make_text()
+    on_text()
+    while scheduler.is_unfinished():
+        with _pool(workers) as pool, contextlib.suppress(BrokenProcessPool):
+            scheduler.work_in(pool, limit=workers)
     return Outcome([scheduler.result(run) for run in plan.runs], scheduler.num_executed)
 
 
@@ -84,23 +91,42 @@ class _Scheduler:
         self._progress, self._log_folder = progress, log_folder
         self._running: dict[str, tuple[Stage, Future[str | None]]] = {}
         self._failures: dict[str, str] = {}
+        self._crashed: set[str] = set()  # stages whose process died once
         self.num_executed = 0
 
-    def work_in(self, pool: Executor, *, limit: int) -> None:
-        """Submit whatever is ready, at most `limit` at a time, until nothing is left to do."""
+    def start(self) -> None:
+        """Delete stores that a killed process left behind, and count what is to be done."""
+        self._delete_unneeded()
         self._progress.start(sum(stage.cost for stage in self._missing()))
+
+    def make_text(self) -> None:
+        """Make the stages that read text, here. Raises UserError where the text is at fault."""
+        for stage in [s for s in self._missing() if s.name in TEXT]:
+            if failure := self._make_here(stage):
+                raise UserError(failure)
+            self._settle(stage, None)
+
+    def is_unfinished(self) -> bool:
+        """Whether there is anything left that can be made."""
+        return next(self._missing(), None) is not None
+
+    def work_in(self, pool: Executor, *, limit: int) -> None:
+        """Submit whatever is ready, at most `limit` at a time, until nothing is left to do.
+
+        Raises: BrokenProcessPool where a worker died; its stages are tried once more, alone.
+        """
         while True:
-            self._submit_ready(pool, limit)
+            self._submit_ready(pool, 1 if self._crashed else limit)
             if not self._running:
+                self._delete_unneeded()
                 return
             futures = [future for _, future in self._running.values()]
             done = concurrent.futures.wait(
                 futures, POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
             ).done
-            for identity, (stage, future) in list(self._running.items()):
+            for stage, future in list(self._running.values()):
                 if future in done:
-                    del self._running[identity]
-                    self._settle(stage, future.result())
+                    self._settle(stage, self._outcome(stage, future))
                 else:
                     self._progress.update(stage, read_share(self._store, stage))
 
@@ -109,7 +135,21 @@ class _Scheduler:
         for stage in run.targets():
             if stage.identity in self._failures:
                 return RunResult(run, "failed", self._failures[stage.identity])
+            assert self._store.has(stage), f"{stage.label} neither failed nor is there"
         return RunResult(run, "done", "")
+
+    def _outcome(self, stage: Stage, future: Future[str | None]) -> str | None:
+        """Why the stage failed, or None; what a dead worker was at is tried once more."""
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            running = [s for s, _ in self._running.values()]
+            self._running.clear()
+            for other in running:
+                if len(running) == 1 and other.identity in self._crashed:
+                    self._settle(other, "its process died twice; was there enough memory?")
+                self._crashed.add(other.identity)
+            raise
 
     def _submit_ready(self, pool: Executor, limit: int) -> None:
         while len(self._running) < limit:
@@ -142,15 +182,17 @@ class _Scheduler:
                 device=self._device,
                 progress=lambda share: self._progress.update(stage, share),
             ),
-            self._log_folder / f"{stage.name}-{stage.identity[:12]}.log",
+            self._log_folder / f"{stage.identity[:12]}.log",
         )
 
     def _settle(self, stage: Stage, failure: str | None) -> None:
+        self._running.pop(stage.identity, None)
+        self._crashed.discard(stage.identity)
         self.num_executed += 1
         self._progress.finish(stage)
+        if failure is None and not self._is_sound(stage):
+            failure = "was written but cannot be read back; is the disk sound?"
         if failure is not None:
-            if stage.name in SHARED_BY_ALL:
-                raise UserError(failure)
             self._failures[stage.identity] = f"{stage.label}: {failure}"
             log.error("%s", self._failures[stage.identity])
         self._delete_unneeded()
@@ -197,7 +239,8 @@ class _Scheduler:
     def _delete_unneeded(self) -> None:
         if self._plan.study.keep_activations:
             return
-        needed = {parent.identity for s in self._missing() for parent in s.parents.values()}
+        waiting = [*self._missing(), *(stage for stage, _ in self._running.values())]
+        needed = {parent.identity for stage in waiting for parent in stage.parents.values()}
         for run in self._plan.runs:
             for stage in run.temporary():
                 if stage.identity not in needed and self._store.has(stage):
@@ -223,5 +266,9 @@ def _pool(workers: int) -> Iterator[Executor]:
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent)
     try:
         yield pool
+    except KeyboardInterrupt:
+        for process in list(pool._processes.values()):  # what they were at can be made again
+            process.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -241,6 +241,18 @@ class _ModelPlan:
                     f"models.layers: layer {layer} is not in {self._model.label}, which has"
                     f" {shape.num_blocks} blocks; use 0 to {shape.num_blocks - 1}"
                 )
+        corpus, skip = self._study.corpus, self._study.activations.skip_first
+        if skip >= corpus.context_tokens:
+            raise UserError(
+                f"activations.skip_first: {skip} leaves nothing of a window of"
+                f" {corpus.context_tokens} tokens; make it smaller"
+            )
+        longest = shape.max_context_tokens
+        if longest is not None and corpus.context_tokens > longest:
+            raise UserError(
+                f"corpus.context_tokens: {corpus.context_tokens} is more than the {longest} that"
+                f" {self._model.label} was built for; make it at most {longest}"
+            )
         sae = self._study.sae
         if sae.k > sae.expansion * shape.d_model:
             raise UserError(
@@ -308,6 +320,7 @@ class _LayerPlan:
         parents = {_role("dense", sae): stage for sae, stage in self._dense.saes.items()}
         if self._pruning is None:
             return {"survival": self._stage("survival", self._taus(), parents)}
+        parents = {_role("dense", sae): self._dense.saes[sae] for sae in self._seeds()}
         parents |= {_role("pruned", sae): stage for sae, stage in self.saes.items()}
         rates = self._stage("survival", self._taus(), parents)
         controls = self._dense._survival()["survival"]
@@ -371,7 +384,7 @@ class _LayerPlan:
     def _controls(self) -> Iterator[tuple[int, int]]:
         """(s, t) for the first `control_seeds` seeds s, t being the next seed in the list."""
         seeds = self._model.study.sae.seeds
-        for number in range(min(self._model.study.sae.control_seeds, len(seeds))):
+        for number in range(self._model.study.sae.control_seeds):
             yield seeds[number], seeds[(number + 1) % len(seeds)]
 
     def _taus(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Preflight(NamedTuple):
     store_gigabytes: float
     """Disk of the largest activation store."""
     peak_gigabytes: float
-    """Disk of the activation stores that exist at one time."""
+    """Disk of the activation stores that exist at one time, with one worker."""
     kept_gigabytes: float
     """Disk of the SAEs and, with keep_activations, of the stores at the end."""
 

@@ -22,7 +22,7 @@ class StudyProgress:
     def __init__(self, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet)
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
@@ -69,7 +69,9 @@ class StudyProgress:
         self._bar.update(self._task, completed=done, description=label, remaining=remaining)
         if not self._console.is_terminal and self._is_time_for_a_line():
             share = 100 * done / self._total
-            self._console.print(f"{elapsed:4.0f} s  {share:3.0f} %  {remaining:<18} {label}")
+            self._console.print(
+                f"{elapsed:4.0f} s  {share:3.0f} %  {remaining:<18} {label}", markup=False
+            )
 
     def _is_time_for_a_line(self) -> bool:
         now = time.monotonic()

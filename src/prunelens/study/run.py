@@ -17,9 +17,9 @@ import psutil
 import torch
 from ruamel.yaml import YAML
 
-from prunelens.config import PruningConfig, StudyConfig, parse_yaml, study_from_data
+from prunelens.config import PruningConfig, StudyConfig, parse_yaml, read_text, study_from_data
 from prunelens.errors import UserError
-from prunelens.model import model_shape
+from prunelens.model import model_shape, usable_device
 from prunelens.study.local import Outcome, RunResult, run_locally
 from prunelens.study.plan import Plan, plan_study
 from prunelens.study.progress import StudyProgress
@@ -42,8 +42,8 @@ def run_study(
 ) -> Outcome:
     """Make everything that `study` asks for and is not yet in the folder `out`.
 
-    Leaves `artifacts/`, `study.yaml`, `environment.json` and `runs.csv`. May be killed at any
-    moment and called again; a finished study does no work.
+    Call it inside `alone_in(out)`. Leaves `artifacts/`, `study.yaml`, `environment.json` and
+    `runs.csv`. May be killed at any moment and called again; a finished study does no work.
 
     Args:
         study: what to do.
@@ -51,13 +51,17 @@ def run_study(
         device: `auto`, `cpu`, `cuda`, …
         workers: processes that make stages side by side; None: as many as cores and memory allow.
         quiet: show no progress.
-    Raises: UserError for a wrong study, before anything is written, and where another process
-        works in the same folder.
+    Raises: UserError for a wrong study or text, before anything is written.
     """
     device = resolve_device(device)
     plan = plan_study(study)
     store = Store(out / "artifacts")
-    with _alone_in(out), StudyProgress(quiet=quiet) as progress:
+
+    def describe() -> None:
+        _write(out / "study.yaml", _as_yaml(study))
+        _write(out / "environment.json", json.dumps(environment(device), indent=1))
+
+    with StudyProgress(quiet=quiet) as progress:
         outcome = run_locally(
             plan,
             store,
@@ -65,10 +69,9 @@ def run_study(
             workers=workers or workers_that_fit(study, device),
             progress=progress,
             log_folder=out / "logs",
+            on_text=describe,
         )
-        _write(out / "study.yaml", _as_yaml(study))
-        _write(out / "environment.json", json.dumps(environment(device), indent=1))
-        _write(out / "runs.csv", _runs_table(outcome.results, store).to_csv(index=False))
+    _write(out / "runs.csv", _runs_table(outcome.results, store).to_csv(index=False))
     return outcome
 
 
@@ -77,18 +80,15 @@ def open_study(out: pathlib.Path) -> tuple[Plan, Store]:
     path = out / "study.yaml"
     if not path.is_file():
         raise UserError(f"study folder: {str(out)!r} has no study.yaml; give the folder of a study")
-    text = path.read_text(encoding="utf-8")
-    study = study_from_data(parse_yaml(text, where=str(path)))
+    study = study_from_data(parse_yaml(read_text(path), where=str(path)))
     return plan_study(study), Store(out / "artifacts")
 
 
 def study_status(out: pathlib.Path) -> list[dict[str, Any]]:
     """Per run: run, status (done, failed, unfinished), present and stages (counts), reason."""
     plan, store = open_study(out)
-    reasons: dict[str, str] = {}
-    if (out / "runs.csv").is_file():
-        table = pd.read_csv(out / "runs.csv", keep_default_na=False)
-        reasons = dict(zip(table["run"], table["reason"], strict=True))
+    table = read_runs(out)
+    reasons = dict(zip(table["run"], table["reason"], strict=True))
     rows = []
     for run in plan.runs:
         targets = {stage.identity: stage for stage in run.targets()}
@@ -108,16 +108,19 @@ def study_status(out: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_runs(out: pathlib.Path) -> pd.DataFrame:
+    """The table of runs; without rows where the study has not ended yet, or it is damaged."""
+    try:
+        return pd.read_csv(out / "runs.csv", keep_default_na=False)[RUN_COLUMNS]
+    except (OSError, ValueError, KeyError):  # pandas' parser errors are ValueErrors
+        return pd.DataFrame(columns=RUN_COLUMNS)
+
+
 def resolve_device(device: str) -> str:
     """`auto` becomes cuda where there is one, else cpu. Raises UserError for an absent device."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"--device: {device!r} cannot be used ({why}); try cpu") from None
-    return device
+    return usable_device(device)
 
 
 def workers_that_fit(study: StudyConfig, device: str) -> int:
@@ -160,8 +163,11 @@ def environment(device: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _alone_in(out: pathlib.Path) -> Iterator[None]:
-    """Hold the folder's lock; a folder that this call made and left empty is removed again."""
+def alone_in(out: pathlib.Path) -> Iterator[None]:
+    """Hold the folder's lock; a folder that this call made and left empty is removed again.
+
+    Raises: UserError where another process holds it, or the folder cannot be written to.
+    """
     is_new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from prunelens.match import MatchRates, match_dictionaries, match_rates
 from prunelens.model import load_model
 from prunelens.prune.apply import Pruned, prune_model
 from prunelens.prune.calibrate import input_norms
-from prunelens.prune.checkpoint import save_checkpoint
+from prunelens.prune.checkpoint import check_target, save_checkpoint
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.run import resolve_device
 
@@ -28,12 +28,11 @@ def prune_checkpoint(
 
     Raises: UserError for a wrong model or text, or where `out` is not empty.
     """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out: {str(out)!r} is not empty; choose a new folder")
+    check_target(out)
     lm = load_model(model, device=resolve_device(device))
     norms, tokens = None, None
     if pruning.criterion == "wanda":
-        splits = split_tokens(corpus, lm.tokenizer)
+        splits = split_tokens(corpus, lm.tokenizer, only=("calibration",))
         tokens = windows(splits.calibration, corpus.context_tokens, splits.bos_token)
         if pruning.calibration == "dense":
             norms, tokens = input_norms(lm, tokens), None

@@ -7,6 +7,8 @@ the stage's config and its parents alone.
 from __future__ import annotations
 
 import json
+import logging
+import math
 import pathlib
 import traceback
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,6 +51,8 @@ from prunelens.sae.quality import evaluate_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.train import train_sae
 from prunelens.study.store import Stage, Store
+
+log = logging.getLogger(__name__)
 
 ROTATION_SEED = 7919  # one fixed rotation for every floor_shared SAE
 
@@ -239,6 +244,8 @@ def _sae(work: Work) -> None:
     train, evaluation = _sae_data(work, "train"), _sae_data(work, "eval")
     variance = _read_json(work.parents["dense_statistics"] / "variance.json")["eval_total_variance"]
     early = work.partial() / "three_quarters.json"
+    checkpoint = work.partial() / "checkpoint.safetensors"
+    _drop_if_damaged(checkpoint, early)
 
     def at_three_quarters(_step: int, sae: TopKSAE) -> None:
         _write_json(early, {"fvu": evaluate_sae(sae, evaluation, dense_variance=variance).fvu})
@@ -248,11 +255,13 @@ def _sae(work: Work) -> None:
         training,
         init_seed=config["init_seed"],
         data_seed=config["data_seed"],
-        checkpoint=work.partial() / "checkpoint.safetensors",
+        checkpoint=checkpoint,
         observe={max(1, 3 * training.steps // 4): at_three_quarters},
         progress=lambda step: work.progress(step / training.steps),
     )
     quality = evaluate_sae(trained.sae, evaluation, dense_variance=variance)
+    first_half = _sae_data(work, "eval", first_half=True)
+    rate_first_half = evaluate_sae(trained.sae, first_half, dense_variance=variance).firing_rate
     trained.sae.save(work.out)
     Statistics(evaluation.mean.cpu(), evaluation.sigma.cpu()).save(
         work.out / "normalisation.safetensors"
@@ -262,6 +271,7 @@ def _sae(work: Work) -> None:
         {
             "latent": range(trained.sae.num_latents),
             "firing_rate": quality.firing_rate.numpy(),
+            "firing_rate_first_half": rate_first_half.numpy(),
             "mean_activation": quality.mean_activation.numpy(),
             "init_retention": trained.init_retention.numpy(),
             "resampled": trained.resampled.numpy(),
@@ -270,8 +280,9 @@ def _sae(work: Work) -> None:
     latents.to_parquet(work.out / "latents.parquet")
     numbers = {
         "fvu": quality.fvu,
-        "fvu_raw": quality.fvu_raw,
-        "fvu_dense_var": quality.fvu_dense_var,
+        # raw axes mean nothing in a rotated space
+        "fvu_raw": math.nan if config["rotated"] else quality.fvu_raw,
+        "fvu_dense_var": math.nan if config["rotated"] else quality.fvu_dense_var,
         "l0": quality.l0,
         "alive": quality.alive,
         "num_latents": trained.sae.num_latents,
@@ -398,16 +409,23 @@ def _windows(work: Work, split: str) -> Tensor:
     return windows(getattr(splits, split), context, splits.bos_token)
 
 
-def _sae_data(work: Work, split: str) -> Activations:
-    """The rows that an SAE is trained or judged on, normalised (and rotated for `floor_shared`)."""
+def _sae_data(work: Work, split: str, *, first_half: bool = False) -> Activations:
+    """The rows that an SAE is trained or judged on, normalised (and rotated for `floor_shared`).
+
+    The first half of the eval documents is what latents may be sorted by: persistence is measured
+    on the second.
+    """
     found = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
+    kept = load_file(work.parents["screening"] / "kept.safetensors")[split]
+    if first_half:
+        kept = kept[kept < _read_json(work.parents["activations"] / "rows.json")["eval_first_rows"]]
     rotation = None
     if work.config["rotated"]:
         rotation = random_rotation(len(found.mean), seed=ROTATION_SEED)
     return Activations(
         work.parents["activations"] / f"{split}.safetensors",
         statistics=found,
-        kept=load_file(work.parents["screening"] / "kept.safetensors")[split],
+        kept=kept,
         rotation=rotation,
         device=work.device,
     )
@@ -426,9 +444,24 @@ def _untrained(trained: Dictionary) -> Dictionary:
     return trained._replace(decoder=sae.decoder_weight.detach())
 
 
+def _drop_if_damaged(checkpoint: pathlib.Path, early: pathlib.Path) -> None:
+    """Forget what an earlier attempt left if any of it cannot be read: training starts again."""
+    try:
+        if checkpoint.exists():
+            load_file(checkpoint)
+        if early.exists():
+            _read_json(early)
+    except (SafetensorError, ValueError):
+        log.warning("damaged checkpoint %s: training starts again", checkpoint)
+        checkpoint.unlink(missing_ok=True)
+        early.unlink(missing_ok=True)
+
+
 def _read_json(path: pathlib.Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write_json(path: pathlib.Path, content: Any) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.replace(path)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from prunelens.config import CorpusConfig, ModelConfig
+from prunelens.errors import UserError
 
 LIBRARIES = ("prunelens", "torch", "transformers", "tokenizers", "numpy", "pandas", "safetensors")
 
@@ -63,8 +64,11 @@ class Stage:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-class DamagedArtifactError(Exception):
+class DamagedArtifactError(UserError):
     """A file of an artifact is missing or its content is not what was written."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"artifact {what} is missing or damaged; run the study again to mend it")
 
 
 class Store:

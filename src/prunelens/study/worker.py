@@ -12,6 +12,7 @@ import threading
 import time
 
 from prunelens.config import study_from_data
+from prunelens.errors import UserError
 from prunelens.study.plan import plan_study
 from prunelens.study.stages import failure_of, make_stage
 from prunelens.study.store import Stage, Store
@@ -29,12 +30,16 @@ def make_by_identity(request: str, identity: str, log_folder: str) -> str | None
     """
     facts = json.loads(request)
     store = Store(pathlib.Path(facts["artifacts"]))
-    stage = _stages(json.dumps(facts["study"]))[identity]
-    log_path = pathlib.Path(log_folder) / f"{stage.name}-{identity[:12]}.log"
-    report = _share_writer(store, stage)
-    return failure_of(
-        lambda: make_stage(store, stage, device=facts["device"], progress=report), log_path
-    )
+
+    def make() -> None:
+        stages = _stages(json.dumps(facts["study"]))
+        if identity not in stages:
+            raise UserError("the study's text or model changed while it ran; run it again")
+        stage = stages[identity]
+        report = _share_writer(store, stage)
+        make_stage(store, stage, device=facts["device"], progress=report)
+
+    return failure_of(make, pathlib.Path(log_folder) / f"{identity[:12]}.log")
 
 
 def read_share(store: Store, stage: Stage) -> float:
@@ -48,6 +53,7 @@ def read_share(store: Store, stage: Stage) -> float:
 def die_with_parent() -> None:
     """Let this process end when the one that started it is gone, and leave Ctrl-C to that one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = os.getppid()
 
     def watch() -> None:
