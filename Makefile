@@ -1,10 +1,10 @@
 # `make demo` runs the main job, `make test` the checks; each sets up .venv by itself when it has to.
 #   make install              set up .venv alone
-#   make test PYTEST_ARGS=…   further pytest arguments, for example PYTEST_ARGS='-k prune -x'
+#   make test PYTEST_ARGS=…   pytest arguments in place of -n 2, for example PYTEST_ARGS='-k prune -x'
 #   make demo PYTHON=…        the Python 3.11 or newer that .venv is made from
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 VENV_PYTHON := .venv/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 

@@ -38,7 +38,7 @@ def one_line_of_error(result, *words):
         (["run", "demo", "--set", "novalue"], ["--set", "field=value"]),
         (["run", "demo", "--set", "prunings.0.sparsities=[1.5]"], ["1.5", "outside"]),
         (["run", "demo", "--set", "models.0.name=./missing"], ["models.name", "./missing"]),
-        (["run", "demo", "--device", "cuda:99"], ["--device", "cuda:99"]),
+        (["run", "demo", "--device", "cuda:99"], ["device", "cuda:99"]),
         (["plan", "demo", "--set", "models.0.layers=[77]"], ["layer 77", "6 blocks"]),
         (["status", "nowhere"], ["nowhere", "study.yaml"]),
         (["match", "nowhere", "nowhere"], ["nowhere"]),
@@ -55,11 +55,11 @@ def test_plan_shows_the_matrix_and_runs_nothing(tmp_path):
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
     assert [row["run"] for row in plan["runs"]] == [
-        "bundled/L3/dense",
-        "bundled/L3/magnitude-global-0.30",
-        "bundled/L3/magnitude-global-0.50",
-        "bundled/L3/wanda-row-0.30",
-        "bundled/L3/wanda-row-0.50",
+        "bundled/L2/dense",
+        "bundled/L2/magnitude-global-0.30",
+        "bundled/L2/magnitude-global-0.50",
+        "bundled/L2/wanda-row-0.30",
+        "bundled/L2/wanda-row-0.50",
     ]
     assert plan["stages"]["sae"] == 21
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from prunelens.corpus import windows
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel, logits
 
-_LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**29}  # numbers, four bytes each: 128 MB and 2 GB
+_LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**29}  # numbers of four bytes: 16 MB and 2 GB
 
 
 class Perplexity(NamedTuple):
@@ -68,7 +68,7 @@ def measure_perplexity(
                 f"perplexity.max_tokens: {max_tokens} is less than one window of {context_tokens}"
                 f" tokens; raise it to at least {context_tokens - 1}"
             )
-    per_batch = _LOGITS_AT_ONCE.get(lm.device.type, 2**25) // (context_tokens * lm.vocabulary_size)
+    per_batch = _LOGITS_AT_ONCE.get(lm.device.type, 2**22) // (context_tokens * lm.vocabulary_size)
     total, num_tokens = 0.0, 0
     for batch in cut.split(max(1, per_batch)):
         total += _summed_nll(logits(lm, batch), batch)

@@ -91,6 +91,7 @@ def _survival(tables: dict[str, pd.DataFrame]) -> Figure:
         middle.axhline(1, color="#2ca02c", lw=0.8)
         middle.axhline(0, color="#d62728", lw=0.8)
         middle.set(xlabel="sparsity", ylabel="corrected survival")
+        middle.set_xticks(sorted(fixed["sparsity"].unique()))
         middle.set_title("control: 0 = as if nothing survived,\n1 = as if nothing was pruned")
         if middle.get_legend_handles_labels()[0]:
             middle.legend(frameon=False)
@@ -127,6 +128,7 @@ def _by_method(
             capsize=2,
             label=name,
         )
+    axes.set_xticks(sorted(rows["sparsity"].unique()))
     if not len(rows[rows["method"] != "dense"]) and len(dense):
         axes.plot([0], [dense[column].mean()], "ko", label="dense")
 

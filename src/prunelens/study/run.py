@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 from collections.abc import Iterator
 from io import StringIO
 from typing import Any
@@ -164,11 +165,11 @@ def environment(device: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def alone_in(out: pathlib.Path) -> Iterator[None]:
-    """Hold the folder's lock; a folder that this call made and left empty is removed again.
+    """Hold the folder's lock; folders that this call made and left empty are removed again.
 
     Raises: UserError where another process holds it, or the folder cannot be written to.
     """
-    is_new = not out.exists()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]  # deepest first
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(out / ".lock", blocking=False)
@@ -182,21 +183,19 @@ def alone_in(out: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if is_new:
-            _remove_if_empty(out)
+        if out in made and not any(_contents(out)):
+            shutil.rmtree(out)
+            for folder in made[1:]:
+                with contextlib.suppress(OSError):  # someone else put something in it
+                    folder.rmdir()
         raise
     finally:
         lock.release()
 
 
-def _remove_if_empty(out: pathlib.Path) -> None:
-    """Remove a study folder in which there is nothing but empty folders and the lock."""
-    if any(p.is_file() and p.name != ".lock" for p in out.rglob("*")):
-        return
-    (out / ".lock").unlink(missing_ok=True)
-    for folder in sorted((p for p in out.rglob("*") if p.is_dir()), reverse=True):
-        folder.rmdir()
-    out.rmdir()
+def _contents(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The files of a study folder but for its lock."""
+    return (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
 
 
 def _runs_table(results: list[RunResult], store: Store) -> pd.DataFrame:
