@@ -4,8 +4,9 @@ from fractions import Fraction
 
 import pytest
 
-from prunelens.config import PruningConfig, StudyConfig, read_study, study_from_data
+from prunelens.config import PruningConfig, StudyConfig, study_from_data
 from prunelens.errors import UserError
+from prunelens.study_file import read_study
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,8 @@ def test_sparsity_is_an_exact_decimal_and_names_the_condition():
 
 def test_reading_a_study_pulls_no_torch():
     code = (
-        "import sys, prunelens.config as c; c.read_study('demo'); assert 'torch' not in sys.modules"
+        "import sys, prunelens.study_file as f\n"
+        "f.read_study('demo')\n"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

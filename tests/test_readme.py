@@ -3,7 +3,8 @@
 import pathlib
 import re
 
-from prunelens.config import parse_yaml, study_from_data
+from prunelens.config import study_from_data
+from prunelens.study_file import parse_yaml
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

@@ -340,7 +340,7 @@ def test_a_worker_that_dies_fails_its_run_and_no_other(data, tmp_path):
     code = (
         "import os, sys, json, pathlib\n"
         "from prunelens.study import stages\n"
-        "real = stages._prune\n"
+        "real = stages.STAGES['prune']\n"
         "def dying(work):\n"
         "    if 'wanda' in work.stage.label: os.kill(os.getpid(), 9)\n"
         "    real(work)\n"

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
         PruningConfig,
         SaeConfig,
         StudyConfig,
-        read_study,
         study_from_data,
     )
     from prunelens.corpus import split_tokens, windows
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from prunelens.sae.topk import TopKSAE
     from prunelens.sae.train import train_sae
     from prunelens.study.plan import plan_study
+    from prunelens.study_file import read_study
 
 _HOMES = {
     "prunelens.activations": ("Activations", "Statistics", "capture", "statistics"),
@@ -56,7 +56,6 @@ _HOMES = {
         "PruningConfig",
         "SaeConfig",
         "StudyConfig",
-        "read_study",
         "study_from_data",
     ),
     "prunelens.corpus": ("split_tokens", "windows"),
@@ -72,6 +71,7 @@ _HOMES = {
     "prunelens.sae.topk": ("TopKSAE",),
     "prunelens.sae.train": ("train_sae",),
     "prunelens.study.plan": ("plan_study",),
+    "prunelens.study_file": ("read_study",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

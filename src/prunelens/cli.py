@@ -14,8 +14,9 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from prunelens.config import StudyConfig, read_study
+from prunelens.config import StudyConfig, study_from_data
 from prunelens.errors import UserError
+from prunelens.study_file import read_study, with_settings
 
 INTERRUPTED = 130  # what typer returns after Ctrl-C
 
@@ -221,8 +222,6 @@ def _study(source: str, settings: list[str] | None) -> StudyConfig:
 
 
 def _merged(data: dict[str, Any], settings: list[str] | None) -> StudyConfig:
-    from prunelens.config import study_from_data, with_settings
-
     return study_from_data(with_settings(data, _parsed(settings)))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pandas as pd
 
-from prunelens.study.plan import Plan, Run, Sae
+from prunelens.study.matrix import Plan, Run, Sae
 from prunelens.study.run import method_columns
 from prunelens.study.store import Store
 

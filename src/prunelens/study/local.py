@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple, TypeVar
 
 from prunelens.errors import UserError
-from prunelens.study.plan import Plan, Run
+from prunelens.study.matrix import Plan, Run
 from prunelens.study.progress import StudyProgress
 from prunelens.study.stages import failure_of, make_stage
 from prunelens.study.store import DamagedArtifactError, Stage, Store

@@ -18,13 +18,15 @@ import psutil
 import torch
 from ruamel.yaml import YAML
 
-from prunelens.config import PruningConfig, StudyConfig, parse_yaml, read_text, study_from_data
+from prunelens.config import PruningConfig, StudyConfig, study_from_data
 from prunelens.errors import UserError
 from prunelens.model import model_shape, usable_device
 from prunelens.study.local import Outcome, RunResult, run_locally
-from prunelens.study.plan import Plan, plan_study
+from prunelens.study.matrix import Plan
+from prunelens.study.plan import plan_study
 from prunelens.study.progress import StudyProgress
 from prunelens.study.store import DamagedArtifactError, Store, library_versions
+from prunelens.study_file import parse_yaml, read_text
 
 WORKER_BYTES = 700_000_000  # a process with torch, transformers and a batch of activations
 RUN_COLUMNS = [

@@ -1,0 +1,154 @@
+"""The stages of one model at one layer under one condition: SAEs and questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prunelens.config import PruningConfig
+from prunelens.study.matrix import Run, Sae
+from prunelens.study.model_plan import ModelPlan
+from prunelens.study.store import Stage
+
+
+class LayerPlan:
+    """The stages of one model at one layer under one condition."""
+
+    def __init__(
+        self,
+        model: ModelPlan,
+        layer: int,
+        pruning: PruningConfig | None,
+        dense: LayerPlan | None,
+    ) -> None:
+        self._model, self._layer, self._pruning = model, layer, pruning
+        self._name = f"{model.label}/L{layer}/{pruning.label if pruning else 'dense'}"
+        self._dense = dense or self
+        self.prune = model.prune(pruning) if pruning else None
+        self.activations = model.activations(layer, self.prune, self._name)
+        if dense is None:
+            self.screening = self._stage(
+                "screening",
+                {"max_norm_multiple": model.study.activations.max_norm_multiple},
+                {"activations": self.activations},
+            )
+        self.statistics = self._stage(
+            "statistics",
+            {"statistics_tokens": model.study.activations.statistics_tokens},
+            {"activations": self.activations, "screening": self._dense.screening},
+        )
+        self.saes = {sae: self._sae(sae) for sae in self._wanted_saes()}
+
+    def run(self) -> Run:
+        """The run with all its targets."""
+        questions = self._model.study.questions
+        stages: dict[str, Stage] = {}
+        if self.prune:
+            stages["prune"] = self.prune
+        condition = self._pruning.label if self._pruning else "dense"
+        stages["perplexity"] = self._model.perplexity(
+            self.prune, f"{self._model.label}/{condition}"
+        )
+        if "stability" in questions:
+            seeds = {f"sae-{s.init_seed}": self.saes[s] for s in self._seeds()}
+            stages["stability"] = self._stage("stability", self._taus(), seeds)
+        if "survival" in questions:
+            stages |= self._survival()
+        if "persistence" in questions and self._pruning:
+            stages["persistence"] = self._persistence()
+        return Run(
+            self._name, self._model.label, self._layer, self._pruning, stages, dict(self.saes)
+        )
+
+    def _survival(self) -> dict[str, Stage]:
+        """RQ2's arms; the dense run holds the controls, a pruned run also the corrected rates."""
+        parents = {_role("dense", sae): stage for sae, stage in self._dense.saes.items()}
+        if self._pruning is None:
+            return {"survival": self._stage("survival", self._taus(), parents)}
+        parents = {_role("dense", sae): self._dense.saes[sae] for sae in self._seeds()}
+        parents |= {_role("pruned", sae): stage for sae, stage in self.saes.items()}
+        rates = self._stage("survival", self._taus(), parents)
+        controls = self._dense._survival()["survival"]
+        corrected = self._stage("corrected", {}, {"survival": rates, "controls": controls})
+        return {"survival": rates, "corrected": corrected}
+
+    def _persistence(self) -> Stage:
+        parents: dict[str, Stage] = {
+            "corpus": self._model.corpus,
+            "dense": self._dense.activations,
+            "pruned": self.activations,
+            "screening": self._dense.screening,
+            "statistics": self._dense.statistics,
+        }
+        parents |= {f"sae-{s.init_seed}": self._dense.saes[s] for s in self._seeds()}
+        study = self._model.study
+        width = self._model.shape.d_model**2 * study.sae.expansion
+        cost = 60.0 * study.corpus.eval_tokens * width * len(study.sae.seeds)
+        return self._stage("persistence", {}, parents, cost=cost)
+
+    def _sae(self, sae: Sae) -> Stage:
+        study = self._model.study
+        config = study.sae.model_dump(
+            mode="json", exclude={"seeds", "control_seeds", "checkpoint_every", "resample_every"}
+        )
+        own = study.activations.normalisation == "own"
+        latents = self._model.shape.d_model * study.sae.expansion
+        per_token = 30 * self._model.shape.d_model * latents
+        tokens = study.sae.steps * study.sae.batch_tokens
+        return self._stage(
+            "sae",
+            {
+                **config,
+                "resample_every": study.sae.resample_interval,
+                "init_seed": sae.init_seed,
+                "data_seed": sae.data_seed,
+                "rotated": sae.rotated,
+            },
+            {
+                "corpus": self._model.corpus,
+                "activations": self.activations,
+                "screening": self._dense.screening,
+                "statistics": self.statistics if own else self._dense.statistics,
+                "dense_statistics": self._dense.statistics,
+            },
+            suffix=_role("", sae),
+            cost=float(per_token * tokens),
+        )
+
+    def _wanted_saes(self) -> Iterator[Sae]:
+        yield from self._seeds()
+        if "survival" in self._model.study.questions:
+            for init_seed, data_seed in self._controls():
+                yield Sae(init_seed, data_seed)
+                if self._pruning is None:
+                    yield Sae(init_seed, data_seed, rotated=True)
+
+    def _seeds(self) -> list[Sae]:
+        return [Sae(seed, seed) for seed in self._model.study.sae.seeds]
+
+    def _controls(self) -> Iterator[tuple[int, int]]:
+        """(s, t) for the first `control_seeds` seeds s, t being the next seed in the list."""
+        seeds = self._model.study.sae.seeds
+        for number in range(self._model.study.sae.control_seeds):
+            yield seeds[number], seeds[(number + 1) % len(seeds)]
+
+    def _taus(self) -> dict[str, Any]:
+        return {"taus": list(self._model.study.taus)}
+
+    def _stage(
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        parents: Mapping[str, Stage],
+        *,
+        suffix: str = "",
+        cost: float = 1e8,
+    ) -> Stage:
+        label = f"{self._name} {suffix}".strip()
+        return self._model.stage(name, config, parents, label=label, cost=cost)
+
+
+def _role(condition: str, sae: Sae) -> str:
+    """A parent's role, e.g. `dense-0-1-rotated`."""
+    tail = "-rotated" if sae.rotated else ""
+    return f"{condition}-{sae.init_seed}-{sae.data_seed}{tail}".lstrip("-")

@@ -1,0 +1,187 @@
+"""Stages from text to activations: what is done with a language model and its tokens."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prunelens.activations import Activations, capture, statistics, total_variance, usable_rows
+from prunelens.config import ActivationConfig, PruningConfig
+from prunelens.corpus import TokenSplits, joined_stream, split_tokens, windows
+from prunelens.model import LanguageModel, load_model, load_tokenizer
+from prunelens.perplexity import measure_perplexity
+from prunelens.prune.apply import apply_masks, prune_model
+from prunelens.prune.calibrate import input_norms
+from prunelens.prune.masks import load_masks, save_masks
+from prunelens.study.work import Work, read_json, write_json
+
+
+def _corpus(work: Work) -> None:
+    assert work.stage.source and work.stage.source.corpus
+    tokenizer = load_tokenizer(work.stage.source.model)
+    splits = split_tokens(work.stage.source.corpus, tokenizer)
+    _save_splits(work, splits)
+
+
+def _text(work: Work) -> None:
+    assert work.stage.source and work.stage.source.corpus
+    stream, bos = joined_stream(work.stage.source.corpus, load_tokenizer(work.stage.source.model))
+    save_file({"stream": stream.contiguous()}, work.out / "stream.safetensors")
+    write_json(work.out / "tokens.json", {"bos_token": bos})
+
+
+def _calibration(work: Work) -> None:
+    lm = _load(work)
+    tokens = _windows(work, "calibration")
+    norms = input_norms(lm, tokens, progress=work.share(len(tokens)))
+    save_file(
+        {name: norm.cpu().contiguous() for name, norm in norms.items()},
+        work.out / "norms.safetensors",
+    )
+
+
+def _prune(work: Work) -> None:
+    pruning = PruningConfig.model_validate(work.config["pruning"])
+    lm = _load(work)
+    norms, tokens = None, None
+    if "calibration" in work.parents:
+        norms = load_file(work.parents["calibration"] / "norms.safetensors")
+    if "corpus" in work.parents:
+        tokens = _windows(work, "calibration")
+    pruned = prune_model(lm, pruning, calibration=tokens, input_norms=norms)
+    save_masks(pruned.masks, work.out / "masks.safetensors")
+    pd.DataFrame(pruned.report).to_parquet(work.out / "matrices.parquet")
+    write_json(work.out / "prune.json", {"achieved_sparsity": pruned.achieved_sparsity})
+
+
+def _perplexity(work: Work) -> None:
+    lm = _load(work)
+    folder = work.parents["text"]
+    bos = read_json(folder / "tokens.json")["bos_token"]
+    if (folder / "stream.safetensors").exists():
+        stream = load_file(folder / "stream.safetensors")["stream"]
+    else:
+        splits = _load_splits(folder)
+        stream = torch.cat([splits.eval_first, splits.eval_second])
+    rows: dict[int, dict[str, Any]] = {}
+    limit = work.config["max_tokens"]
+    tokens_each = min(len(stream), limit or len(stream))
+    total = tokens_each * len(work.config["context_tokens"])
+    for context in work.config["context_tokens"]:
+        context = min(context, lm.max_context_tokens or context)
+        if context not in rows:
+            result = measure_perplexity(
+                lm,
+                stream,
+                context_tokens=context,
+                bos_token=bos,
+                max_tokens=limit,
+                progress=work.share(total, before=tokens_each * len(rows)),
+            )
+            rows[context] = {**result._asdict(), "bos": bos is not None}
+    pd.DataFrame(rows.values()).to_parquet(work.out / "perplexity.parquet")
+
+
+def _activations(work: Work) -> None:
+    lm = _load(work)
+    config = ActivationConfig(skip_first=work.config["skip_first"], storage=work.config["storage"])
+    splits = _load_splits(work.parents["corpus"])
+    context = read_json(work.parents["corpus"] / "tokens.json")["context_tokens"]
+    parts = {"train": [splits.train], "eval": [splits.eval_first, splits.eval_second]}
+    batches = {
+        name: torch.cat([windows(s, context, splits.bos_token) for s in streams])
+        for name, streams in parts.items()
+    }
+    total, before = sum(batch.numel() for batch in batches.values()), 0
+    for name, batch in batches.items():
+        norms = capture(
+            lm,
+            batch,
+            work.out / f"{name}.safetensors",
+            site=work.config["site"],
+            layer=work.config["layer"],
+            config=config,
+            progress=work.share(total, before=before),
+        )
+        before += batch.numel()
+        save_file({"norms": norms}, work.out / f"{name}_norms.safetensors")
+    per_window = context - config.skip_first
+    first_half = len(windows(splits.eval_first, context, splits.bos_token)) * per_window
+    write_json(work.out / "rows.json", {"eval_first_rows": first_half})
+
+
+def _screening(work: Work) -> None:
+    """Which rows count, from the dense model's norms; the same rows serve every condition."""
+    folder = work.parents["activations"]
+    norms = {
+        name: load_file(folder / f"{name}_norms.safetensors")["norms"] for name in ("train", "eval")
+    }
+    median = float(norms["train"].median())
+    kept = {
+        name: usable_rows(part, median=median, multiple=work.config["max_norm_multiple"])
+        for name, part in norms.items()
+    }
+    save_file(kept, work.out / "kept.safetensors")
+    counts = {f"{name}_left_out": len(norms[name]) - len(kept[name]) for name in kept}
+    write_json(work.out / "screening.json", {"dense_median_norm": median, **counts})
+
+
+def _statistics(work: Work) -> None:
+    """Mean and deviation of the training rows; the variance that FVU is measured against."""
+    kept = load_file(work.parents["screening"] / "kept.safetensors")
+    folder = work.parents["activations"]
+    train = Activations(folder / "train.safetensors", kept=kept["train"])
+    evaluation = Activations(folder / "eval.safetensors", kept=kept["eval"])
+    found = statistics(train, num_tokens=work.config["statistics_tokens"])
+    found.save(work.out / "statistics.safetensors")
+    write_json(work.out / "variance.json", {"eval_total_variance": total_variance(evaluation)})
+
+
+MODEL_STAGES: dict[str, Callable[[Work], None]] = {
+    "corpus": _corpus,
+    "text": _text,
+    "calibration": _calibration,
+    "prune": _prune,
+    "perplexity": _perplexity,
+    "activations": _activations,
+    "screening": _screening,
+    "statistics": _statistics,
+}
+
+
+# --- reading parents ----------------------------------------------------------------------------
+
+
+def _load(work: Work) -> LanguageModel:
+    """The stage's model on its device, pruned if the stage has masks for a parent."""
+    assert work.stage.source
+    lm = load_model(work.stage.source.model, device=work.device)
+    if "prune" in work.parents:
+        apply_masks(lm, load_masks(work.parents["prune"] / "masks.safetensors"))
+    return lm
+
+
+def _save_splits(work: Work, splits: TokenSplits) -> None:
+    parts = splits._asdict()
+    tensors = {name: part.contiguous() for name, part in parts.items() if isinstance(part, Tensor)}
+    save_file(tensors, work.out / "splits.safetensors")
+    context = work.config["corpus"]["context_tokens"]
+    facts = {"bos_token": splits.bos_token, "context_tokens": context}
+    write_json(work.out / "tokens.json", facts)
+
+
+def _load_splits(folder: pathlib.Path) -> TokenSplits:
+    bos = read_json(folder / "tokens.json")["bos_token"]
+    return TokenSplits(**load_file(folder / "splits.safetensors"), bos_token=bos)
+
+
+def _windows(work: Work, split: str) -> Tensor:
+    splits = _load_splits(work.parents["corpus"])
+    context = read_json(work.parents["corpus"] / "tokens.json")["context_tokens"]
+    return windows(getattr(splits, split), context, splits.bos_token)

@@ -1,0 +1,220 @@
+"""Stages from activations to answers: SAEs, and the questions asked of them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from prunelens.activations import Activations, Statistics, random_rotation
+from prunelens.analyses.persistence import persistence, persistence_summary
+from prunelens.analyses.stability import seed_stability
+from prunelens.analyses.survival import (
+    Dictionary,
+    control_arms,
+    corrected_survival,
+    pruned_arms,
+    survival,
+)
+from prunelens.config import SaeConfig
+from prunelens.sae.quality import SaeQuality, evaluate_sae
+from prunelens.sae.topk import TopKSAE
+from prunelens.sae.train import TrainedSae, train_sae
+from prunelens.study.work import Work, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+ROTATION_SEED = 7919  # one fixed rotation for every floor_shared SAE
+
+
+def _sae(work: Work) -> None:
+    config = work.config
+    fields = {name: value for name, value in config.items() if name in SaeConfig.model_fields}
+    assert work.stage.source
+    training = SaeConfig(**fields, checkpoint_every=work.stage.source.checkpoint_every)
+    train, evaluation = _sae_data(work, "train"), _sae_data(work, "eval")
+    variance = read_json(work.parents["dense_statistics"] / "variance.json")["eval_total_variance"]
+    early = work.partial() / "three_quarters.json"
+    checkpoint = work.partial() / "checkpoint.safetensors"
+    _drop_if_damaged(checkpoint, early)
+
+    def at_three_quarters(_step: int, sae: TopKSAE) -> None:
+        write_json(early, {"fvu": evaluate_sae(sae, evaluation, dense_variance=variance).fvu})
+
+    trained = train_sae(
+        train,
+        training,
+        init_seed=config["init_seed"],
+        data_seed=config["data_seed"],
+        checkpoint=checkpoint,
+        observe={max(1, 3 * training.steps // 4): at_three_quarters},
+        progress=lambda step: work.progress(step / training.steps),
+    )
+    quality = evaluate_sae(trained.sae, evaluation, dense_variance=variance)
+    first_half = _sae_data(work, "eval", first_half=True)
+    rate_first_half = evaluate_sae(trained.sae, first_half, dense_variance=variance).firing_rate
+    trained.sae.save(work.out)
+    Statistics(evaluation.mean.cpu(), evaluation.sigma.cpu()).save(
+        work.out / "normalisation.safetensors"
+    )
+    pd.DataFrame(trained.log).to_parquet(work.out / "log.parquet")
+    latents = {
+        "latent": range(trained.sae.num_latents),
+        "firing_rate": quality.firing_rate.cpu().numpy(),
+        "firing_rate_first_half": rate_first_half.cpu().numpy(),
+        "mean_activation": quality.mean_activation.cpu().numpy(),
+        "init_retention": trained.init_retention.cpu().numpy(),
+        "resampled": trained.resampled.cpu().numpy(),
+    }
+    pd.DataFrame(latents).to_parquet(work.out / "latents.parquet")
+    numbers = _quality_numbers(trained, quality, rotated=config["rotated"])
+    write_json(
+        work.out / "quality.json", numbers | {"fvu_at_three_quarters": read_json(early)["fvu"]}
+    )
+
+
+def _quality_numbers(trained: TrainedSae, quality: SaeQuality, *, rotated: bool) -> dict[str, Any]:
+    """One SAE's numbers; raw axes mean nothing in a rotated space."""
+    return {
+        "fvu": quality.fvu,
+        "fvu_raw": math.nan if rotated else quality.fvu_raw,
+        "fvu_dense_var": math.nan if rotated else quality.fvu_dense_var,
+        "l0": quality.l0,
+        "alive": quality.alive,
+        "num_latents": trained.sae.num_latents,
+        "mean_init_retention": float(trained.init_retention.mean()),
+    }
+
+
+def _stability(work: Work) -> None:
+    decoders = {
+        int(role.removeprefix("sae-")): TopKSAE.load(folder).decoder_weight.detach()
+        for role, folder in work.parents.items()
+    }
+    seed_stability(decoders, work.config["taus"]).to_parquet(work.out / "stability.parquet")
+
+
+def _survival(work: Work) -> None:
+    by_kind: dict[str, list[Dictionary]] = {}
+    for role, folder in work.parents.items():
+        condition, init_seed, data_seed, *rotated = role.split("-")
+        kind = rotated[0] if rotated else "same" if init_seed == data_seed else "reordered"
+        by_kind.setdefault(f"{condition}-{kind}", []).append(
+            _dictionary(folder, int(init_seed), int(data_seed))
+        )
+    dense = by_kind["dense-same"]
+    if "pruned-same" in by_kind:
+        comparisons = pruned_arms(dense, by_kind["pruned-same"], by_kind["pruned-reordered"])
+    else:
+        comparisons = control_arms(
+            dense,
+            by_kind["dense-reordered"],
+            by_kind["dense-rotated"],
+            [_untrained(dictionary) for dictionary in dense],
+        )
+    result = survival(comparisons, work.config["taus"])
+    result.rates.to_parquet(work.out / "survival.parquet")
+    result.latents.to_parquet(work.out / "latents.parquet")
+
+
+def _corrected(work: Work) -> None:
+    tables = [
+        pd.read_parquet(work.parents[role] / "survival.parquet")
+        for role in ("survival", "controls")
+    ]
+    corrected_survival(*tables).to_parquet(work.out / "corrected.parquet")
+
+
+def _persistence(work: Work) -> None:
+    kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
+    dense_statistics = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
+    dense, pruned = (
+        Activations(
+            work.parents[role] / "eval.safetensors",
+            kept=kept,
+            statistics=dense_statistics,
+            device=work.device,
+        )
+        for role in ("dense", "pruned")
+    )
+    first_half = read_json(work.parents["dense"] / "rows.json")["eval_first_rows"]
+    tokens = (kept >= first_half).nonzero().squeeze(1)
+    seeds = {
+        role: int(role.removeprefix("sae-")) for role in work.parents if role.startswith("sae-")
+    }
+    total = len(tokens) * len(seeds)
+    latents, summaries = [], []
+    for number, (role, seed) in enumerate(seeds.items()):
+        sae = TopKSAE.load(work.parents[role]).to(work.device)
+        progress = work.share(total, before=number * len(tokens))
+        table = persistence(sae, dense, pruned, tokens, seed=seed, progress=progress)
+        latents.append(table.assign(seed=seed))
+        summaries.append(persistence_summary(table).assign(seed=seed))
+    pd.concat(latents, ignore_index=True).to_parquet(work.out / "latents.parquet")
+    pd.concat(summaries, ignore_index=True).to_parquet(work.out / "persistence.parquet")
+
+
+SAE_STAGES: dict[str, Callable[[Work], None]] = {
+    "sae": _sae,
+    "stability": _stability,
+    "survival": _survival,
+    "corrected": _corrected,
+    "persistence": _persistence,
+}
+
+
+# --- reading parents ----------------------------------------------------------------------------
+
+
+def _sae_data(work: Work, split: str, *, first_half: bool = False) -> Activations:
+    """The rows that an SAE is trained or judged on, normalised (and rotated for `floor_shared`).
+
+    The first half of the eval documents is what latents may be sorted by: persistence is measured
+    on the second.
+    """
+    found = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
+    kept = load_file(work.parents["screening"] / "kept.safetensors")[split]
+    if first_half:
+        kept = kept[kept < read_json(work.parents["activations"] / "rows.json")["eval_first_rows"]]
+    rotation = None
+    if work.config["rotated"]:
+        rotation = random_rotation(len(found.mean), seed=ROTATION_SEED)
+    return Activations(
+        work.parents["activations"] / f"{split}.safetensors",
+        statistics=found,
+        kept=kept,
+        rotation=rotation,
+        device=work.device,
+    )
+
+
+def _dictionary(folder: pathlib.Path, init_seed: int, data_seed: int) -> Dictionary:
+    decoder = TopKSAE.load(folder).decoder_weight.detach()
+    sigma = Statistics.load(folder / "normalisation.safetensors").sigma
+    return Dictionary(decoder, sigma, init_seed, data_seed)
+
+
+def _untrained(trained: Dictionary) -> Dictionary:
+    """The dictionary that this one was at step 0."""
+    num_latents, d_model = trained.decoder.shape
+    sae = TopKSAE.initialise(d_model, num_latents, 1, init_seed=trained.init_seed)
+    return trained._replace(decoder=sae.decoder_weight.detach())
+
+
+def _drop_if_damaged(checkpoint: pathlib.Path, early: pathlib.Path) -> None:
+    """Forget what an earlier attempt left if any of it cannot be read: training starts again."""
+    try:
+        if checkpoint.exists():
+            load_file(checkpoint)
+        if early.exists():
+            read_json(early)
+    except (SafetensorError, ValueError):
+        log.warning("damaged checkpoint %s: training starts again", checkpoint)
+        checkpoint.unlink(missing_ok=True)
+        early.unlink(missing_ok=True)

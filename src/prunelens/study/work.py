@@ -1,0 +1,48 @@
+"""One stage about to be executed: its config, its parents' folders, where to write."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prunelens.study.store import Stage
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage about to be executed."""
+
+    stage: Stage
+    parents: Mapping[str, pathlib.Path]
+    """Role -> verified artifact folder."""
+    out: pathlib.Path
+    """The folder to write to."""
+    partial: Callable[[], pathlib.Path]
+    """Makes a folder that survives a kill, for checkpoints."""
+    device: str
+    progress: Callable[[float], None]
+    """Told the share of the stage that is done, 0 to 1."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The stage's config."""
+        return self.stage.config
+
+    def share(self, total: float, *, before: float = 0.0) -> Callable[[float], None]:
+        """A callback for units done so far of `total`, where `before` were done earlier."""
+        return lambda done: self.progress(min(1.0, (before + done) / total))
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Plain data from a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Replace a JSON file whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.replace(path)
