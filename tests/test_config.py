@@ -1,3 +1,5 @@
+import importlib.util
+import pathlib
 import subprocess
 import sys
 from fractions import Fraction
@@ -99,3 +101,11 @@ def test_reading_a_study_pulls_no_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_reference_of_fields_is_true_to_the_code():
+    path = pathlib.Path(__file__).parents[1] / "tools" / "write_study_fields.py"
+    spec = importlib.util.spec_from_file_location("write_study_fields", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page()

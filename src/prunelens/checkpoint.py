@@ -46,7 +46,7 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
             " AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) and name that folder"
         )
     try:
-        with _without_progress_bars():
+        with without_progress_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, config.dtype),
@@ -165,8 +165,8 @@ def _cannot_load(config: ModelConfig, what: str, error: Exception) -> UserError:
 
 
 @contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Transformers draws a bar per loaded model; a study has its own."""
+def without_progress_bars() -> Iterator[None]:
+    """Transformers draws a bar per model loaded or saved; a study has its own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

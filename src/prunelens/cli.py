@@ -190,6 +190,12 @@ def prune(
             }
         ],
     }
+    if not 0 <= sparsity < 1:
+        raise UserError(f"--sparsity: {sparsity} is outside [0, 1); give for example 0.5")
+    if criterion not in ("magnitude", "wanda"):
+        raise UserError(
+            f"--criterion: {criterion!r} is neither magnitude nor wanda; give one of them"
+        )
     config = _merged(data, settings)
     report = prune_checkpoint(config.models[0], config.conditions()[0], config.corpus, out, device)
     if as_json:

@@ -283,16 +283,16 @@ class StudyConfig(_Frozen):
 
 
 def _one_line(error: pydantic.ValidationError) -> str:
-    """The first problem as `field: what (got value); fix`."""
-    first = error.errors(include_url=False)[0]
+    """The first problem as `field: what (got value); fix`, and where the others are."""
+    first, *others = error.errors(include_url=False)
     where = ".".join(str(part) for part in first["loc"]) or "study"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = f"unknown key{_nearest(first['loc'])}"
     elif first["type"] != "value_error" and first["type"] != "missing":
         message = f"{message} (got {str(first['input'])[:80]!r})"
-    more = error.error_count() - 1
-    text = f"{where}: {message}" + (f" (and {more} more problems)" if more else "")
+    also = ", ".join(".".join(map(str, other["loc"])) or "study" for other in others)
+    text = f"{where}: {message}" + (f" (also wrong: {also})" if also else "")
     return " ".join(text.split())
 
 
@@ -303,7 +303,7 @@ def _nearest(location: tuple[int | str, ...]) -> str:
         if isinstance(part, str) and part in getattr(model, "model_fields", {}):
             model = _inner_model(model.model_fields[part].annotation) or model
     fields = list(getattr(model, "model_fields", {}))
-    close = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.65)
     return f"; did you mean {close[0]!r}?" if close else f"; valid keys: {', '.join(fields)}"
 
 

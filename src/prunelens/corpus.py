@@ -208,7 +208,7 @@ def _quotas(config: CorpusConfig, bos_token: int | None) -> dict[str, int]:
 
 def _too_little(config: CorpusConfig, quotas: dict[str, int], missing: dict[str, int]) -> str:
     """The emptiest split, and how far to lower all three fields: the shares stay, so it fits."""
-    worst = max(missing, key=lambda split: missing[split] / quotas[split])
+    worst = max(missing, key=lambda split: (missing[split] / quotas[split], quotas[split]))
     field = "eval_tokens" if worst.startswith("eval") else f"{worst}_tokens"
     found = quotas[worst] - missing[worst]
     scale = 0.97 * found / quotas[worst]

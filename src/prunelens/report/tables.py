@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pandas as pd
 
@@ -27,7 +28,7 @@ COLUMNS = {
     ],
     "sae_training": [
         *_CONDITION, "init_seed", "data_seed", "rotated", "steps", "mean_init_retention",
-        "fvu_at_three_quarters", "fvu",
+        "fvu_at_three_quarters", "fvu", "folder",
     ],
     "stability": [*_CONDITION, "seed_a", "seed_b", "tau", "one_way", "mnn", "greedy"],
     "survival": [
@@ -95,7 +96,12 @@ def _sae_quality(plan: Plan, store: Store) -> _Rows:
 def _sae_training(plan: Plan, store: Store) -> _Rows:
     for run, sae, folder in _sae_folders(plan, store):
         numbers = json.loads((folder / "quality.json").read_text())
-        which = {"init_seed": sae.init_seed, "data_seed": sae.data_seed, "rotated": sae.rotated}
+        which: dict[str, Any] = {
+            "init_seed": sae.init_seed,
+            "data_seed": sae.data_seed,
+            "rotated": sae.rotated,
+        }
+        which |= {"folder": folder.relative_to(store.root.parent).as_posix()}
         yield run, pd.DataFrame([{**numbers, **which, "steps": plan.study.sae.steps}])
 
 

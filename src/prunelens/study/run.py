@@ -181,7 +181,8 @@ def alone_in(out: pathlib.Path) -> Iterator[None]:
             f"--out: another prunelens works in {str(out)!r}; wait for it or choose another folder"
         ) from None
     except OSError as error:
-        raise UserError(f"--out: cannot write to {str(out)!r} ({error.strerror})") from None
+        why = f"cannot write to {str(out)!r} ({error.strerror})"
+        raise UserError(f"--out: {why}; name a folder that you can write to") from None
     try:
         yield
     except UserError:

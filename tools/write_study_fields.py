@@ -1,0 +1,52 @@
+"""Write docs/study.md, the reference of a study file's fields, from the docstrings in config.py.
+
+.venv/bin/python tools/write_study_fields.py
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pydantic
+
+from prunelens import config
+
+SECTIONS: dict[str, type[pydantic.BaseModel]] = {  # what a study file calls it -> its model
+    "(top level)": config.StudyConfig,
+    "models (a list)": config.ModelConfig,
+    "corpus": config.CorpusConfig,
+    "perplexity": config.PerplexityConfig,
+    "prunings (a list)": config.PruningGrid,
+    "activations": config.ActivationConfig,
+    "sae": config.SaeConfig,
+}
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "study.md"
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [
+        "# Every field of a study file\n\n"
+        "Written by `tools/write_study_fields.py` from `config.py`; a test keeps it true."
+        " What a file leaves out has the default.\n"
+    ]
+    for name, model in SECTIONS.items():
+        head = "| field | default | what it is |\n|---|---|---|\n"
+        parts.append(f"\n## {name}\n\n{(model.__doc__ or '').strip()}\n\n{head}")
+        parts += [_row(field, about) for field, about in model.model_fields.items()]
+    return "".join(parts)
+
+
+def _row(name: str, about: pydantic.fields.FieldInfo) -> str:
+    default = "required"
+    if not about.is_required():
+        value = pydantic.TypeAdapter(object).dump_python(about.get_default(), mode="json")
+        is_section = isinstance(value, dict) or name == "models"
+        default = "see below" if is_section else f"`{json.dumps(value)}`"
+    meaning = " ".join((about.description or "").split()).replace("|", "\\|")
+    return f"| `{name}` | {default} | {meaning} |\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
