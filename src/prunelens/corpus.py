@@ -207,11 +207,11 @@ def _quotas(config: CorpusConfig, bos_token: int | None) -> dict[str, int]:
 
 
 def _too_little(config: CorpusConfig, quotas: dict[str, int], missing: dict[str, int]) -> str:
-    """The emptiest split, and how far to lower all three fields: the shares stay, so it fits."""
-    worst = max(missing, key=lambda split: (missing[split] / quotas[split], quotas[split]))
+    """What lacks most, and how far to lower all three fields: the shares stay, so it fits."""
+    worst = max(missing, key=lambda split: missing[split])
     field = "eval_tokens" if worst.startswith("eval") else f"{worst}_tokens"
     found = quotas[worst] - missing[worst]
-    scale = 0.97 * found / quotas[worst]
+    scale = 0.97 * min(1 - missing[split] / quotas[split] for split in quotas)
     fields = ("train_tokens", "eval_tokens", "calibration_tokens")
     windows_each = {f: int(getattr(config, f) * scale) // config.context_tokens for f in fields}
     fix = "lower the largest of " + ", ".join(fields)
