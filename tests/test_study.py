@@ -368,3 +368,23 @@ def test_too_little_text_leaves_nothing_with_several_workers_either(data, tmp_pa
     with pytest.raises(UserError, match="corpus"):
         run_and_report(study_from_data(data), tmp_path / "out", workers=2, quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_dense_normalisation_gives_every_condition_the_dense_statistics(data, tmp_path):
+    data["activations"] = {"normalisation": "dense"}
+    data["questions"] = ["persistence"]
+    data["sae"]["seeds"] = [0]
+    data["prunings"] = data["prunings"][:1]
+    study = study_from_data(data)
+    outcome = run_and_report(study, tmp_path / "out", quiet=True)
+    assert {r.status for r in outcome.results} == {"done"}
+    dense, pruned = (
+        load_file(tmp_path / "out/artifacts/sae" / stage.identity / "normalisation.safetensors")[
+            "sigma"
+        ]
+        for run in plan_study(study).runs
+        for stage in run.saes.values()
+    )
+    assert (dense == pruned).all()
+    tables = {p.stem for p in (tmp_path / "out" / "tables").iterdir()}
+    assert tables == {"perplexity", "sae_quality", "sae_training", "persistence"}

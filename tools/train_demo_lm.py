@@ -54,7 +54,7 @@ def main() -> None:
     """Prepare the text once, train to the end, then report and (with --export) write the model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/demo-lm"))
-    parser.add_argument("--tokens", type=float, default=3.2e7, help="training tokens in all")
+    parser.add_argument("--tokens", type=float, default=1.9e7, help="training tokens in all")
     parser.add_argument("--export", type=pathlib.Path, help="folder for the finished model")
     arguments = parser.parse_args()
     torch.manual_seed(0)

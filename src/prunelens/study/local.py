@@ -148,7 +148,8 @@ class _Scheduler:
             for other in running:
                 if len(running) == 1 and other.identity in self._crashed:
                     self._settle(other, "its process died twice; was there enough memory?")
-                self._crashed.add(other.identity)
+                else:
+                    self._crashed.add(other.identity)
             raise
 
     def _submit_ready(self, pool: Executor, limit: int) -> None:
