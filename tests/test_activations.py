@@ -7,9 +7,10 @@ from prunelens.activations import (
     Activations,
     Statistics,
     capture,
+    covariance,
+    participation_ratio,
     random_rotation,
     statistics,
-    total_variance,
     usable_rows,
 )
 from prunelens.config import ActivationConfig
@@ -55,7 +56,12 @@ def test_rows_batches_and_normalisation_agree(tiny_llama, tokens, tmp_path):
     torch.testing.assert_close(view.rows(torch.tensor([4, 0])), expected[[4, 0]])
     torch.testing.assert_close(torch.cat(list(view.raw_batches(3))), raw[kept])
     centred = raw[kept].double() - raw[kept].double().mean(0)
-    assert total_variance(view) == pytest.approx(centred.square().sum().item())
+    spread = covariance(view)
+    torch.testing.assert_close(spread, centred.T @ centred / 5)
+    share = torch.linalg.eigvalsh(spread).clamp_min(0)
+    expected_ratio = float(share.sum() ** 2 / share.square().sum())
+    assert participation_ratio(spread) == pytest.approx(expected_ratio)
+    assert participation_ratio(torch.eye(4, dtype=torch.float64)) == pytest.approx(4)
 
 
 def test_a_rotation_keeps_distances_and_leaves_no_axis(tiny_llama, tokens, tmp_path):

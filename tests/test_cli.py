@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -43,6 +44,13 @@ def one_line_of_error(result, *words):
         (["status", "nowhere"], ["nowhere", "study.yaml"]),
         (["match", "nowhere", "nowhere"], ["nowhere"]),
         (["prune", "bundled", "--out", "x", "--sparsity", "1.5"], ["sparsit", "1.5"]),
+        (["transfer", "nowhere", "bundled"], ["SAE", "'nowhere'", "release:sae_id"]),
+        (["transfer", "a:b", "bundled", "--sparsity", "7"], ["--sparsity", "7"]),
+        (["predict", "nowhere", "--sparsity", "0.5"], ["nowhere", "study.yaml"]),
+        (["predict", "nowhere", "--sparsity", "0.5", "--latents", "x"], ["--latents", "'x'"]),
+        (["run", "demo", "--set", "causal.conditions=[nope]"], ["causal.conditions", "'nope'"]),
+        (["run", "demo", "--set", "questions=[causal]"], ["questions", "'survival'"]),
+        (["run", "demo", "--set", "prunings.0.seeds=[7,8]"], ["prunings.seeds", "7"]),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(arguments, words, tmp_path):
@@ -51,7 +59,8 @@ def test_mistakes_end_in_one_line_and_exit_code_2(arguments, words, tmp_path):
 
 
 def test_plan_shows_the_matrix_and_runs_nothing(tmp_path):
-    result = prunelens("plan", "demo", "--json", cwd=tmp_path)
+    arguments = ["--json", "--no-calibration", "--set", "sae.steps=400"]
+    result = prunelens("plan", "demo", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
     assert [row["run"] for row in plan["runs"]] == [
@@ -62,6 +71,9 @@ def test_plan_shows_the_matrix_and_runs_nothing(tmp_path):
         "bundled/L2/wanda-row-0.50",
     ]
     assert plan["stages"]["sae"] == 21
+    assert plan["settings"] == {"sae.steps": "400"}
+    assert plan["hours"] is None
+    assert sum(row["sae_tokens"] for row in plan["runs"]) == 21 * 400 * 512
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,3 +104,37 @@ def test_match_prints_the_rates_of_two_saes(tmp_path):
     other = json.loads(prunelens("match", tmp_path / "a", tmp_path / "c", "--json").stdout)
     assert other[-1]["mnn"] < 0.1
     assert "one-way" in prunelens("match", tmp_path / "a", tmp_path / "c").stdout
+
+
+def test_transfer_and_predict_print_what_python_gives(checkpoint_folder, text, tmp_path):
+    settings = {
+        "corpus.source": "files", "corpus.paths": f"[{text}]", "corpus.document": "line",
+        "corpus.context_tokens": 16, "corpus.train_tokens": 1600, "corpus.eval_tokens": 800,
+        "corpus.calibration_tokens": 800, "transfer.ce_tokens": 64, "transfer.refit_tokens": 320,
+    }  # fmt: skip
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        f"models: [{{name: {checkpoint_folder}, layers: [1]}}]\n"
+        "prunings: [{criterion: magnitude, scope: global, sparsities: [0.2, 0.4, 0.6, 0.8]}]\n"
+        "perplexity: {context_tokens: [16]}\n"
+        "sae: {expansion: 4, k: 4, steps: 24, batch_tokens: 64, seeds: [0, 1]}\n"
+        "questions: [survival, persistence, predictor]\nthreads_per_stage: 1\n"
+    )
+    given = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    run = prunelens("run", study, "--out", tmp_path / "s", "--quiet", "--workers", "1", *given)
+    assert run.returncode == 0, run.stderr
+    told = prunelens("predict", tmp_path / "s", "--sparsity", "0.5", "--latents", "3,5", "--json")
+    assert {row["latent"] for row in json.loads(told.stdout)} == {3, 5}
+    assert "persistence" in prunelens("predict", tmp_path / "s", "--sparsity", "0.5").stdout
+
+    training = pd.read_csv(tmp_path / "s" / "tables" / "sae_training.csv")
+    sae = tmp_path / "s" / training["folder"].iloc[0]
+    command = ["transfer", sae, checkpoint_folder, "--layer", "1", "--sparsity", "0.5", *given]
+    found = prunelens(*command, "--json")
+    assert found.returncode == 0, found.stderr
+    answer = json.loads(found.stdout)
+    assert "1.25" in answer["rule"]
+    assert {row["condition"] for row in answer["rows"]} == {"dense", "wanda-row-0.50"}
+    assert "fvu_dense_var" in prunelens(*command).stdout
+    wrong = prunelens("transfer", sae, checkpoint_folder, "--layer", "9", *given)
+    one_line_of_error(wrong, "layer 9")

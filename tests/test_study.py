@@ -17,11 +17,20 @@ from prunelens.config import study_from_data
 from prunelens.errors import UserError
 from prunelens.report.tables import COLUMNS
 from prunelens.report.write import run_and_report
-from prunelens.study import local
+from prunelens.study import conclude, local
 from prunelens.study.plan import plan_study
+from prunelens.study.predict import predict_latents
 from prunelens.study.run import study_status
 from prunelens.study.store import Store
 
+FIGURES = (
+    "fig1_seed_stability", "fig2_survival", "fig3_transfer", "fig4_fragility",
+    "fig5_fragility_by_method", "fig6_causal",
+)  # fmt: skip
+PAPER_TABLES = (
+    "table1_perplexity", "table2_transfer", "table3_fragility", "table4_causal", "tableA1_matrix",
+    "tableB1_quality", "depth",
+)  # fmt: skip
 SENTENCES = ["def greet(name):", "return 'hello ' + name", "The quick brown fox", "jumps over it"]
 
 
@@ -62,6 +71,8 @@ def tiny_study(checkpoint_folder, text_file):
             "checkpoint_every": 5,
             "seeds": [0, 1],
         },
+        "transfer": {"ce_tokens": 64, "refit_tokens": 320},
+        "causal": {"prompts": 4, "group_size": 4, "contexts_per_latent": 4},
         "threads_per_stage": 1,
     }
 
@@ -92,8 +103,12 @@ def test_a_finished_study_keeps_the_contract(finished):
     for name, columns in COLUMNS.items():
         table = pd.read_csv(out / "tables" / f"{name}.csv")
         assert list(table.columns) == columns
+        assert table.columns[0] == "run"
         assert len(table)
-    for figure in ("fig1_seed_stability", "fig2_survival"):
+    for name in PAPER_TABLES:
+        assert pd.read_csv(out / "tables" / f"{name}.csv").columns[0] == "run"
+    assert (out / "report.html").stat().st_size > 10_000
+    for figure in FIGURES:
         for suffix in (".png", ".pdf"):
             assert (out / "figures" / f"{figure}{suffix}").stat().st_size > 1000
     runs = pd.read_csv(out / "runs.csv", keep_default_na=False)
@@ -139,6 +154,115 @@ def test_latents_have_one_row_per_run_seed_and_latent(finished):
     assert first["firing_rate"].sum() == pytest.approx(quality["l0"])
 
 
+def test_fates_fragility_and_transfer_say_the_same_as_the_tables_they_come_from(finished):
+    study, out, _ = finished
+    latents = pd.read_parquet(out / "latents.parquet")
+    fragility = pd.read_csv(out / "tables" / "fragility.csv")
+    run = latents["run"][latents["method"] == "wanda"].iloc[0]
+    dense = latents[latents["method"] == "dense"].set_index(["seed", "latent"])
+    fate = latents[latents["run"] == run].set_index(["seed", "latent"])
+    means = []
+    for seed in study.sae.seeds:
+        rates = dense.loc[seed, "firing_rate"]
+        alive = rates[rates > 0].sort_values(kind="stable").index
+        rarest = alive[: len(alive) // 5 + (len(alive) % 5 > 0)]
+        matched = fate.loc[seed, "mutual_shared_init"] & (
+            fate.loc[seed, "cosine_shared_init"] >= 0.5
+        )
+        means.append(matched.loc[rarest].mean())
+    row = fragility[
+        (fragility["run"] == run)
+        & (fragility["measure"] == "shared_init")
+        & (fragility["tau"] == 0.5)
+        & (fragility["quintile"] == 1)
+    ].iloc[0]
+    assert row["survival_rate"] == pytest.approx(np.mean(means))
+
+    transfer = pd.read_csv(out / "tables" / "transfer.csv")
+    quality = pd.read_csv(out / "tables" / "sae_quality.csv")
+    own = transfer[(transfer["method"] == "dense") & (transfer["positions"] == "without_first")]
+    own = own[(own["sae"] == "seed 0") & (own["refit"] == "none")].iloc[0]
+    judged = quality[(quality["method"] == "dense") & (quality["seed"] == 0)].iloc[0]
+    for column in ("fvu_raw", "l0"):  # the SAE's own eval, screened: the same tokens here
+        assert own[column] == pytest.approx(judged[column], rel=1e-3)
+    missing = transfer[transfer["sae"] == "pretrained"]
+    assert missing["fvu"].isna().all()
+    assert missing["reason"].str.contains("no pretrained SAE").all()
+    assert set(transfer["verdict"].dropna()) <= {"keep", "refit", "retrain"}
+
+
+def test_prediction_before_pruning(finished):
+    _, out, _ = finished
+    table = predict_latents(out, sparsity=0.4)
+    assert sorted(table["latent"]) == list(range(64))
+    known = table["persistence"].dropna()
+    assert known.between(0, 1).all()
+    assert list(known) == sorted(known)
+    some = predict_latents(out, sparsity=0.4, latents=[3, 5], seed=1)
+    assert set(some["latent"]) == {3, 5}
+    for arguments, message in (
+        ({"sparsity": 1.4}, "1.4"),
+        ({"sparsity": 0.4, "latents": [99]}, "99 is no latent"),
+        ({"sparsity": 0.4, "seed": 7}, "7 is none of"),
+        ({"sparsity": 0.4, "run": "nope"}, "'nope' is no dense run"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predict_latents(out, **arguments)
+
+
+def test_an_sae_of_others_has_its_own_rows_and_its_l0_is_checked(data, finished, tmp_path):
+    """Here one of our own, saved elsewhere: without quality.json its nominal L0 is its k."""
+    study, out, _ = finished
+    stage = next(iter(plan_study(study).runs[0].saes.values()))
+    given = tmp_path / "given"
+    given.mkdir()
+    for name in ("sae.json", "sae.safetensors", "normalisation.safetensors"):
+        subprocess.run(["cp", out / "artifacts" / "sae" / stage.identity / name, given], check=True)
+    data["models"][0]["pretrained"] = [{"layer": 1, "folder": str(given)}]
+    data["questions"] = ["persistence", "transfer"]
+    data["sae"]["seeds"] = [0]
+    outcome = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
+    assert {r.status for r in outcome.results} == {"done"}
+    table = pd.read_csv(tmp_path / "s" / "tables" / "transfer.csv")
+    numbers = ["fvu", "fvu_raw", "fvu_dense_var", "l0"]
+    ours, theirs = (
+        table[table["sae"] == name].set_index(["run", "positions", "refit"])[numbers]
+        for name in ("seed 0", "given")
+    )
+    pd.testing.assert_frame_equal(ours, theirs)
+    moved = tmp_path / "moved"
+    given.rename(moved)
+    data["models"][0]["pretrained"] = [{"layer": 1, "folder": str(moved), "nominal_l0": 400}]
+    outcome = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
+    assert {r.status for r in outcome.results} == {"failed"}
+    assert "nominal L0 is 400" in outcome.results[0].reason
+    data["models"][0]["pretrained"] = [{"layer": 1, "folder": str(given)}]
+    with pytest.raises(UserError, match="is no folder"):
+        run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
+
+
+def test_what_fails_over_all_runs_is_told_and_exits_as_failed(data, tmp_path, monkeypatch):
+    def broken(_store, _stage, **_options):
+        raise ZeroDivisionError("a bug of ours")
+
+    monkeypatch.setattr(conclude, "make_stage", broken)
+    outcome = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
+    assert {r.status for r in outcome.results} == {"done"}
+    assert "predictor over 2 runs: ZeroDivisionError" in outcome.failures[0]
+    assert not (tmp_path / "s" / "tables" / "predictor.csv").exists()
+    claims = pd.read_csv(tmp_path / "s" / "tables" / "claims.csv").set_index("claim")
+    assert claims.loc[7, "verdict"] == "undecided"
+
+
+def test_no_predictor_is_told(finished, tmp_path):
+    _, out, _ = finished
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+    subprocess.run(["rm", "-r", str(copy / "artifacts" / "predictor")], check=True)
+    with pytest.raises(UserError, match="has no predictor"):
+        predict_latents(copy, sparsity=0.4)
+
+
 def test_a_second_run_does_no_work(finished):
     study, out, _ = finished
     before = tables_of(out)
@@ -158,7 +282,7 @@ def test_no_pickle_is_written(finished):
     _, out, _ = finished
     files = [p for p in out.rglob("*") if p.is_file() and p.name != ".lock"]
     kinds = {p.suffix for p in files}
-    assert kinds == {".safetensors", ".json", ".parquet", ".csv", ".yaml", ".png", ".pdf"}
+    assert kinds == {".safetensors", ".json", ".parquet", ".csv", ".yaml", ".png", ".pdf", ".html"}
     assert not [p for p in files if p.read_bytes().startswith((b"\x80", b"PK"))]  # pickle, zip
 
 
@@ -168,8 +292,8 @@ def test_a_new_condition_runs_only_what_is_new(finished, data, tmp_path):
     data["prunings"].append({"criterion": "magnitude", "scope": "row", "sparsities": [0.3]})
     outcome = run_and_report(study_from_data(data), tmp_path / "copy", quiet=True)
     # two activation stores (the dense one was deleted), statistics, masks, perplexity, three SAEs,
-    # stability, survival, corrected, persistence
-    assert outcome.num_executed == 12
+    # stability, survival, corrected, persistence, transfer, fates, fragility, causal; the predictor
+    assert outcome.num_executed == 17
     assert len(pd.read_csv(tmp_path / "copy" / "runs.csv")) == 4
 
 
@@ -387,4 +511,11 @@ def test_dense_normalisation_gives_every_condition_the_dense_statistics(data, tm
     )
     assert (dense == pruned).all()
     tables = {p.stem for p in (tmp_path / "out" / "tables").iterdir()}
-    assert tables == {"perplexity", "sae_quality", "sae_training", "persistence"}
+    assert tables == {
+        "perplexity",
+        "sae_quality",
+        "sae_training",
+        "persistence",
+        "claims",
+        *WITHOUT_QUESTIONS,
+    }

@@ -1,4 +1,4 @@
-"""Write docs/study.md, the reference of a study file's fields, from the docstrings in config.py.
+"""Write docs/study.md, the reference of a study file's fields, from their docstrings.
 
 .venv/bin/python tools/write_study_fields.py
 """
@@ -15,11 +15,14 @@ from prunelens import config
 SECTIONS: dict[str, type[pydantic.BaseModel]] = {  # what a study file calls it -> its model
     "(top level)": config.StudyConfig,
     "models (a list)": config.ModelConfig,
+    "models.pretrained (a list)": config.PretrainedSaeConfig,
     "corpus": config.CorpusConfig,
     "perplexity": config.PerplexityConfig,
     "prunings (a list)": config.PruningGrid,
     "activations": config.ActivationConfig,
     "sae": config.SaeConfig,
+    "transfer": config.TransferConfig,
+    "causal": config.CausalConfig,
 }
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "study.md"
 
@@ -28,7 +31,7 @@ def page() -> str:
     """The whole page."""
     parts = [
         "# Every field of a study file\n\n"
-        "Written by `tools/write_study_fields.py` from `config.py`; a test keeps it true."
+        "Written by `tools/write_study_fields.py` from `src/prunelens/config`; a test keeps it true."
         " What a file leaves out has the default.\n"
     ]
     for name, model in SECTIONS.items():

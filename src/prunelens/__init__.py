@@ -7,7 +7,11 @@ The public API on one page; importing it loads nothing heavy, names load on firs
     prune     prune_model, input_norms, apply_masks, save_checkpoint
     SAEs      capture, Activations, statistics, TopKSAE, train_sae, evaluate_sae
     compare   match_dictionaries, match_rates, seed_stability, survival, persistence
-    study     plan_study, run_and_report, write_report
+    transfer  load_given_sae, transfer, transfer_verdicts, transfer_sae
+    fragility latent_fates, quintiles, fragility_tests, fit_predictor, predict_survival
+    causal    latent_groups, ablate, causal_summary, UpperBlocks
+    claims    judge_claims, published
+    study     plan_study, preflight, run_and_report, write_report, predict_latents
 """
 
 from __future__ import annotations
@@ -17,61 +21,138 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunelens.activations import Activations, Statistics, capture, statistics
+    from prunelens.analyses.causal import ablate
+    from prunelens.analyses.causal_groups import causal_summary, latent_groups
+    from prunelens.analyses.claims import judge_claims
+    from prunelens.analyses.fates import latent_fates
+    from prunelens.analyses.fragility import fragility_tests, quintiles
     from prunelens.analyses.persistence import persistence, persistence_summary
+    from prunelens.analyses.predictor import fit_predictor, predict_survival
     from prunelens.analyses.stability import seed_stability
     from prunelens.analyses.survival import corrected_survival, survival
+    from prunelens.analyses.transfer import transfer, transfer_verdicts
     from prunelens.config import (
         ActivationConfig,
+        CausalConfig,
         CorpusConfig,
         ModelConfig,
+        PretrainedSaeConfig,
         PruningConfig,
         SaeConfig,
         StudyConfig,
+        TransferConfig,
         study_from_data,
     )
     from prunelens.corpus import split_tokens, windows
     from prunelens.errors import UserError
     from prunelens.match import match_dictionaries, match_rates
     from prunelens.model import LanguageModel, load_model, replace_at_site, run_to_site
+    from prunelens.paper import published
     from prunelens.perplexity import measure_perplexity
     from prunelens.prune.apply import apply_masks, prune_model
     from prunelens.prune.calibrate import input_norms
     from prunelens.prune.checkpoint import save_checkpoint
     from prunelens.report.write import run_and_report, write_report
+    from prunelens.sae.formats import GivenSae, own_sae
+    from prunelens.sae.pretrained import load_given_sae
     from prunelens.sae.quality import evaluate_sae
     from prunelens.sae.topk import TopKSAE
     from prunelens.sae.train import train_sae
     from prunelens.study.plan import plan_study
+    from prunelens.study.predict import predict_latents
+    from prunelens.study.preflight import preflight
+    from prunelens.study.single import transfer_sae
     from prunelens.study_file import read_study
+    from prunelens.upper_blocks import UpperBlocks
 
 _HOMES = {
-    "prunelens.activations": ("Activations", "Statistics", "capture", "statistics"),
-    "prunelens.analyses.persistence": ("persistence", "persistence_summary"),
+    "prunelens.activations": (
+        "Activations",
+        "Statistics",
+        "capture",
+        "statistics",
+    ),
+    "prunelens.analyses.causal": ("ablate",),
+    "prunelens.analyses.causal_groups": (
+        "causal_summary",
+        "latent_groups",
+    ),
+    "prunelens.analyses.claims": ("judge_claims",),
+    "prunelens.analyses.fates": ("latent_fates",),
+    "prunelens.analyses.fragility": (
+        "fragility_tests",
+        "quintiles",
+    ),
+    "prunelens.analyses.persistence": (
+        "persistence",
+        "persistence_summary",
+    ),
+    "prunelens.analyses.predictor": (
+        "fit_predictor",
+        "predict_survival",
+    ),
     "prunelens.analyses.stability": ("seed_stability",),
-    "prunelens.analyses.survival": ("corrected_survival", "survival"),
+    "prunelens.analyses.survival": (
+        "corrected_survival",
+        "survival",
+    ),
+    "prunelens.analyses.transfer": (
+        "transfer",
+        "transfer_verdicts",
+    ),
     "prunelens.config": (
         "ActivationConfig",
+        "CausalConfig",
         "CorpusConfig",
         "ModelConfig",
+        "PretrainedSaeConfig",
         "PruningConfig",
         "SaeConfig",
         "StudyConfig",
+        "TransferConfig",
         "study_from_data",
     ),
-    "prunelens.corpus": ("split_tokens", "windows"),
+    "prunelens.corpus": (
+        "split_tokens",
+        "windows",
+    ),
     "prunelens.errors": ("UserError",),
-    "prunelens.match": ("match_dictionaries", "match_rates"),
-    "prunelens.model": ("LanguageModel", "load_model", "replace_at_site", "run_to_site"),
+    "prunelens.match": (
+        "match_dictionaries",
+        "match_rates",
+    ),
+    "prunelens.model": (
+        "LanguageModel",
+        "load_model",
+        "replace_at_site",
+        "run_to_site",
+    ),
+    "prunelens.paper": ("published",),
     "prunelens.perplexity": ("measure_perplexity",),
-    "prunelens.prune.apply": ("apply_masks", "prune_model"),
+    "prunelens.prune.apply": (
+        "apply_masks",
+        "prune_model",
+    ),
     "prunelens.prune.calibrate": ("input_norms",),
     "prunelens.prune.checkpoint": ("save_checkpoint",),
-    "prunelens.report.write": ("run_and_report", "write_report"),
+    "prunelens.report.write": (
+        "run_and_report",
+        "write_report",
+    ),
+    "prunelens.sae.formats": (
+        "GivenSae",
+        "own_sae",
+    ),
+    "prunelens.sae.pretrained": ("load_given_sae",),
     "prunelens.sae.quality": ("evaluate_sae",),
     "prunelens.sae.topk": ("TopKSAE",),
     "prunelens.sae.train": ("train_sae",),
     "prunelens.study.plan": ("plan_study",),
+    "prunelens.study.predict": ("predict_latents",),
+    "prunelens.study.preflight": ("preflight",),
+    "prunelens.study.single": ("transfer_sae",),
     "prunelens.study_file": ("read_study",),
+    "prunelens.upper_blocks": ("UpperBlocks",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -9,6 +9,7 @@ rows count is a separate index, made once from the dense model and shared by all
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -119,16 +120,29 @@ def statistics(data: Activations, *, num_tokens: int, seed: int = 0) -> Statisti
     return Statistics(mean.float(), torch.where(sigma > 0, sigma, 1.0).float())
 
 
-def total_variance(data: Activations) -> float:
-    """Sum over tokens of ||x - mean(x)||^2 on raw activations, in float64."""
+def covariance(data: Activations) -> Float[Tensor, "d_model d_model"]:
+    """Covariance of the raw activations over all tokens, in float64.
+
+    Its trace times the number of tokens is the sum of ||x - mean(x)||^2, what FVU is relative to.
+    """
     total = torch.zeros(data.d_model, dtype=torch.float64)
     for batch in data.raw_batches(READ_TOKENS):
         total += batch.double().sum(0).cpu()
     mean = total / data.num_tokens
-    return sum(
-        (batch.double().cpu() - mean).square().sum().item()
-        for batch in data.raw_batches(READ_TOKENS)
-    )
+    products = torch.zeros(data.d_model, data.d_model, dtype=torch.float64)
+    for batch in data.raw_batches(READ_TOKENS):
+        centred = batch.double().cpu() - mean
+        products += centred.T @ centred
+    return products / data.num_tokens
+
+
+def participation_ratio(covariance: Float[Tensor, "d_model d_model"]) -> float:
+    """(sum of eigenvalues)^2 / sum of their squares: how many directions share the variance.
+
+    From 1 (one direction has it all) to d_model (all alike); NaN where nothing varies.
+    """
+    squares = float(covariance.square().sum())
+    return float(covariance.trace()) ** 2 / squares if squares else math.nan
 
 
 def random_rotation(d_model: int, *, seed: int) -> Float[Tensor, "d_model d_model"]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
 
 from prunelens import hub
 from prunelens.config import ModelConfig
 from prunelens.errors import UserError
+from prunelens.paper import shipped_shape
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BUNDLED = pathlib.Path(__file__).parent / "data" / "model"
 
@@ -87,20 +89,75 @@ class ModelShape(NamedTuple):
     vocabulary_size: int
     max_context_tokens: int | None
     """None where the config names none."""
+    attention_width: int
+    """Width of all query heads together."""
+    linear_weights: int
+    """Weights of the linear layers of all decoder blocks together: what may be pruned."""
+    parameters: int
+    """All parameters; tied ones count once."""
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
-    """Width, depth and vocabulary from the config. Raises UserError as `load_weights`."""
+    """Width, depth, vocabulary and weights from the config. Raises UserError as `load_weights`."""
+    from transformers import AutoModelForCausalLM
+
+    text = text_config(config)
+    try:
+        with torch.device("meta"):  # shapes without memory
+            model = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
+        heads = text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return ModelShape(
+            text.hidden_size,
+            text.num_hidden_layers,
+            text.vocab_size,
+            getattr(text, "max_position_embeddings", None),
+            heads * width,
+            _linear_weights(model),
+            sum(parameter.numel() for parameter in model.parameters()),
+        )
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise _cannot_load(config, "a language model's config", error) from None
+
+
+def text_config(config: ModelConfig) -> PreTrainedConfig:
+    """The config of the language model (of a multi-modal one: its text part).
+
+    The shapes of the paper's models ship with prunelens: for those the hub is not asked, though a
+    config that was fetched before goes first.
+    Raises: UserError as `load_weights`.
+    """
     from transformers import AutoConfig
 
-    folder = _folder(config, ("config.json",))
+    shipped = None if is_local(config.name) else shipped_shape(config.name)
     try:
+        if shipped and not _is_cached(config):
+            return AutoConfig.for_model(**shipped)
+        folder = _folder(config, ("config.json",))
         found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        text = found.get_text_config()
-        longest = getattr(text, "max_position_embeddings", None)
-        return ModelShape(text.hidden_size, text.num_hidden_layers, text.vocab_size, longest)
+        return found.get_text_config()
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise _cannot_load(config, "a language model's config", error) from None
+
+
+def _is_cached(config: ModelConfig) -> bool:
+    """Whether a hub model's config was fetched before; asks no hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
+    return isinstance(found, str)
+
+
+def _linear_weights(model: PreTrainedModel) -> int:
+    """Weights of all linear layers but the output embedding."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return sum(
+        module.get_parameter("weight").numel()
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    )
 
 
 def model_fingerprint(config: ModelConfig) -> str:
@@ -109,10 +166,16 @@ def model_fingerprint(config: ModelConfig) -> str:
     The resolved commit of a hub model; else a SHA-256 over config, weights and tokenizer files.
     Raises: UserError as `load_weights`.
     """
-    if not _is_local(config.name):
+    if not is_local(config.name):
         return hub.commit(config.name, field="models.name", kind="model", revision=config.revision)
+    names = ("config.json", "*.safetensors*", *_TOKENIZER_FILES)
+    return files_fingerprint(_files(_folder(config, ()), names))
+
+
+def files_fingerprint(paths: Iterable[pathlib.Path]) -> str:
+    """A SHA-256 over names and contents."""
     digest = hashlib.sha256()
-    for path in _files(_folder(config, ()), ("config.json", "*.safetensors*", *_TOKENIZER_FILES)):
+    for path in paths:
         with path.open("rb") as file:
             digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -120,7 +183,7 @@ def model_fingerprint(config: ModelConfig) -> str:
 
 def _folder(config: ModelConfig, patterns: tuple[str, ...]) -> pathlib.Path:
     """Where the model's files are; a hub model's are fetched first."""
-    if not _is_local(config.name):
+    if not is_local(config.name):
         return hub.snapshot(
             config.name,
             field="models.name",
@@ -145,7 +208,8 @@ def _folder(config: ModelConfig, patterns: tuple[str, ...]) -> pathlib.Path:
     return folder
 
 
-def _is_local(name: str) -> bool:
+def is_local(name: str) -> bool:
+    """Whether a model's name means the bundled one or a folder, not a hub id."""
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     return name == "bundled" or looks_like_path or pathlib.Path(name).is_dir()
 

@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunelens.corpus import windows
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel, logits
 
-_LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**29}  # numbers of four bytes: 16 MB and 2 GB
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**29}  # numbers of four bytes: 16 MB and 2 GB
 
 
 class Perplexity(NamedTuple):
@@ -29,6 +29,8 @@ class Perplexity(NamedTuple):
     """Mean negative log likelihood per predicted token, in nats; NaN where the model gives NaN."""
     perplexity: float
     """exp(nll)."""
+    window_nll: Float[Tensor, " windows"]
+    """float64: the mean within each window, for paired comparisons of two models."""
 
 
 @torch.no_grad()
@@ -68,22 +70,24 @@ def measure_perplexity(
                 f"perplexity.max_tokens: {max_tokens} is less than one window of {context_tokens}"
                 f" tokens; raise it to at least {context_tokens - 1}"
             )
-    per_batch = _LOGITS_AT_ONCE.get(lm.device.type, 2**22) // (context_tokens * lm.vocabulary_size)
-    total, num_tokens = 0.0, 0
+    per_batch = LOGITS_AT_ONCE.get(lm.device.type, 2**22) // (context_tokens * lm.vocabulary_size)
+    means, num_tokens = [], 0
     for batch in cut.split(max(1, per_batch)):
-        total += _summed_nll(logits(lm, batch), batch)
+        means.append(_window_nll(logits(lm, batch), batch))
         num_tokens += batch[:, 1:].numel()
         if progress:
             progress(num_tokens)
-    nll = total / num_tokens
+    window_nll = torch.cat(means)
+    nll = float(window_nll.mean())
     # math.exp overflows above 709 nats, where the perplexity is as good as infinite.
-    return Perplexity(context_tokens, num_tokens, nll, math.inf if nll > 709 else math.exp(nll))
+    perplexity = math.inf if nll > 709 else math.exp(nll)
+    return Perplexity(context_tokens, num_tokens, nll, perplexity, window_nll)
 
 
-def _summed_nll(scores: Tensor, tokens: Tensor) -> float:
-    """Sum over the windows' positions 1.. of -log p(token | what stands before it)."""
+def _window_nll(scores: Tensor, tokens: Tensor) -> Tensor:
+    """Mean over each window's positions 1.. of -log p(token | what stands before it)."""
     targets = tokens[:, 1:].to(scores.device)
     losses = F.cross_entropy(
         scores[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none"
     )
-    return float(losses.double().sum())
+    return losses.view(targets.shape).double().mean(1).cpu()

@@ -1,186 +1,202 @@
-"""Tables -> figures. Every number drawn here stands in a CSV; nothing is computed but means."""
+"""Panels -> figures for print. Every number drawn here stands in a CSV."""
 
 from __future__ import annotations
 
+import math
 import pathlib
-from collections.abc import Iterator
+import textwrap
+from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-PRIMARY_TAU = 0.7
-COLOURS = {"magnitude": "#1f77b4", "wanda": "#ff7f0e"}
-ARM_COLOURS = {
-    "ceiling_shared": "#2ca02c",
-    "floor_shared": "#d62728",
-    "ceiling_cross": "#9467bd",
-    "chance": "#7f7f7f",
+from prunelens.report.panels import FIGURES, FigureOf
+from prunelens.report.panels.panel import Panel, Points, Site, shortened, sites
+
+MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^"}
+LINES = {"solid": "-", "dashed": "--", "dotted": ":", "none": ""}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,  # a $ in a name is a $
+    "hatch.linewidth": 0.6,
 }
-ARM_LABELS = {
-    "ceiling_shared": "same start, no pruning",
-    "floor_shared": "same start, nothing in common",
-    "ceiling_cross": "other start, no pruning",
-    "chance": "untrained",
-}
+PANEL_WIDTH, PANEL_HEIGHT = 4.4, 3.9  # inches
+MOST_IN_COLUMN = 9  # of a legend
+LEGEND_ROW = 0.065  # of a panel's height
+LETTERS_ABREAST = 62  # below a panel
+TITLE_LETTERS = 44  # per line
 
 
 def write_figures(tables: dict[str, pd.DataFrame], out: pathlib.Path) -> list[pathlib.Path]:
-    """Draw the figures that the tables allow into `figures/` as .png and .pdf; returns the PNGs."""
+    """Draw the figures that the tables allow into `figures/` as .png and .pdf; returns the PNGs.
+
+    A figure without data is not written, and one from an earlier run is removed.
+    """
     folder = out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with matplotlib.rc_context(
-        {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    ):
-        if {"stability", "survival"} <= set(tables):
-            written.append(_save(_seed_stability(tables), folder / "fig1_seed_stability"))
-        if {"survival", "survival_corrected", "persistence"} <= set(tables):
-            written.append(_save(_survival(tables), folder / "fig2_survival"))
+    with matplotlib.rc_context(STYLE):
+        for name, figure_of in FIGURES.items():
+            drawn = _draw(tables, figure_of)
+            if drawn is None:
+                for suffix in (".pdf", ".png"):
+                    (folder / f"{name}{suffix}").unlink(missing_ok=True)
+            else:
+                written.append(_save(drawn, folder / name))
     return written
 
 
-def _seed_stability(tables: dict[str, pd.DataFrame]) -> Figure:
-    """Paper's Figure 1; beside it, what the start of training alone contributes."""
-    stability, survival = tables["stability"], tables["survival"]
-    sites = list(_sites(stability))
-    figure = Figure(figsize=(10, 3.6 * len(sites)), layout="constrained")
-    grid = figure.subplots(len(sites), 2, squeeze=False)
-    for (left, right), (title, part) in zip(grid, sites, strict=True):
-        at_tau = part[part["tau"] == PRIMARY_TAU]
-        _by_method(left, at_tau, "mnn", error="std", label="")
-        _arm_line(left, _controls(survival, part), "chance")
-        left.set(
-            xlabel="sparsity", ylabel=f"MNN rate between seeds, tau {PRIMARY_TAU}", ylim=(0, None)
-        )
-        left.set_title(f"{title}: paper's view\n(bars: s.d. over seed pairs)")
-        left.legend(frameon=False)
-        for arm in ARM_LABELS:
-            rates = _controls(survival, part)
-            rates = rates[rates["arm"] == arm].groupby("tau")["mnn"].mean()
-            right.plot(rates.index, rates, "o-", color=ARM_COLOURS[arm], label=ARM_LABELS[arm])
-        right.set(xlabel="tau", ylabel="MNN rate of dense dictionaries", ylim=(-0.02, 1.02))
-        right.set_title("control: how much agreement is the start?\n(no pruning in any of these)")
-        right.legend(frameon=False)
+def _draw(tables: dict[str, pd.DataFrame], figure_of: FigureOf) -> Figure | None:
+    """One row of panels per site; None where all of them are empty."""
+    rows: list[tuple[Site, list[Panel]]] = []
+    for site in sites(tables, figure_of.needs[:1]):
+        panels = figure_of.panels(tables, site)
+        if not all(panel.empty for panel in panels):
+            rows.append((site, panels))
+    if not rows:
+        return None
+    columns = max(len(panels) for _, panels in rows)
+    size = (PANEL_WIDTH * columns, PANEL_HEIGHT * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (site, panels) in zip(grid, rows, strict=True):
+        for axes, panel in zip(line, panels, strict=False):
+            _draw_panel(axes, panel, site)
+        for axes in line[len(panels) :]:
+            axes.set_axis_off()
     return figure
 
 
-def _survival(tables: dict[str, pd.DataFrame]) -> Figure:
-    """Paper's Figure 2; corrected for the start; and without any second dictionary."""
-    survival, corrected = tables["survival"], tables["survival_corrected"]
-    persistence = tables["persistence"]
-    sites = list(_sites(survival))
-    figure = Figure(figsize=(13, 3.8 * len(sites)), layout="constrained")
-    grid = figure.subplots(len(sites), 3, squeeze=False)
-    for (left, middle, right), (title, part) in zip(grid, sites, strict=True):
-        at_tau = part[(part["tau"] == PRIMARY_TAU) & (part["coordinates"] == "normalised")]
-        paper = at_tau[at_tau["arm"] == "shared_init"]
-        _by_method(left, paper, "mnn", error="range", label="")
-        for arm in ARM_LABELS:
-            _arm_line(left, at_tau, arm)
-        left.set(
-            xlabel="sparsity", ylabel=f"MNN rate to dense, tau {PRIMARY_TAU}", ylim=(-0.02, 1.02)
-        )
-        left.set_title(f"{title}: paper's survival\nand what it is without pruning or features")
-        left.legend(frameon=False, fontsize=7)
-        fixed = _same_site(corrected, part)
-        fixed = fixed[fixed["tau"] == PRIMARY_TAU]
-        for arm, line in (("shared", "-"), ("cross", ":")):
-            _corrected_lines(middle, fixed[fixed["arm"] == arm], arm, line)
-        middle.axhline(1, color="#2ca02c", lw=0.8)
-        middle.axhline(0, color="#d62728", lw=0.8)
-        middle.set(xlabel="sparsity", ylabel="corrected survival")
-        middle.set_xticks(sorted(fixed["sparsity"].unique()))
-        middle.set_title("control: 0 = as if nothing survived,\n1 = as if nothing was pruned")
-        if middle.get_legend_handles_labels()[0]:
-            middle.legend(frameon=False)
-        for source, line in (("pruned", "-"), ("noise_isotropic", ":"), ("noise_shuffled", "--")):
-            rows = _same_site(persistence, part)
-            label = source.replace("_", ": ")
-            rows = rows[rows["source"] == source]
-            _by_method(right, rows, "mean_correlation", error="range", label=label, line=line)
-        right.set(xlabel="sparsity", ylabel="mean correlation per latent", ylim=(-0.02, 1.02))
-        right.set_title("control: the dense SAE on the same tokens,\nbeside noise of equal size")
-        right.legend(frameon=False, fontsize=7)
-    return figure
-
-
-def _by_method(
-    axes: Axes, rows: pd.DataFrame, column: str, *, error: str, label: str, line: str = "-"
-) -> None:
-    """One line per method over sparsity, dense (if there) as the common first point."""
-    dense = rows[rows["method"] == "dense"]
-    for family, method, part in _families(rows):
-        groups = pd.concat([dense, part]).groupby("sparsity")[column]
-        centre = groups.mean()
-        if error == "std":
-            below = above = groups.std().fillna(0)
+def _draw_panel(axes: Axes, panel: Panel, site: Site) -> None:
+    view = "as published" if panel.protocol == "paper" else "controlled"
+    title = f"{site.label}, {view}\n{_wrapped(panel.title)}"
+    axes.set_title(title, fontsize=8.5, loc="left")
+    axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+    if panel.empty:
+        axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
+        return
+    for level in panel.levels:
+        style = "--" if level.name else "-"
+        axes.axhline(level.y, color=level.colour, ls=style, lw=0.9, label=level.name or None)
+    order = {name: float(index) for index, name in enumerate(panel.categories or [])}
+    beside = _beside(panel)
+    for points in panel.points:
+        x = np.array([order[at] if isinstance(at, str) else at for at in points.x])
+        x = x + beside[points.name]
+        if panel.kind == "bars":
+            _bars(axes, x, points, width=0.8 / max(1, len(_names_beside(panel))))
         else:
-            below, above = centre - groups.min(), groups.max() - centre
-        name = f"{family} {label}".strip()
-        axes.errorbar(
-            centre.index,
-            centre,
-            yerr=[below, above],
-            fmt=f"o{line}",
-            color=COLOURS.get(method),
-            capsize=2,
-            label=name,
-        )
-    axes.set_xticks(sorted(rows["sparsity"].unique()))
-    if not len(rows[rows["method"] != "dense"]) and len(dense):
-        axes.plot([0], [dense[column].mean()], "ko", label="dense")
+            _line(axes, x, points)
+    _scales(axes, panel)
 
 
-def _families(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """Pruned rows by condition but for the sparsity: its name, its method, its rows."""
-    pruned = rows[rows["method"] != "dense"]
-    condition = pruned["run"].str.rsplit("/", n=1).str[-1]
-    family = condition.str.replace(r"-[0-9.]+", "", regex=True)
-    for name, part in pruned.groupby(family, sort=False):
-        yield str(name), part["method"].iloc[0], part
+def _names_beside(panel: Panel) -> list[str]:
+    """The series that stand side by side; the paper's stand where ours of that name do."""
+    return list(dict.fromkeys(p.name.removeprefix("paper: ") for p in panel.points))
 
 
-def _corrected_lines(axes: Axes, rows: pd.DataFrame, arm: str, line: str) -> None:
-    for family, method, part in _families(rows):
-        known = part.dropna(subset="corrected").sort_values("sparsity")
-        if len(known):
-            axes.errorbar(
-                known["sparsity"],
-                known["corrected"],
-                yerr=[known["corrected"] - known["low"], known["high"] - known["corrected"]],
-                fmt=f"o{line}",
-                color=COLOURS.get(method),
-                capsize=2,
-                label=f"{family}, {arm}",
-            )
+def _beside(panel: Panel) -> dict[str, float]:
+    """How far each series is moved aside from its category."""
+    names = _names_beside(panel)
+    shift = dict.fromkeys(names, 0.0)
+    if panel.kind != "lines":
+        for index, name in enumerate(names):
+            shift[name] = ((index + 0.5) / len(names) - 0.5) * 0.8
+    return {p.name: shift[p.name.removeprefix("paper: ")] for p in panel.points}
 
 
-def _arm_line(axes: Axes, rows: pd.DataFrame, arm: str) -> None:
-    part = rows[(rows["arm"] == arm) & (rows["tau"] == PRIMARY_TAU)]
-    if len(part):
-        axes.axhline(
-            part["mnn"].mean(), color=ARM_COLOURS[arm], ls="--", lw=1, label=ARM_LABELS[arm]
-        )
+def _line(axes: Axes, x: np.ndarray, points: Points) -> None:
+    drawn = axes.errorbar(
+        x,
+        points.y,
+        yerr=_errors(points),
+        fmt=f"{MARKERS[points.marker]}{LINES[points.line]}",
+        color=points.colour,
+        markerfacecolor="none" if points.hollow else points.colour,
+        markersize=8 if points.hollow else 4.5,
+        capsize=2,
+        lw=1.3,
+        label=shortened(points.name),
+    )
+    above = 4 if points.line == "solid" else -9
+    for place, y, word in zip(x, points.y, points.words or [], strict=False):
+        axes.annotate(
+            word, (place, y), xytext=(4, above), textcoords="offset points", fontsize=6.5,
+            color=drawn.lines[0].get_color(),
+        )  # fmt: skip
 
 
-def _controls(survival: pd.DataFrame, like: pd.DataFrame) -> pd.DataFrame:
-    rows = _same_site(survival, like)
-    return rows[(rows["coordinates"] == "normalised") & (rows["method"] == "dense")]
+def _bars(axes: Axes, x: np.ndarray, points: Points, *, width: float) -> None:
+    if points.hollow:
+        axes.plot(
+            x, points.y, "o", color=points.colour, markerfacecolor="white", markeredgewidth=1.6,
+            markersize=7,
+            label=shortened(points.name), zorder=4,
+        )  # fmt: skip
+        return
+    axes.bar(
+        x, points.y, width * 0.92, yerr=_errors(points), color=points.colour, capsize=2,
+        label=shortened(points.name),
+    )  # fmt: skip
+    if points.shaded:
+        axes.bar(
+            x, points.shaded, width * 0.92, color="none", edgecolor="white", hatch="////", lw=0,
+        )  # fmt: skip
 
 
-def _same_site(table: pd.DataFrame, like: pd.DataFrame) -> pd.DataFrame:
-    first = like.iloc[0]
-    return table[(table["model"] == first["model"]) & (table["layer"] == first["layer"])]
+def _errors(points: Points) -> Any:
+    """Lengths below and above; an interval that leaves its point out is cut at the point."""
+    if points.low is None or points.high is None:
+        return None
+    y, low, high = (np.array(v, dtype=float) for v in (points.y, points.low, points.high))
+    return np.nan_to_num(np.clip([y - low, high - y], 0, None))
 
 
-def _sites(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    for (model, layer), part in table.groupby(["model", "layer"], sort=False):
-        yield f"{model}, layer {layer}", part
+def _scales(axes: Axes, panel: Panel) -> None:
+    if panel.y_range:
+        axes.set_ylim(*panel.y_range)
+    if panel.categories:
+        _categories(axes, panel.categories)
+    elif panel.x_ticks:
+        axes.set_xticks(panel.x_ticks)
+    handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return
+    columns = 1 if len(labels) <= MOST_IN_COLUMN and panel.kind == "lines" else 2
+    if panel.kind != "lines":  # points anywhere: the legend has a strip of its own above them
+        low, high = axes.get_ylim()
+        rows = math.ceil(len(labels) / columns)
+        axes.set_ylim(low, high + LEGEND_ROW * rows * (high - low))
+    place = "best" if panel.kind == "lines" else "upper left"
+    axes.legend(
+        handles, labels, frameon=False, fontsize=6.5 if columns == 1 else 6, ncols=columns,
+        loc=place, handlelength=1.6, labelspacing=0.35,
+    )  # fmt: skip
+
+
+def _categories(axes: Axes, names: list[str]) -> None:
+    """Words along the x axis, slanted where they would not fit."""
+    words = [shortened(name, 30) for name in names]
+    axes.set_xlim(-0.6, len(words) - 0.4)
+    axes.set_xticks(range(len(words)), words, fontsize=7)
+    if len(words) * max(map(len, words)) > LETTERS_ABREAST:
+        for label in axes.get_xticklabels():
+            label.set(rotation=55, horizontalalignment="right", rotation_mode="anchor")
+
+
+def _wrapped(text: str, letters: int = TITLE_LETTERS) -> str:
+    return "\n".join(textwrap.wrap(text, letters)) or text
 
 
 def _save(figure: Figure, stem: pathlib.Path) -> pathlib.Path:
+    figure.draw_without_rendering()  # arranges the panels, once for both files
+    figure.set_layout_engine("none")
     for suffix in (".pdf", ".png"):
         path = stem.with_suffix(suffix)
         temporary = path.with_name(f".{path.name}.tmp")

@@ -7,15 +7,17 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from prunelens.report.overview import ENOUGH_FALL, ENOUGH_RETENTION, Training, training
+
 PRIMARY_TAU = 0.7
-ENOUGH_RETENTION = 0.9  # mean cosine to the start above which dictionaries are not trained enough
-ENOUGH_FALL = 0.02  # relative fall of FVU over the last quarter above which training was cut short
 
 
 def summary(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> RenderableType:
     """The tables of a study as one readable block, with what its numbers do and do not say."""
     parts: list[RenderableType] = [_table(tables, runs)]
     parts += [f"  {line}" for line in _notes(tables)]
+    if "claims" in tables:
+        parts.append(_claims(tables["claims"]))
     failed = runs[runs["status"] == "failed"]
     parts += [
         f"[red]failed[/] {escape(row.run)}: {escape(row.reason)}" for row in failed.itertuples()
@@ -32,19 +34,33 @@ def _table(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> Table:
     table = Table(title=f"What pruning did to the features (tau {PRIMARY_TAU})", title_style="bold")
     table.add_column("run", no_wrap=True)
     for name in (
-        "perplexity",
+        "per-\nplexity",
         "FVU",
-        "seed\nstability",
+        "seed\nstabil.",
         "survival\n(paper)",
-        "corrected\nshared",
-        "corrected\ncross",
+        "corr.\nshared",
+        "corr.\ncross",
         "persist-\nence",
-        "noise\nof equal size",
-        "excess z",
+        "equal\nnoise",
+        "excess\nz",
+        "dense SAE:",
     ):
         table.add_column(name, justify="right")
     for run in runs["run"]:
         table.add_row(escape(run), *_cells(tables, run))
+    return table
+
+
+def _claims(claims: pd.DataFrame) -> Table:
+    """The paper's claims on this study; report.html and claims.csv have the numbers."""
+    colours = {"holds": "green", "fails": "red", "undecided": "yellow"}
+    table = Table(title="The paper's claims, on this study", title_style="bold")
+    table.add_column("claim")
+    table.add_column("by the paper's\nprotocol")
+    table.add_column("controlled:\nwhat to believe")
+    for row in claims.itertuples():
+        verdicts = (f"[{colours[v]}]{v}[/]" for v in (row.paper_protocol, row.controlled))
+        table.add_row(f"{row.claim} {escape(row.statement)}", *verdicts)
     return table
 
 
@@ -77,7 +93,16 @@ def _cells(tables: dict[str, pd.DataFrame], run: str) -> list[str]:
         mean("persistence", "mean_correlation", source="pruned"),
         mean("persistence", "mean_correlation", source="noise_isotropic"),
         mean("persistence", "excess_z", source="noise_isotropic"),
+        _verdicts(rows.get("transfer", empty)),
     ]
+
+
+def _verdicts(rows: pd.DataFrame) -> str:
+    """What RQ3 says of the dense SAEs, norm-filtered; all that occur."""
+    if rows.empty:
+        return "-"
+    found = rows.loc[rows["positions"] == "norm_filtered", "verdict"]
+    return "/".join(sorted(set(found.dropna()) - {""})) or "-"
 
 
 def _notes(tables: dict[str, pd.DataFrame]) -> list[str]:
@@ -102,20 +127,16 @@ def _notes(tables: dict[str, pd.DataFrame]) -> list[str]:
             "persistence is the correlation of the dense SAE's latents before and after pruning;"
             " excess z below 0 is harm beyond that of noise of equal size."
         )
-    if "sae_training" in tables:
-        notes.append(_training_note(tables["sae_training"]))
+    if found := training(tables):
+        notes.append(_training_note(found))
     return notes
 
 
-def _training_note(training: pd.DataFrame) -> str:
+def _training_note(found: Training) -> str:
     """Whether the dense dictionaries moved from their start and had settled by the end."""
-    dense = training[(training["method"] == "dense") & ~training["rotated"]]
-    retention = dense["mean_init_retention"].mean()
-    fall = (1 - dense["fvu"] / dense["fvu_at_three_quarters"]).mean()
-    enough = retention < ENOUGH_RETENTION and fall < ENOUGH_FALL
-    verdict = "" if enough else " [yellow]These dictionaries are not trained enough to compare.[/]"
+    verdict = "" if found.enough else " [yellow]These dictionaries are not trained enough.[/]"
     return (
-        f"training: dense latents end at a mean cosine of {retention:.3f} to their start (below"
-        f" {ENOUGH_RETENTION} wanted); FVU falls by {fall:.1%} over the last quarter of the steps"
-        f" (below {ENOUGH_FALL:.0%} wanted).{verdict}"
+        f"training: dense latents end at a mean cosine of {found.init_retention:.3f} to their start"
+        f" (below {ENOUGH_RETENTION} wanted); FVU falls by {found.fall:.1%} over the last quarter"
+        f" of the steps (below {ENOUGH_FALL:.0%} wanted).{verdict}"
     )

@@ -1,11 +1,15 @@
-"""TopK sparse autoencoders: the module, its training and its quality (methods §5)."""
+"""TopK sparse autoencoders: the module, its training and its quality (methods §5);
+and SAEs as they are given, ours or others'."""
 
+from prunelens.sae.formats import GivenSae
 from prunelens.sae.kernels import SparseLatents
+from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.quality import SaeQuality, evaluate_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.train import StepLog, TokenActivations, TrainedSae, train_sae
 
 __all__ = [
+    "GivenSae",
     "SaeQuality",
     "SparseLatents",
     "StepLog",
@@ -13,5 +17,6 @@ __all__ = [
     "TopKSAE",
     "TrainedSae",
     "evaluate_sae",
+    "load_given_sae",
     "train_sae",
 ]

@@ -46,6 +46,7 @@ class LayerPlan:
         if self.prune:
             stages["prune"] = self.prune
         condition = self._pruning.label if self._pruning else "dense"
+        stages["statistics"] = self.statistics
         stages["perplexity"] = self._model.perplexity(
             self.prune, f"{self._model.label}/{condition}"
         )
@@ -56,6 +57,17 @@ class LayerPlan:
             stages |= self._survival()
         if "persistence" in questions and self._pruning:
             stages["persistence"] = self._persistence()
+        if "transfer" in questions:
+            stages |= self._transfer()
+        if {"fragility", "predictor", "causal"} & set(questions) and self._pruning:
+            stages["fates"] = self._fates(stages["survival"], stages["persistence"])
+            if "fragility" in questions:
+                stages["fragility"] = self._stage(
+                    "fragility", self._taus(), {"fates": stages["fates"]}
+                )
+            wanted = self._model.study.causal.conditions
+            if "causal" in questions and (wanted is None or self._pruning.label in wanted):
+                stages["causal"] = self._causal(stages["fates"])
         return Run(
             self._name, self._model.label, self._layer, self._pruning, stages, dict(self.saes)
         )
@@ -65,7 +77,7 @@ class LayerPlan:
         parents = {_role("dense", sae): stage for sae, stage in self._dense.saes.items()}
         if self._pruning is None:
             return {"survival": self._stage("survival", self._taus(), parents)}
-        parents = {_role("dense", sae): self._dense.saes[sae] for sae in self._seeds()}
+        parents = self._dense_saes("dense")
         parents |= {_role("pruned", sae): stage for sae, stage in self.saes.items()}
         rates = self._stage("survival", self._taus(), parents)
         controls = self._dense._survival()["survival"]
@@ -81,10 +93,40 @@ class LayerPlan:
             "statistics": self._dense.statistics,
         }
         parents |= {f"sae-{s.init_seed}": self._dense.saes[s] for s in self._seeds()}
-        study = self._model.study
-        width = self._model.shape.d_model**2 * study.sae.expansion
-        cost = 60.0 * study.corpus.eval_tokens * width * len(study.sae.seeds)
-        return self._stage("persistence", {}, parents, cost=cost)
+        return self._stage("persistence", {}, parents)
+
+    def _transfer(self) -> dict[str, Stage]:
+        """RQ3: one stage for our own dense SAEs, one for each SAE of others."""
+        dense = {} if self._dense is self else self._dense._transfer()
+        shared = {"prune": self.prune, "statistics": self._dense.statistics}
+        own = {f"sae-{s.init_seed}": self._dense.saes[s] for s in self._dense._seeds()}
+        stages = {}
+        for given in (None, *self._model.pretrained(self._layer)):
+            role = f"transfer {given.label}" if given else "transfer"
+            parents = {**shared, "dense": dense.get(role), **({} if given else own)}
+            label = f"{self._name} {given.label}" if given else self._name
+            stages[role] = self._model.transfer(self._layer, given, parents, label)
+        return stages
+
+    def _fates(self, survival: Stage, persistence: Stage) -> Stage:
+        parents = {"survival": survival, "persistence": persistence}
+        seeds = [sae.init_seed for sae in self._seeds()]
+        return self._stage("fates", {"seeds": seeds}, parents | self._dense_saes("sae"))
+
+    def _causal(self, fates: Stage) -> Stage:
+        """With the SAEs of the first seed, the paper's reference for all comparisons."""
+        first = self._seeds()[0]
+        parents = {
+            "prune": self.prune,
+            "fates": fates,
+            "dense_sae": self._dense.saes[first],
+            "pruned_sae": self.saes[first],
+        }
+        return self._model.causal(self._layer, parents, self._name)
+
+    def _dense_saes(self, role: str) -> dict[str, Stage]:
+        """The dense SAEs of this condition's seeds."""
+        return {_role(role, sae): self._dense.saes[sae] for sae in self._seeds()}
 
     def _sae(self, sae: Sae) -> Stage:
         study = self._model.study
@@ -92,9 +134,6 @@ class LayerPlan:
             mode="json", exclude={"seeds", "control_seeds", "checkpoint_every", "resample_every"}
         )
         own = study.activations.normalisation == "own"
-        latents = self._model.shape.d_model * study.sae.expansion
-        per_token = 30 * self._model.shape.d_model * latents
-        tokens = study.sae.steps * study.sae.batch_tokens
         return self._stage(
             "sae",
             {
@@ -112,7 +151,6 @@ class LayerPlan:
                 "dense_statistics": self._dense.statistics,
             },
             suffix=_role("", sae),
-            cost=float(per_token * tokens),
         )
 
     def _wanted_saes(self) -> Iterator[Sae]:
@@ -124,12 +162,12 @@ class LayerPlan:
                     yield Sae(init_seed, data_seed, rotated=True)
 
     def _seeds(self) -> list[Sae]:
-        return [Sae(seed, seed) for seed in self._model.study.sae.seeds]
+        return [Sae(seed, seed) for seed in self._model.study.seeds_of(self._pruning)]
 
     def _controls(self) -> Iterator[tuple[int, int]]:
         """(s, t) for the first `control_seeds` seeds s, t being the next seed in the list."""
-        seeds = self._model.study.sae.seeds
-        for number in range(self._model.study.sae.control_seeds):
+        seeds = self._model.study.seeds_of(self._pruning)
+        for number in range(min(self._model.study.sae.control_seeds, len(seeds))):
             yield seeds[number], seeds[(number + 1) % len(seeds)]
 
     def _taus(self) -> dict[str, Any]:
@@ -142,10 +180,9 @@ class LayerPlan:
         parents: Mapping[str, Stage],
         *,
         suffix: str = "",
-        cost: float = 1e8,
     ) -> Stage:
         label = f"{self._name} {suffix}".strip()
-        return self._model.stage(name, config, parents, label=label, cost=cost)
+        return self._model.stage(name, config, parents, label=label)
 
 
 def _role(condition: str, sae: Sae) -> str:

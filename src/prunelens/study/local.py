@@ -48,6 +48,8 @@ class Outcome(NamedTuple):
     results: list[RunResult]
     num_executed: int
     """Stages that had to be made; 0 when everything was there."""
+    failures: tuple[str, ...] = ()
+    """What failed that belongs to no single run."""
 
 
 def run_locally(

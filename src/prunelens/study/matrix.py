@@ -29,7 +29,10 @@ class Run:
     pruning: PruningConfig | None
     """None: the dense condition."""
     stages: dict[str, Stage] = field(default_factory=dict)
-    """Role -> stage whose artifact holds a result of this run: perplexity, prune, stability, …"""
+    """Role -> stage whose artifact holds a result of this run: perplexity, prune, stability, …
+
+    `transfer` is RQ3 of our own SAEs, `transfer <name>` of an SAE of others.
+    """
     saes: dict[Sae, Stage] = field(default_factory=dict)
     """The run's SAEs."""
 

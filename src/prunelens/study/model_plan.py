@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from prunelens.config import CorpusConfig, ModelConfig, PruningConfig, StudyConfig
+from prunelens.checkpoint import files_fingerprint
+from prunelens.config import (
+    CorpusConfig,
+    ModelConfig,
+    PretrainedSaeConfig,
+    PruningConfig,
+    StudyConfig,
+)
 from prunelens.corpus import fingerprint
 from prunelens.errors import UserError
 from prunelens.model import ModelShape, model_fingerprint, model_shape
+from prunelens.study.cost import progress_cost, stage_work
 from prunelens.study.store import Source, Stage
 
 VERSIONS = {  # raise one when the same config would give other numbers
@@ -16,29 +25,63 @@ VERSIONS = {  # raise one when the same config would give other numbers
     "text": 1,
     "calibration": 1,
     "prune": 1,
-    "perplexity": 1,
+    "perplexity": 2,
     "activations": 1,
     "screening": 1,
-    "statistics": 1,
+    "statistics": 2,
     "sae": 1,
     "stability": 1,
     "survival": 1,
     "corrected": 1,
     "persistence": 1,
+    "fates": 1,
+    "transfer": 1,
+    "fragility": 1,
+    "causal": 1,
+    "predictor": 1,
 }
+
+
+class Sources:
+    """What stands for models, texts and SAEs in identities: their content, or just their names."""
+
+    def __init__(self, resolve: bool) -> None:
+        self._resolve = resolve
+
+    def weights(self, model: ModelConfig) -> str:
+        """A model's files."""
+        return model_fingerprint(model) if self._resolve else _unresolved(model.name, model)
+
+    def text(self, corpus: CorpusConfig) -> str:
+        """A corpus."""
+        name = corpus.dataset or corpus.source
+        return fingerprint(corpus) if self._resolve else _unresolved(name, corpus)
+
+    def sae(self, sae: PretrainedSaeConfig) -> str:
+        """An SAE of others: a folder's content, or its name in SAELens' registry."""
+        if sae.folder is None or not self._resolve:
+            return sae.label
+        folder = pathlib.Path(sae.folder).expanduser()
+        if not folder.is_dir():
+            raise UserError(
+                f"models.pretrained: {sae.folder!r} is no folder; give the folder of an SAE"
+            )
+        return files_fingerprint(sorted(path for path in folder.iterdir() if path.is_file()))
+
+
+def _unresolved(name: str, source: ModelConfig | CorpusConfig) -> str:
+    return f"unresolved {name}@{source.revision}"
 
 
 class ModelPlan:
     """The stages of one model."""
 
-    def __init__(self, study: StudyConfig, model: ModelConfig, text: str) -> None:
-        self._study, self._model = study, model
+    def __init__(self, study: StudyConfig, model: ModelConfig, sources: Sources) -> None:
+        self._study, self._model, self._sources = study, model, sources
         self._shape = model_shape(model)
         self._check(self._shape)
-        self._weights = {"weights": model_fingerprint(model), "dtype": model.dtype}
-        blocks = 24 * self._shape.num_blocks * self._shape.d_model**2
-        self._flops_per_token = blocks + 2 * self._shape.d_model * self._shape.vocabulary_size
-        self.corpus = self._tokenised("corpus", study.corpus, text)
+        self._weights = {"weights": sources.weights(model), "dtype": model.dtype}
+        self.corpus = self._tokenised("corpus", study.corpus)
 
     def stage(
         self,
@@ -47,25 +90,25 @@ class ModelPlan:
         parents: Mapping[str, Stage | None],
         *,
         label: str,
-        cost: float = 1e7,
         corpus: CorpusConfig | None = None,
+        given: PretrainedSaeConfig | None = None,
     ) -> Stage:
         """A stage of this model; parents that are None are left out."""
+        present = {role: parent for role, parent in parents.items() if parent is not None}
+        work = stage_work(name, config, present, self._shape, self._study)
         return Stage(
             name,
             VERSIONS[name],
             {**config, "threads": self._study.threads_per_stage},
-            {role: parent for role, parent in parents.items() if parent is not None},
+            present,
             label=f"{name} {label}",
-            source=Source(self._model, corpus, self._study.sae.checkpoint_every),
-            cost=cost,
+            source=Source(self._model, corpus, self._study.sae.checkpoint_every, given),
+            cost=progress_cost(name, work),
         )
 
     def prune(self, pruning: PruningConfig) -> Stage:
         """Masks of one condition; Wanda's norms of the dense model are measured once for all."""
         wanda = pruning.criterion == "wanda"
-        tokens = self._study.corpus.calibration_tokens
-        cost = self._flops_per_token * tokens
         sequential = wanda and pruning.calibration == "sequential"
         norms = None
         if wanda and not sequential:
@@ -74,14 +117,12 @@ class ModelPlan:
                 self._weights,
                 {"corpus": self.corpus},
                 label=self._model.label,
-                cost=cost,
             )
         return self.stage(
             "prune",
             {**self._weights, "pruning": pruning.model_dump(mode="json")},
             {"calibration": norms, "corpus": self.corpus if sequential else None},
             label=f"{self._model.label} {pruning.label}",
-            cost=2 * cost if sequential else 1e8,
         )
 
     def perplexity(self, pruned: Stage | None, label: str) -> Stage:
@@ -89,8 +130,7 @@ class ModelPlan:
         config = self._study.perplexity
         text = self.corpus
         if config.corpus:
-            text = self._tokenised("text", config.corpus, fingerprint(config.corpus))
-        tokens = config.max_tokens or self._study.corpus.eval_tokens
+            text = self._tokenised("text", config.corpus)
         return self.stage(
             "perplexity",
             {
@@ -100,13 +140,55 @@ class ModelPlan:
             },
             {"text": text, "prune": pruned},
             label=label,
-            cost=self._flops_per_token * tokens * len(config.context_tokens),
+        )
+
+    def transfer(
+        self,
+        layer: int,
+        given: PretrainedSaeConfig | None,
+        parents: Mapping[str, Stage | None],
+        label: str,
+    ) -> Stage:
+        """RQ3 of one condition: our dense SAEs (among the parents), or one SAE of others."""
+        config = self._study.transfer
+        pretrained = None
+        if given:
+            content = given.model_dump(mode="json", include={"release", "sae_id", "nominal_l0"})
+            pretrained = {**content, "content": self._sources.sae(given)}
+        return self.stage(
+            "transfer",
+            {
+                **self._weights,
+                "site": self._model.site,
+                "layer": layer,
+                "max_norm_multiple": self._study.activations.max_norm_multiple,
+                **config.model_dump(mode="json"),
+                "pretrained": pretrained,
+            },
+            {"corpus": self.corpus, **parents},
+            label=label,
+            given=given,
+        )
+
+    def causal(self, layer: int, parents: Mapping[str, Stage | None], label: str) -> Stage:
+        """RQ5 of one pair of a dense and a pruned model."""
+        config = self._study.causal
+        return self.stage(
+            "causal",
+            {
+                **self._weights,
+                "site": self._model.site,
+                "layer": layer,
+                "skip_first": self._study.activations.skip_first,
+                **config.model_dump(mode="json", exclude={"conditions"}),
+            },
+            {"corpus": self.corpus, **parents},
+            label=label,
         )
 
     def activations(self, layer: int, pruned: Stage | None, label: str) -> Stage:
         """The store of one condition at one layer."""
         config = self._study.activations
-        tokens = self._study.corpus.train_tokens + self._study.corpus.eval_tokens
         return self.stage(
             "activations",
             {
@@ -118,7 +200,6 @@ class ModelPlan:
             },
             {"corpus": self.corpus, "prune": pruned},
             label=label,
-            cost=self._flops_per_token * tokens,
         )
 
     @property
@@ -131,19 +212,26 @@ class ModelPlan:
         """The model's short name."""
         return self._model.label
 
+    def pretrained(self, layer: int) -> list[PretrainedSaeConfig]:
+        """The SAEs of others for this layer."""
+        return [sae for sae in self._model.pretrained if sae.layer == layer]
+
     @property
     def shape(self) -> ModelShape:
         """Width, depth and vocabulary."""
         return self._shape
 
-    def _tokenised(self, name: str, corpus: CorpusConfig, text: str) -> Stage:
+    def _tokenised(self, name: str, corpus: CorpusConfig) -> Stage:
         content = corpus.model_dump(mode="json", exclude={"paths"})
         return self.stage(
             name,
-            {"corpus": content, "text": text, "tokenizer": self._weights["weights"]},
+            {
+                "corpus": content,
+                "text": self._sources.text(corpus),
+                "tokenizer": self._weights["weights"],
+            },
             {},
             label=f"{corpus.source} for {self._model.label}",
-            cost=3e3 * corpus.train_tokens,
             corpus=corpus,
         )
 

@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prunelens.activations import Activations, capture, statistics, total_variance, usable_rows
+from prunelens.activations import (
+    Activations,
+    capture,
+    covariance,
+    participation_ratio,
+    statistics,
+    usable_rows,
+)
 from prunelens.config import ActivationConfig, PruningConfig
 from prunelens.corpus import TokenSplits, joined_stream, split_tokens, windows
 from prunelens.model import LanguageModel, load_model, load_tokenizer
@@ -37,8 +44,8 @@ def _text(work: Work) -> None:
 
 
 def _calibration(work: Work) -> None:
-    lm = _load(work)
-    tokens = _windows(work, "calibration")
+    lm = load_stage_model(work)
+    tokens = load_windows(work, "calibration")
     norms = input_norms(lm, tokens, progress=work.share(len(tokens)))
     save_file(
         {name: norm.cpu().contiguous() for name, norm in norms.items()},
@@ -48,12 +55,12 @@ def _calibration(work: Work) -> None:
 
 def _prune(work: Work) -> None:
     pruning = PruningConfig.model_validate(work.config["pruning"])
-    lm = _load(work)
+    lm = load_stage_model(work)
     norms, tokens = None, None
     if "calibration" in work.parents:
         norms = load_file(work.parents["calibration"] / "norms.safetensors")
     if "corpus" in work.parents:
-        tokens = _windows(work, "calibration")
+        tokens = load_windows(work, "calibration")
     pruned = prune_model(lm, pruning, calibration=tokens, input_norms=norms)
     save_masks(pruned.masks, work.out / "masks.safetensors")
     pd.DataFrame(pruned.report).to_parquet(work.out / "matrices.parquet")
@@ -61,7 +68,7 @@ def _prune(work: Work) -> None:
 
 
 def _perplexity(work: Work) -> None:
-    lm = _load(work)
+    lm = load_stage_model(work)
     folder = work.parents["text"]
     bos = read_json(folder / "tokens.json")["bos_token"]
     if (folder / "stream.safetensors").exists():
@@ -70,6 +77,7 @@ def _perplexity(work: Work) -> None:
         splits = _load_splits(folder)
         stream = torch.cat([splits.eval_first, splits.eval_second])
     rows: dict[int, dict[str, Any]] = {}
+    by_window = []
     limit = work.config["max_tokens"]
     tokens_each = min(len(stream), limit or len(stream))
     total = tokens_each * len(work.config["context_tokens"])
@@ -84,12 +92,18 @@ def _perplexity(work: Work) -> None:
                 max_tokens=limit,
                 progress=work.share(total, before=tokens_each * len(rows)),
             )
-            rows[context] = {**result._asdict(), "bos": bos is not None}
+            numbers = result._asdict()
+            nll = numbers.pop("window_nll").numpy()
+            rows[context] = {**numbers, "bos": bos is not None}
+            by_window.append(
+                pd.DataFrame({"context_tokens": context, "window": range(len(nll)), "nll": nll})
+            )
     pd.DataFrame(rows.values()).to_parquet(work.out / "perplexity.parquet")
+    pd.concat(by_window, ignore_index=True).to_parquet(work.out / "windows.parquet")
 
 
 def _activations(work: Work) -> None:
-    lm = _load(work)
+    lm = load_stage_model(work)
     config = ActivationConfig(skip_first=work.config["skip_first"], storage=work.config["storage"])
     splits = _load_splits(work.parents["corpus"])
     context = read_json(work.parents["corpus"] / "tokens.json")["context_tokens"]
@@ -140,7 +154,14 @@ def _statistics(work: Work) -> None:
     evaluation = Activations(folder / "eval.safetensors", kept=kept["eval"])
     found = statistics(train, num_tokens=work.config["statistics_tokens"])
     found.save(work.out / "statistics.safetensors")
-    write_json(work.out / "variance.json", {"eval_total_variance": total_variance(evaluation)})
+    spread = covariance(evaluation)
+    write_json(
+        work.out / "variance.json",
+        {
+            "eval_total_variance": float(spread.trace()) * evaluation.num_tokens,
+            "participation_ratio": participation_ratio(spread),
+        },
+    )
 
 
 MODEL_STAGES: dict[str, Callable[[Work], None]] = {
@@ -158,11 +179,11 @@ MODEL_STAGES: dict[str, Callable[[Work], None]] = {
 # --- reading parents ----------------------------------------------------------------------------
 
 
-def _load(work: Work) -> LanguageModel:
-    """The stage's model on its device, pruned if the stage has masks for a parent."""
+def load_stage_model(work: Work, *, pruned: bool = True) -> LanguageModel:
+    """The stage's model on its device; with `pruned`, under the masks of a parent if it has one."""
     assert work.stage.source
     lm = load_model(work.stage.source.model, device=work.device)
-    if "prune" in work.parents:
+    if pruned and "prune" in work.parents:
         apply_masks(lm, load_masks(work.parents["prune"] / "masks.safetensors"))
     return lm
 
@@ -181,7 +202,9 @@ def _load_splits(folder: pathlib.Path) -> TokenSplits:
     return TokenSplits(**load_file(folder / "splits.safetensors"), bos_token=bos)
 
 
-def _windows(work: Work, split: str) -> Tensor:
-    splits = _load_splits(work.parents["corpus"])
-    context = read_json(work.parents["corpus"] / "tokens.json")["context_tokens"]
-    return windows(getattr(splits, split), context, splits.bos_token)
+def load_windows(work: Work, *splits: str) -> Tensor:
+    """The windows of some splits of the parent corpus, one after the other."""
+    folder = work.parents["corpus"]
+    found = _load_splits(folder)
+    context = read_json(folder / "tokens.json")["context_tokens"]
+    return torch.cat([windows(getattr(found, s), context, found.bos_token) for s in splits])

@@ -4,28 +4,35 @@ A run is model x layer x condition. Stages are shared wherever their identities 
 corpus, one calibration, one dense SAE serve every run that needs them.
 
     corpus -> calibration -> prune -> activations -> statistics -> sae -> stability
-                     |          \\-> perplexity   (screening: dense only)  |-> survival -> corrected
-                     |                                                    \\-> persistence
+                               |\\-> perplexity   (screening: dense only)  |-> survival -> corrected
+                               |\\-> transfer (with dense SAEs)            |-> persistence
+                               \\--> causal (with fates)                   \\-> fates -> fragility
+
+`fates` joins what survival and persistence say of each dense latent. What needs all runs at once
+(the predictor) comes after them: see `study.conclude`.
 """
 
 from __future__ import annotations
 
 from prunelens.config import StudyConfig
-from prunelens.corpus import fingerprint
 from prunelens.study.layer_plan import LayerPlan
 from prunelens.study.matrix import Plan, Run
-from prunelens.study.model_plan import ModelPlan
+from prunelens.study.model_plan import ModelPlan, Sources
 
 
-def plan_study(study: StudyConfig) -> Plan:
+def plan_study(study: StudyConfig, *, resolve: bool = True) -> Plan:
     """Lay out the matrix; reads fingerprints of models and text, and checks what can be checked.
 
+    Args:
+        study: what to do.
+        resolve: find the content behind every name. Without it the names stand for themselves and
+            no hub is asked: enough to count and to cost, but the identities are not the real ones.
     Raises: UserError for a missing model or text, an unknown layer, too large a k.
     """
-    text = fingerprint(study.corpus)
+    sources = Sources(resolve)
     runs: list[Run] = []
     for model in study.models:
-        runs += _runs(ModelPlan(study, model, text), model.layers)
+        runs += _runs(ModelPlan(study, model, sources), model.layers)
     return Plan(study, runs)
 
 

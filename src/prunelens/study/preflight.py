@@ -1,61 +1,240 @@
-"""What a study will do and need, told before anything runs."""
+"""What a study will do, need and take, told before anything runs and without a download."""
 
 from __future__ import annotations
 
 import collections
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from prunelens.activations import STORAGE
+import psutil
+import torch
+
+from prunelens.checkpoint import ModelShape, is_local
 from prunelens.config import StudyConfig
 from prunelens.model import model_shape
+from prunelens.study.calibrate import Rate, calibrate
+from prunelens.study.cost import KINDS, Work, stage_work
+from prunelens.study.footprint import disk_use, memory_use
+from prunelens.study.matrix import Run
 from prunelens.study.plan import plan_study
+from prunelens.study.run import resolve_device
 from prunelens.study.store import Stage
 
 GIGABYTE = 1e9
+CALIBRATION_SECONDS = 40.0
+Row = dict[str, Any]
 
 
 class Preflight(NamedTuple):
-    """The matrix and its needs."""
+    """The matrix, its work and its needs. Plain data, for JSON as it is."""
 
-    runs: list[dict[str, Any]]
-    """run, stages (all that it rests on), saes, shared (with runs above it)."""
+    runs: list[Row]
+    """run, model, layer, method, scope, sparsity, seeds, saes (without control_saes), stages (all
+    that it rests on), shared (those of them that runs above it rest on as well), and what it adds
+    to the runs above: forward_tokens, sae_tokens, flops, hours (None without calibration)."""
     stages: dict[str, int]
     """How many distinct stages of each kind."""
-    store_gigabytes: float
-    """Disk of the largest activation store."""
-    peak_gigabytes: float
-    """Disk of the activation stores that exist at one time, with one worker."""
-    kept_gigabytes: float
-    """Disk of the SAEs and, with keep_activations, of the stores at the end."""
+    totals: Row
+    """runs, stages, saes, control_saes, forward_tokens, sae_tokens, flops; shared stages once."""
+    disk: dict[str, float]
+    """The fields of `footprint.Disk`, each as `…_gigabytes`."""
+    memory: dict[str, float]
+    """The fields of `footprint.Memory`, each as `…_gigabytes`, for one worker."""
+    hours: dict[str, float] | None
+    """Per kind of work, and `total`, with one worker on this device; None without calibration."""
+    device: Row
+    """device, name, memory_gigabytes, cores, threads_per_stage, calibration_seconds, and
+    flops_per_second: model -> kind -> rate (empty without calibration)."""
+    settings: dict[str, str]
+    """The fields that `--set` replaced."""
+    notes: list[str]
+    """What the numbers assume or leave out."""
 
 
-def preflight(study: StudyConfig) -> Preflight:
-    """Lay a study out without running it. Raises UserError as `plan_study` does."""
-    plan = plan_study(study)
-    seen: dict[str, Stage] = {}
-    rows = []
+def preflight(
+    study: StudyConfig,
+    *,
+    settings: Mapping[str, str] | None = None,
+    device: str = "auto",
+    calibration_seconds: float = CALIBRATION_SECONDS,
+) -> Preflight:
+    """Lay a study out without running it.
+
+    Nothing is downloaded. Where a model or a text is on the hub, no hub is asked either, except for
+    the config of a model that is neither one of the paper's nor in the cache.
+
+    Args:
+        study: what would be run.
+        settings: the `--set` overrides that are already in `study`, to be listed.
+        device: `auto`, `cpu`, `cuda`, …: what is calibrated and whose memory is reckoned with.
+        calibration_seconds: about how long to measure this device's speed, over all models; 0: do
+            not, and tell no hours.
+    Raises: UserError as `plan_study`, or for an absent device.
+    """
+    device = resolve_device(device)
+    plan = plan_study(study, resolve=not _is_on_the_hub(study))
+    shapes = {model.label: model_shape(model) for model in study.models}
+    started = time.perf_counter()
+    rates = _rates(study, device, calibration_seconds)
+    calibrated = time.perf_counter() - started
+    rows: list[Row] = []
+    all_stages: dict[str, Stage] = {}
+    all_works: list[tuple[Stage, Work]] = []
     for run in plan.runs:
-        own = {s.identity: s for target in run.targets() for s in _with_parents(target)}
-        shared = len(own.keys() & seen.keys())
-        rows.append({"run": run.name, "stages": len(own), "saes": len(run.saes), "shared": shared})
-        seen |= own
-    counts = collections.Counter(stage.name for stage in seen.values())
-    tokens = study.corpus.train_tokens + study.corpus.eval_tokens
-    bytes_each = STORAGE[study.activations.storage][0].itemsize
-    shapes = [model_shape(model) for model in study.models]
-    widest = max(shape.d_model for shape in shapes)
-    store = tokens * widest * bytes_each / GIGABYTE
-    layers = max(len(model.layers) for model in study.models)
-    stores = counts["activations"]
-    saes = counts["sae"] * 2 * widest**2 * study.sae.expansion * 4 / GIGABYTE
+        stages = {s.identity: s for target in run.targets() for s in _with_parents(target)}
+        new = [stage for identity, stage in stages.items() if identity not in all_stages]
+        works = [(stage, _work(stage, shapes, study)) for stage in new]
+        rows.append(
+            _row(run, study)
+            | {"stages": len(stages), "shared": len(stages) - len(new)}
+            | _sum_of(work for _, work in works)
+            | {"hours": sum(_hours(works, rates).values()) if rates else None}
+        )
+        all_works += works
+        all_stages |= stages
+    hours = _hours(all_works, rates)
+    disk = disk_use(study, shapes, all_stages.values(), len(study.conditions()))
+    memory = memory_use(study, shapes, device)
     return Preflight(
         rows,
-        dict(counts),
-        store,
-        store * (stores if study.keep_activations else min(stores, layers + 1)),
-        saes + (store * stores if study.keep_activations else 0.0),
+        dict(collections.Counter(stage.name for stage in all_stages.values())),
+        _totals(rows, len(all_stages)),
+        _in_gigabytes(disk._asdict()),
+        _in_gigabytes(memory._asdict()),
+        {**hours, "total": sum(hours.values())} if rates else None,
+        _device(study, device, rates, calibrated if rates else 0.0),
+        dict(settings or {}),
+        list(_notes(study, rates)),
     )
 
 
 def _with_parents(stage: Stage) -> list[Stage]:
     return [stage, *(s for parent in stage.parents.values() for s in _with_parents(parent))]
+
+
+def _work(stage: Stage, shapes: Mapping[str, ModelShape], study: StudyConfig) -> Work:
+    assert stage.source
+    shape = shapes[stage.source.model.label]
+    return stage_work(stage.name, stage.config, stage.parents, shape, study)
+
+
+def _row(run: Run, study: StudyConfig) -> Row:
+    seeds = len(study.seeds_of(run.pruning))
+    return {
+        "run": run.name,
+        "model": run.model,
+        "layer": run.layer,
+        "method": run.pruning.criterion if run.pruning else "dense",
+        "scope": run.pruning.scope if run.pruning else "",
+        "sparsity": run.pruning.sparsity if run.pruning else 0.0,
+        "seeds": seeds,
+        "saes": seeds,
+        "control_saes": len(run.saes) - seeds,
+    }
+
+
+def _sum_of(works: Iterable[Work]) -> Row:
+    columns = zip(*(Work(), *works), strict=True)
+    return dict(zip(Work._fields, map(sum, columns), strict=True))
+
+
+def _in_gigabytes(in_bytes: Mapping[str, float]) -> dict[str, float]:
+    return {f"{name}_gigabytes": value / GIGABYTE for name, value in in_bytes.items()}
+
+
+def _totals(rows: list[Row], num_stages: int) -> Row:
+    summed = ("saes", "control_saes", *Work._fields)
+    totals = {name: sum(row[name] for row in rows) for name in summed}
+    return {"runs": len(rows), "stages": num_stages, **totals}
+
+
+# --- time ---------------------------------------------------------------------------------------
+
+
+def _rates(study: StudyConfig, device: str, seconds: float) -> dict[str, dict[str, Rate]]:
+    """Model -> kind of work -> rate; empty if no time is given."""
+    if seconds <= 0:
+        return {}
+    each = seconds / len(study.models)
+    return {
+        model.label: calibrate(study, model, device=device, seconds=each) for model in study.models
+    }
+
+
+def _hours(
+    works: Iterable[tuple[Stage, Work]], rates: Mapping[str, Mapping[str, Rate]]
+) -> dict[str, float]:
+    """Per kind of work."""
+    hours = dict.fromkeys(KINDS.values(), 0.0)
+    for stage, work in works:
+        kind = KINDS.get(stage.name)
+        if kind and rates:
+            assert stage.source
+            rate = rates[stage.source.model.label][kind].flops_per_second
+            hours[kind] += work.flops / rate / 3600
+    return hours
+
+
+# --- the device, and what was assumed -----------------------------------------------------------
+
+
+def _device(
+    study: StudyConfig, device: str, rates: Mapping[str, Mapping[str, Rate]], seconds: float
+) -> Row:
+    on_gpu = device.startswith("cuda")
+    memory = (
+        torch.cuda.get_device_properties(device).total_memory
+        if on_gpu
+        else psutil.virtual_memory().total
+    )
+    processor = platform.processor() or platform.machine()
+    return {
+        "device": device,
+        "name": torch.cuda.get_device_name(device) if on_gpu else processor,
+        "memory_gigabytes": memory / GIGABYTE,
+        "cores": os.cpu_count(),
+        "threads_per_stage": study.threads_per_stage,
+        "calibration_seconds": seconds,
+        "flops_per_second": {
+            model: {kind: rate.flops_per_second for kind, rate in kinds.items()}
+            for model, kinds in rates.items()
+        },
+    }
+
+
+def _notes(study: StudyConfig, rates: Mapping[str, Mapping[str, Rate]]) -> Iterator[str]:
+    yield (
+        "operations are those that the definitions ask for; text, statistics, reading and writing"
+        " are not counted, downloads of text and of SAEs neither"
+    )
+    if study.perplexity.corpus and study.perplexity.max_tokens is None:
+        yield (
+            f"the text of perplexity.corpus is taken to have {study.corpus.eval_tokens:,} tokens,"
+            " as the eval split"
+        )
+    if "causal" in study.questions and study.prunings:
+        yield (
+            "causal: a latent is taken to fire in half of the prompts, on average from their middle"
+        )
+    if not rates:
+        yield "not calibrated: no hours"
+        return
+    yield "hours are those of one worker alone on this device"
+    for model, kinds in rates.items():
+        for kind, rate in kinds.items():
+            if rate.share_of_batch < 1:
+                yield (
+                    f"{kind} of {model} was timed on {rate.share_of_batch:.0%} of a batch, which"
+                    " makes it look slower than it is"
+                )
+
+
+def _is_on_the_hub(study: StudyConfig) -> bool:
+    """Whether a model or a text would have to be looked up."""
+    texts = [study.corpus, study.perplexity.corpus]
+    return any(text is not None and text.source == "hub" for text in texts) or any(
+        not is_local(model.name) for model in study.models
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -18,15 +19,19 @@ import psutil
 import torch
 from ruamel.yaml import YAML
 
-from prunelens.config import PruningConfig, StudyConfig, study_from_data
+from prunelens.config import StudyConfig, study_from_data
 from prunelens.errors import UserError
 from prunelens.model import model_shape, usable_device
+from prunelens.study.conclude import conclude
 from prunelens.study.local import Outcome, RunResult, run_locally
 from prunelens.study.matrix import Plan
 from prunelens.study.plan import plan_study
 from prunelens.study.progress import StudyProgress
+from prunelens.study.results import method_columns
 from prunelens.study.store import DamagedArtifactError, Store, library_versions
 from prunelens.study_file import parse_yaml, read_text
+
+log = logging.getLogger(__name__)
 
 WORKER_BYTES = 700_000_000  # a process with torch, transformers and a batch of activations
 RUN_COLUMNS = [
@@ -74,8 +79,22 @@ def run_study(
             log_folder=out / "logs",
             on_text=describe,
         )
+        outcome = _concluded(plan, store, outcome, progress, out)
     _write(out / "runs.csv", _runs_table(outcome.results, store).to_csv(index=False))
     return outcome
+
+
+def _concluded(
+    plan: Plan, store: Store, outcome: Outcome, progress: StudyProgress, out: pathlib.Path
+) -> Outcome:
+    """The outcome with what was made from all runs together."""
+    executed, failure = conclude(plan, store, progress=progress, log_folder=out / "logs")
+    if failure:
+        log.error("%s", failure)
+    return outcome._replace(
+        num_executed=outcome.num_executed + executed,
+        failures=(failure,) if failure else (),
+    )
 
 
 def open_study(out: pathlib.Path) -> tuple[Plan, Store]:
@@ -141,18 +160,6 @@ def workers_that_fit(study: StudyConfig, device: str) -> int:
     return max(1, min(by_memory, (cores or 1) // study.threads_per_stage))
 
 
-def method_columns(pruning: PruningConfig | None) -> dict[str, Any]:
-    """method, scope, pattern, sparsity as tables name them."""
-    if pruning is None:
-        return {"method": "dense", "scope": "", "pattern": "", "sparsity": 0.0}
-    return {
-        "method": pruning.criterion,
-        "scope": pruning.scope,
-        "pattern": pruning.pattern,
-        "sparsity": pruning.sparsity,
-    }
-
-
 def environment(device: str) -> dict[str, Any]:
     """What the numbers were made with."""
     return {
@@ -209,7 +216,7 @@ def _runs_table(results: list[RunResult], store: Store) -> pd.DataFrame:
                 "run": run.name,
                 "model": run.model,
                 "layer": run.layer,
-                **method_columns(run.pruning),
+                **method_columns(run),
                 "status": status,
                 "reason": reason,
                 "wall_seconds": round(sum(_wall_seconds(store, s) for s in run.targets()), 1),

@@ -1,11 +1,10 @@
-"""Stages from activations to answers: SAEs, and the questions asked of them."""
+"""The stage that trains and judges one SAE."""
 
 from __future__ import annotations
 
 import logging
 import math
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -13,15 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from prunelens.activations import Activations, Statistics, random_rotation
-from prunelens.analyses.persistence import persistence, persistence_summary
-from prunelens.analyses.stability import seed_stability
-from prunelens.analyses.survival import (
-    Dictionary,
-    control_arms,
-    corrected_survival,
-    pruned_arms,
-    survival,
-)
 from prunelens.config import SaeConfig
 from prunelens.sae.quality import SaeQuality, evaluate_sae
 from prunelens.sae.topk import TopKSAE
@@ -33,7 +23,8 @@ log = logging.getLogger(__name__)
 ROTATION_SEED = 7919  # one fixed rotation for every floor_shared SAE
 
 
-def _sae(work: Work) -> None:
+def make_sae(work: Work) -> None:
+    """Train one SAE, going on from a checkpoint if there is one, and measure it."""
     config = work.config
     fields = {name: value for name, value in config.items() if name in SaeConfig.model_fields}
     assert work.stage.source
@@ -92,86 +83,6 @@ def _quality_numbers(trained: TrainedSae, quality: SaeQuality, *, rotated: bool)
     }
 
 
-def _stability(work: Work) -> None:
-    decoders = {
-        int(role.removeprefix("sae-")): TopKSAE.load(folder).decoder_weight.detach()
-        for role, folder in work.parents.items()
-    }
-    seed_stability(decoders, work.config["taus"]).to_parquet(work.out / "stability.parquet")
-
-
-def _survival(work: Work) -> None:
-    by_kind: dict[str, list[Dictionary]] = {}
-    for role, folder in work.parents.items():
-        condition, init_seed, data_seed, *rotated = role.split("-")
-        kind = rotated[0] if rotated else "same" if init_seed == data_seed else "reordered"
-        by_kind.setdefault(f"{condition}-{kind}", []).append(
-            _dictionary(folder, int(init_seed), int(data_seed))
-        )
-    dense = by_kind["dense-same"]
-    if "pruned-same" in by_kind:
-        comparisons = pruned_arms(dense, by_kind["pruned-same"], by_kind["pruned-reordered"])
-    else:
-        comparisons = control_arms(
-            dense,
-            by_kind["dense-reordered"],
-            by_kind["dense-rotated"],
-            [_untrained(dictionary) for dictionary in dense],
-        )
-    result = survival(comparisons, work.config["taus"])
-    result.rates.to_parquet(work.out / "survival.parquet")
-    result.latents.to_parquet(work.out / "latents.parquet")
-
-
-def _corrected(work: Work) -> None:
-    tables = [
-        pd.read_parquet(work.parents[role] / "survival.parquet")
-        for role in ("survival", "controls")
-    ]
-    corrected_survival(*tables).to_parquet(work.out / "corrected.parquet")
-
-
-def _persistence(work: Work) -> None:
-    kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
-    dense_statistics = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
-    dense, pruned = (
-        Activations(
-            work.parents[role] / "eval.safetensors",
-            kept=kept,
-            statistics=dense_statistics,
-            device=work.device,
-        )
-        for role in ("dense", "pruned")
-    )
-    first_half = read_json(work.parents["dense"] / "rows.json")["eval_first_rows"]
-    tokens = (kept >= first_half).nonzero().squeeze(1)
-    seeds = {
-        role: int(role.removeprefix("sae-")) for role in work.parents if role.startswith("sae-")
-    }
-    total = len(tokens) * len(seeds)
-    latents, summaries = [], []
-    for number, (role, seed) in enumerate(seeds.items()):
-        sae = TopKSAE.load(work.parents[role]).to(work.device)
-        progress = work.share(total, before=number * len(tokens))
-        table = persistence(sae, dense, pruned, tokens, seed=seed, progress=progress)
-        latents.append(table.assign(seed=seed))
-        summaries.append(persistence_summary(table).assign(seed=seed))
-    pd.concat(latents, ignore_index=True).to_parquet(work.out / "latents.parquet")
-    pd.concat(summaries, ignore_index=True).to_parquet(work.out / "persistence.parquet")
-
-
-SAE_STAGES: dict[str, Callable[[Work], None]] = {
-    "sae": _sae,
-    "stability": _stability,
-    "survival": _survival,
-    "corrected": _corrected,
-    "persistence": _persistence,
-}
-
-
-# --- reading parents ----------------------------------------------------------------------------
-
-
 def _sae_data(work: Work, split: str, *, first_half: bool = False) -> Activations:
     """The rows that an SAE is trained or judged on, normalised (and rotated for `floor_shared`).
 
@@ -192,19 +103,6 @@ def _sae_data(work: Work, split: str, *, first_half: bool = False) -> Activation
         rotation=rotation,
         device=work.device,
     )
-
-
-def _dictionary(folder: pathlib.Path, init_seed: int, data_seed: int) -> Dictionary:
-    decoder = TopKSAE.load(folder).decoder_weight.detach()
-    sigma = Statistics.load(folder / "normalisation.safetensors").sigma
-    return Dictionary(decoder, sigma, init_seed, data_seed)
-
-
-def _untrained(trained: Dictionary) -> Dictionary:
-    """The dictionary that this one was at step 0."""
-    num_latents, d_model = trained.decoder.shape
-    sae = TopKSAE.initialise(d_model, num_latents, 1, init_seed=trained.init_seed)
-    return trained._replace(decoder=sae.decoder_weight.detach())
 
 
 def _drop_if_damaged(checkpoint: pathlib.Path, early: pathlib.Path) -> None:

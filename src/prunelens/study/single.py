@@ -1,20 +1,38 @@
-"""What the command line does outside a study: prune one checkpoint, match two SAEs."""
+"""What the command line does outside a study: prune a checkpoint, match two SAEs, try an SAE."""
 
 from __future__ import annotations
 
+import logging
 import pathlib
+from collections.abc import Callable
+
+import pandas as pd
+import torch
+from torch import Tensor
 
 from prunelens.activations import Statistics
-from prunelens.config import CorpusConfig, ModelConfig, PruningConfig, StudyConfig
-from prunelens.corpus import split_tokens, windows
+from prunelens.analyses.transfer import DenseReference, Transfer, transfer, transfer_verdicts
+from prunelens.config import (
+    CorpusConfig,
+    ModelConfig,
+    PretrainedSaeConfig,
+    PruningConfig,
+    StudyConfig,
+    TransferConfig,
+)
+from prunelens.corpus import TokenSplits, split_tokens, windows
 from prunelens.errors import UserError
 from prunelens.match import MatchRates, match_dictionaries, match_rates
-from prunelens.model import load_model
+from prunelens.model import LanguageModel, load_model
 from prunelens.prune.apply import Pruned, prune_model
 from prunelens.prune.calibrate import input_norms
 from prunelens.prune.checkpoint import check_target, save_checkpoint
+from prunelens.sae.formats import check_fits
+from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.run import resolve_device
+
+log = logging.getLogger(__name__)
 
 
 def prune_checkpoint(
@@ -30,13 +48,10 @@ def prune_checkpoint(
     """
     check_target(out)
     lm = load_model(model, device=resolve_device(device))
-    norms, tokens = None, None
+    splits = None
     if pruning.criterion == "wanda":
         splits = split_tokens(corpus, lm.tokenizer, only=("calibration",))
-        tokens = windows(splits.calibration, corpus.context_tokens, splits.bos_token)
-        if pruning.calibration == "dense":
-            norms, tokens = input_norms(lm, tokens), None
-    pruned = prune_model(lm, pruning, calibration=tokens, input_norms=norms)
+    pruned = _pruned(lm, pruning, splits, corpus.context_tokens)
     save_checkpoint(lm, out)
     return pruned
 
@@ -60,3 +75,107 @@ def match_saes(folder_a: pathlib.Path, folder_b: pathlib.Path) -> list[MatchRate
     taus = StudyConfig().taus
     matches = match_dictionaries(a, b, lowest_tau=taus[0])
     return [match_rates(matches, tau) for tau in taus]
+
+
+def transfer_sae(
+    sae: str,
+    model: ModelConfig,
+    corpus: CorpusConfig,
+    *,
+    layer: int | None,
+    pruning: PruningConfig | None = None,
+    pruned: str | None = None,
+    sizes: TransferConfig | None = None,
+    device: str = "auto",
+    progress: Callable[[float], None] | None = None,
+) -> pd.DataFrame:
+    """Try an SAE of the dense model on a pruned one (methods §7, RQ3).
+
+    Args:
+        sae: a folder that prunelens or SAELens saved, or `release:sae_id` as SAELens knows it.
+        model: the dense model, and the site.
+        corpus: text: measured on eval, refitted on train, calibrated (Wanda) on calibration.
+        layer: the decoder block that the SAE is for; None: as the SAE's own files say.
+        pruning: how to prune the model; or
+        pruned: a compressed checkpoint (folder or hub id) to try instead.
+        sizes: how much text; None: the defaults.
+        device: `auto`, `cpu`, `cuda`, …
+        progress: told the share that is done, 0 to 1.
+    Returns: condition (dense, then the pruned one) and the columns of `transfer`; verdicts by
+        TRANSFER_RULE on the rows of the pruned model.
+    Raises: UserError where SAE, model or text are wrong, the SAE does not fit the model, its
+        dense L0 is not the nominal one, or no layer is known.
+    """
+    if (pruning is None) == (pruned is None):
+        raise UserError("--pruned: give either a pruned checkpoint or how to prune")
+    device, sizes = resolve_device(device), sizes or TransferConfig()
+    given = load_given_sae(_named(sae), device=device)
+    layer = given.layer if layer is None else layer
+    if layer is None:
+        raise UserError(f"--layer: the files of {sae!r} do not say which layer it is for; give it")
+    lm = load_model(model, device=device)
+    check_fits(given, lm.label, d_model=lm.d_model, site=model.site, layer=layer)
+    # Of train only what is refitted on is read.
+    least = max(sizes.refit_tokens, corpus.context_tokens)
+    corpus = corpus.model_copy(update={"train_tokens": min(corpus.train_tokens, least)})
+    only = ["train", "eval_first", "eval_second"]
+    if pruning is not None and pruning.criterion == "wanda":
+        only.append("calibration")
+    splits = split_tokens(corpus, lm.tokenizer, only=only)
+    width = corpus.context_tokens
+
+    def measure(lm: LanguageModel, dense: DenseReference | None, before: float) -> Transfer:
+        return transfer(
+            lm,
+            [given],
+            torch.cat([_cut(splits, name, width) for name in ("eval_first", "eval_second")]),
+            _cut(splits, "train", width),
+            site=model.site,
+            layer=layer,
+            dense=dense,
+            ce_windows=max(1, sizes.ce_tokens // width),
+            progress=progress and (lambda share: progress(before + share / 2)),
+        )
+
+    unpruned = measure(lm, None, 0.0)
+    for note in unpruned.notes:
+        log.warning(note)
+    if pruning is not None:
+        _pruned(lm, pruning, splits, width)
+    else:
+        del lm
+        lm = load_model(model.model_copy(update={"name": pruned, "revision": None}), device=device)
+    rows = measure(lm, unpruned.reference, 0.5).rows
+    rows = transfer_verdicts(unpruned.rows, rows)
+    label = pruned if pruning is None else pruning.label
+    parts = (("dense", unpruned.rows), (label, rows))
+    tables = [table.assign(condition=name) for name, table in parts]
+    result = pd.concat(tables, ignore_index=True)
+    return result[["condition", *unpruned.rows.columns]]
+
+
+def _named(sae: str) -> PretrainedSaeConfig:
+    """A folder or `release:sae_id`; the layer, which loading does not look at, is left at 0."""
+    if pathlib.Path(sae).expanduser().is_dir():
+        return PretrainedSaeConfig(layer=0, folder=sae)
+    release, separator, sae_id = sae.partition(":")
+    if not separator or not release or not sae_id:
+        raise UserError(f"SAE: {sae!r} is neither a folder nor release:sae_id; give one of them")
+    return PretrainedSaeConfig(layer=0, release=release, sae_id=sae_id)
+
+
+def _pruned(
+    lm: LanguageModel, pruning: PruningConfig, splits: TokenSplits | None, width: int
+) -> Pruned:
+    """Prune in place, calibrated on the splits where the criterion asks for it."""
+    norms, tokens = None, None
+    if pruning.criterion == "wanda":
+        assert splits
+        tokens = _cut(splits, "calibration", width)
+        if pruning.calibration == "dense":
+            norms, tokens = input_norms(lm, tokens), None
+    return prune_model(lm, pruning, calibration=tokens, input_norms=norms)
+
+
+def _cut(splits: TokenSplits, name: str, width: int) -> Tensor:
+    return windows(getattr(splits, name), width, splits.bos_token)

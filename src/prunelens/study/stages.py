@@ -1,7 +1,9 @@
 """Artifacts in, artifact out: the only place that knows both files and library functions.
 
-Each function in `model_stages` and `sae_stages` reads its parents' folders by role and writes its
-own files; the result depends on the stage's config and its parents alone.
+Each function in the modules below reads its parents' folders by role and writes its own files; the
+result depends on the stage's config and its parents alone. `model_stages`: text to activations;
+`sae_stages`: SAEs; `question_stages`: what is asked of them; `output_stages`: what needs the
+model's output again (transfer, ablations).
 """
 
 from __future__ import annotations
@@ -14,11 +16,13 @@ import torch
 
 from prunelens.errors import UserError
 from prunelens.study.model_stages import MODEL_STAGES
-from prunelens.study.sae_stages import SAE_STAGES
+from prunelens.study.output_stages import OUTPUT_STAGES
+from prunelens.study.question_stages import QUESTION_STAGES
+from prunelens.study.sae_stages import make_sae
 from prunelens.study.store import Stage, Store
 from prunelens.study.work import Work
 
-STAGES = MODEL_STAGES | SAE_STAGES
+STAGES = MODEL_STAGES | {"sae": make_sae} | QUESTION_STAGES | OUTPUT_STAGES
 
 
 def make_stage(

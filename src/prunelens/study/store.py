@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from prunelens.config import CorpusConfig, ModelConfig
+from prunelens.config import CorpusConfig, ModelConfig, PretrainedSaeConfig
 from prunelens.errors import UserError
 
 LIBRARIES = ("prunelens", "torch", "transformers", "tokenizers", "numpy", "pandas", "safetensors")
@@ -35,6 +35,8 @@ class Source(NamedTuple):
     """Where the text is, for the stages that read text."""
     checkpoint_every: int
     """How often an SAE in training is saved."""
+    pretrained: PretrainedSaeConfig | None = None
+    """Where the SAE of others is, for the stage that tries it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,372 @@
+"""The registered contrasts behind the claims: a study's tables in, numbers with intervals out.
+
+Rates and correlations have one value per condition and seed; their intervals resample both, crossed
+(`interval_over_conditions_and_seeds`). What the tables do not hold raises NotMeasuredError.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, TypeVar
+
+import pandas as pd
+
+from prunelens.analyses.statistics import (
+    exact_spearman,
+    interval_over_conditions_and_seeds,
+    interval_over_windows,
+)
+from prunelens.analyses.verdict import CE_MARGIN, FVU_FACTOR
+
+Found = TypeVar("Found")
+Tables = Mapping[str, pd.DataFrame]
+TAU = 0.7
+SITE = ["model", "layer"]
+LOW_SPARSITY = 0.3  # the paper's "low sparsity", where it compares survival with the seed floor
+HALF = 0.5
+NEAR_HALF = (0.4, 0.5)  # "up to 40-50 %"
+USABLE_FVU = 0.025  # the paper's "remarkable" FVU of a transferred SAE
+EQUIVALENCE = 0.1  # of the mean isolated KL
+SEED_FLOOR = 18  # the lower end of the paper's 18-29
+
+
+class Contrast(NamedTuple):
+    """A number, its 95 % interval, and where it should lie for the claim to be right."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    side: Literal["above", "below", "within"]
+    """Of `limit`; `within`: between -limit and limit."""
+    limit: float
+    resampled: str
+    """What the interval resamples."""
+
+
+class NotMeasuredError(Exception):
+    """The study's tables do not hold what a contrast needs; says what."""
+
+
+# --- survival and persistence ---------------------------------------------------------------------
+
+
+def rare_minus_frequent(tables: Tables, measure: str) -> list[Contrast]:
+    """Claim 1: the rarest quintile minus the most frequent one."""
+    rates = _quintiles(tables, measure).pivot_table(
+        index=["run", "seed"], columns="quintile", values="survival_rate"
+    )
+    difference = (rates[1] - rates[5]).rename("value").reset_index()
+    return [_over_seeds(f"Q1 - Q5 of {measure}", difference, "above", 0.0)]
+
+
+def wanda_survival(tables: Tables) -> list[Contrast]:
+    """Claim 2 as published."""
+    rates = _arm(tables, "shared_init").rename(columns={"mnn": "value", "init_a": "seed"})
+    return [_over_seeds("survival, Wanda - magnitude", _wanda_minus(rates), "above", 0.0)]
+
+
+def wanda_persistence(tables: Tables) -> list[Contrast]:
+    """Claim 2, without a second dictionary."""
+    rows = _rows(tables, "persistence", source="pruned")
+    rows = rows.rename(columns={"mean_correlation": "value"})
+    return [_over_seeds("persistence, Wanda - magnitude", _wanda_minus(rows), "above", 0.0)]
+
+
+def rare_at_half(tables: Tables, measure: str, limit: float) -> list[Contrast]:
+    """Claim 8: Q1 and Q2 of every condition at 40 to 50 %."""
+    rates = _quintiles(tables, measure)
+    rates = rates[rates["sparsity"].between(*NEAR_HALF) & (rates["quintile"] <= 2)]
+    found = [
+        _over_seeds(
+            f"Q{quintile} of {measure}, {run}",
+            part.rename(columns={"survival_rate": "value"}),
+            "above",
+            limit,
+        )
+        for (run, quintile), part in rates.groupby(["run", "quintile"], sort=False)
+    ]
+    return _not_empty(found, "no condition at 40 to 50 % sparsity")
+
+
+def above_seed_floor(tables: Tables) -> list[Contrast]:
+    """Claim 11 as published: survival over the agreement of dense seeds, as a logarithm."""
+    floor = _rows(tables, "stability", method="dense", tau=TAU).groupby(SITE)["mnn"].mean()
+    rates = _arm(tables, "shared_init").rename(columns={"init_a": "seed"})
+    return [_log_ratio("ln(survival / stability of dense seeds)", rates, floor)]
+
+
+def above_start_floor(tables: Tables) -> list[Contrast]:
+    """Claim 11 against what the same start shows with no feature in common."""
+    floor = _arm(tables, "floor_shared").groupby(SITE)["mnn"].mean()
+    rates = _arm(tables, "shared_start").rename(columns={"init_a": "seed"})
+    return [_log_ratio("ln(survival / floor of a shared start)", rates, floor)]
+
+
+# --- perplexity -----------------------------------------------------------------------------------
+
+
+def wanda_nll(tables: Tables, window: Literal["shortest", "longest"]) -> list[Contrast]:
+    """Claim 3: at every equal sparsity, the same windows read by both models."""
+    rows = _rows(tables, "perplexity_windows")
+    lengths = rows["context_tokens"]
+    rows = rows[lengths == (lengths.min() if window == "shortest" else lengths.max())]
+    rows = rows.drop_duplicates(["model", "method", "scope", "sparsity", "window"])
+    found = []
+    for (model, sparsity), part in rows.groupby(["model", "sparsity"], sort=False):
+        by_method = part.pivot_table(index="window", columns="method", values="nll")
+        if {"wanda", "magnitude"} <= set(by_method):
+            difference = (by_method["wanda"] - by_method["magnitude"]).to_numpy()
+            low, high = interval_over_windows(difference)
+            name = f"nats/token, Wanda - magnitude, {model} {sparsity:g}"
+            value = float(difference.mean())
+            found.append(Contrast(name, value, low, high, "below", 0.0, "windows of text"))
+    return _not_empty(found, "no sparsity with both Wanda and magnitude")
+
+
+# --- transfer -------------------------------------------------------------------------------------
+
+
+def fvu_at_half(tables: Tables) -> list[Contrast]:
+    """Claim 4 as published."""
+    return [
+        _over_seeds(f"FVU of {name}", part.assign(value=part["fvu"]), "below", USABLE_FVU)
+        for name, part in _saes_at_half(tables, "all")
+    ]
+
+
+def usable_at_half(tables: Tables) -> list[Contrast]:
+    """Claim 4 by the rule of RQ3."""
+    found = []
+    for name, part in _saes_at_half(tables, "norm_filtered"):
+        ratio = part.assign(value=part["fvu_dense_var"] / part["fvu_dense_var_dense"])
+        drop = part.assign(value=part["ce_recovered"] - part["ce_recovered_dense"])
+        found += [
+            _over_seeds(f"fvu_dense_var of {name} over dense", ratio, "below", FVU_FACTOR),
+            _over_seeds(f"CE recovered of {name} - dense", drop, "above", -CE_MARGIN),
+        ]
+    return found
+
+
+def _saes_at_half(tables: Tables, positions: str) -> list[tuple[str, pd.DataFrame]]:
+    """Plain rows at Wanda 50 %, ours (one per seed) and each pretrained SAE, beside dense ones."""
+    rows = _rows(tables, "transfer", positions=positions, refit="none")
+    dense = rows[rows["method"] == "dense"].set_index([*SITE, "sae"])
+    rows = rows[(rows["method"] == "wanda") & (rows["sparsity"] == HALF)]
+    reference = dense[["fvu_dense_var", "ce_recovered"]].add_suffix("_dense")
+    rows = rows.join(reference, on=[*SITE, "sae"])
+    ours = rows["sae"].str.fullmatch(r"seed \d+")
+    rows = rows.assign(seed=rows["sae"], group=rows["sae"].where(~ours, "our SAEs"))
+    found = [(f"{group}, {run}", part) for (run, group), part in rows.groupby(["run", "group"])]
+    return _not_empty(found, "no condition Wanda at 50 %")
+
+
+# --- ablations ------------------------------------------------------------------------------------
+
+
+def robust_equals_fragile(tables: Tables) -> list[Contrast]:
+    """Claim 5 as published: both models of every pair."""
+    return _equivalence(tables, "cosine", "robust_minus_fragile", "paper", "final")
+
+
+def matched_equals_fragile(tables: Tables) -> list[Contrast]:
+    """Claim 5 where the latent fires, against robust latents of the same firing rate."""
+    return _equivalence(tables, "persistence", "matched_minus_fragile", "isolated", "firing")
+
+
+def ablation_after_pruning(tables: Tables, protocol: str, contexts: str) -> list[Contrast]:
+    """Claim 9: the same prompts, matched latents."""
+    rows = _rows(
+        tables,
+        "causal",
+        ablated_in="pruned_minus_dense",
+        grouping="cosine",
+        group="robust_and_fragile",
+        protocol=protocol,
+        contexts=contexts,
+    )
+    return [
+        Contrast(
+            f"{protocol} KL, pruned - dense, {row.run}",
+            row.kl_mean, row.ci_low, row.ci_high, "below", 0.0, "prompts",
+        )
+        for row in rows.itertuples()
+    ]  # fmt: skip
+
+
+def _equivalence(
+    tables: Tables, grouping: str, group: str, protocol: str, contexts: str
+) -> list[Contrast]:
+    rows = _rows(tables, "causal", grouping=grouping, contexts=contexts)
+    rows = rows[rows["ablated_in"] != "pruned_minus_dense"]
+    scale = rows[(rows["group"] == "robust_and_fragile") & (rows["protocol"] == "isolated")]
+    margins = EQUIVALENCE * scale.set_index(["run", "ablated_in"])["kl_mean"]
+    rows = rows[(rows["group"] == group) & (rows["protocol"] == protocol)]
+    found = []
+    for row in rows.itertuples():
+        name = f"{group.replace('_', ' ')}, {row.run} ({row.ablated_in})"
+        margin = float(margins.get((row.run, row.ablated_in), math.nan))
+        found.append(
+            Contrast(name, row.kl_mean, row.ci_low, row.ci_high, "within", margin, "prompts")
+        )
+    return _not_empty(found, "no ablations")
+
+
+# --- seeds, predictor, quality --------------------------------------------------------------------
+
+
+def seeds_as_published(tables: Tables) -> list[Contrast]:
+    """Claim 6 as published."""
+    rates = _rows(tables, "stability", method="dense", tau=TAU)
+    rates = rates.assign(value=rates["mnn"], seed=_pairs(rates, "seed_a", "seed_b"))
+    return [
+        _over_seeds("MNN between dense seeds", rates, "below", 0.5),
+        _pattern(tables, "shared_init"),
+    ]
+
+
+def seeds_controlled(tables: Tables) -> list[Contrast]:
+    """Claim 6: beyond chance, and in what survives beyond noise."""
+    rates = _arm(tables, "ceiling_cross")
+    chance = _arm(tables, "chance").groupby(SITE)["mnn"].mean().rename("chance")
+    rates = rates.join(chance, on=SITE)
+    rates = rates.assign(
+        value=rates["mnn"] - rates["chance"], seed=_pairs(rates, "init_a", "init_b")
+    )
+    return [
+        _over_seeds("MNN of other starts - chance", rates, "below", 0.5),
+        _pattern(tables, "excess_isotropic"),
+    ]
+
+
+def predictive(
+    tables: Tables, target: str, evaluation: str, auc: Literal["auc", "auc_within"]
+) -> list[Contrast]:
+    """Claim 7: the AUC of firing rate and sparsity; `auc_within` compares latents of a condition.
+
+    Pooled over conditions that were held out, an AUC is biased downwards (`clustered_auc`).
+    """
+    rows = _rows(
+        tables, "predictor", target=target, evaluation=evaluation, features="rate_sparsity"
+    )
+    rows = rows[rows["tau"].isna() | (rows["tau"] == TAU)]
+    found = []
+    for row in _not_empty(list(rows.itertuples()), f"no predictor of {target}"):
+        value = getattr(row, auc)
+        if math.isnan(value):
+            raise NotMeasuredError(str(row.reason))
+        found.append(
+            Contrast(
+                f"{auc} ({evaluation.replace('_', ' ')}, {target})",
+                value, getattr(row, f"{auc}_low"), getattr(row, f"{auc}_high"),
+                "above", 0.5, "conditions",
+            )
+        )  # fmt: skip
+    return found
+
+
+def fvu_falls(tables: Tables) -> list[Contrast]:
+    """Claim 10 as published."""
+    return [_over_seeds("FVU, pruned - dense", _minus_dense(tables, "fvu"), "below", 0.0)]
+
+
+def activations_get_simpler(tables: Tables) -> list[Contrast]:
+    """Claim 10 with a denominator that pruning cannot shrink, and with the reason it gives."""
+    ratio = _minus_dense(tables, "participation_ratio").drop_duplicates("run").assign(seed="all")
+    error = _minus_dense(tables, "fvu_dense_var")
+    return [
+        _over_seeds("fvu_dense_var, pruned - dense", error, "below", 0.0),
+        _over_seeds("participation ratio, pruned - dense", ratio, "below", 0.0),
+    ]
+
+
+def _pattern(tables: Tables, measure: str) -> Contrast:
+    """Spearman correlation over quintiles between any two seeds, per condition."""
+    rates = _quintiles(tables, measure)
+    rows = []
+    for run, part in rates.groupby("run"):
+        profiles = part.pivot_table(index="quintile", columns="seed", values="survival_rate")
+        for a, b in itertools.combinations(profiles.columns, 2):
+            value = exact_spearman(profiles[a].to_numpy(), profiles[b].to_numpy()).rho
+            rows.append({"run": run, "seed": f"{a}-{b}", "value": value})
+    found = pd.DataFrame(_not_empty(rows, "fewer than two seeds"))
+    return _over_seeds(f"correlation of {measure} by quintile between seeds", found, "above", 0.0)
+
+
+# --- reading tables -------------------------------------------------------------------------------
+
+
+def _rows(tables: Tables, name: str, **where: object) -> pd.DataFrame:
+    """The rows whose columns have those values; NotMeasuredError where there are none."""
+    if name not in tables:
+        raise NotMeasuredError(f"the study has no {name}")
+    rows = tables[name]
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    if rows.empty:
+        asked = ", ".join(f"{column} {value}" for column, value in where.items())
+        raise NotMeasuredError(f"{name} has no rows with {asked}")
+    return rows
+
+
+def _arm(tables: Tables, arm: str) -> pd.DataFrame:
+    return _rows(tables, "survival", arm=arm, coordinates="normalised", tau=TAU)
+
+
+def _quintiles(tables: Tables, measure: str) -> pd.DataFrame:
+    """Survival by quintile, per run and seed."""
+    rows = _rows(tables, "fragility_by_seed", measure=measure)
+    return rows[rows["tau"].isna() | (rows["tau"] == TAU)]
+
+
+def _wanda_minus(rows: pd.DataFrame) -> pd.DataFrame:
+    """`value` of Wanda minus magnitude per model, layer, sparsity (the unit `run`) and seed."""
+    wide = rows.pivot_table(index=[*SITE, "sparsity", "seed"], columns="method", values="value")
+    if not {"wanda", "magnitude"} <= set(wide):
+        raise NotMeasuredError("no sparsity with both Wanda and magnitude")
+    difference = (wide["wanda"] - wide["magnitude"]).dropna().rename("value").reset_index()
+    if difference.empty:
+        raise NotMeasuredError("no sparsity with both Wanda and magnitude")
+    unit = difference[[*SITE, "sparsity"]].astype(str).agg(" ".join, axis=1)
+    return difference.assign(run=unit)
+
+
+def _minus_dense(tables: Tables, column: str) -> pd.DataFrame:
+    """A column of sae_quality, pruned minus dense, per run and seed."""
+    rows = _rows(tables, "sae_quality")
+    dense = rows[rows["method"] == "dense"].set_index([*SITE, "seed"])[column].rename("dense")
+    pruned = rows[rows["method"] != "dense"].join(dense, on=[*SITE, "seed"])
+    found = pruned.assign(value=pruned[column] - pruned["dense"]).dropna(subset="value")
+    if found.empty:
+        raise NotMeasuredError("no pruned SAE beside a dense one")
+    return found
+
+
+def _log_ratio(name: str, rates: pd.DataFrame, floor: pd.Series) -> Contrast:
+    """ln(MNN / floor) at low sparsity, against ln 18."""
+    rates = rates[rates["sparsity"] <= LOW_SPARSITY].join(floor.rename("floor"), on=SITE)
+    rates = rates[(rates["floor"] > 0) & (rates["mnn"] > 0)]
+    if rates.empty:
+        raise NotMeasuredError("no condition up to 30 % sparsity with a floor above 0")
+    ratio = (rates["mnn"] / rates["floor"]).map(math.log)
+    return _over_seeds(name, rates.assign(value=ratio), "above", math.log(SEED_FLOOR))
+
+
+def _pairs(rates: pd.DataFrame, a: str, b: str) -> pd.Series:
+    return rates[a].astype(str) + "-" + rates[b].astype(str)
+
+
+def _over_seeds(
+    name: str, rows: pd.DataFrame, side: Literal["above", "below"], limit: float
+) -> Contrast:
+    """The mean of `value` over runs and seeds, with both resampled."""
+    found = interval_over_conditions_and_seeds(rows.assign(condition=rows["run"]))
+    return Contrast(name, found.mean, found.low, found.high, side, limit, found.resampled)
+
+
+def _not_empty(found: list[Found], otherwise: str) -> list[Found]:
+    if not found:
+        raise NotMeasuredError(otherwise)
+    return found

@@ -1,0 +1,165 @@
+"""Logistic regression with cluster-robust intervals, and the AUC."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+
+from prunelens.analyses.statistics.intervals import DRAWS, span
+
+
+class LogisticFit(NamedTuple):
+    """An unpenalised logistic regression."""
+
+    coefficients: Float[np.ndarray, " coefficients"]
+    """Intercept first, then one per feature in its own unit; NaN where `reason` says why."""
+    reason: str
+
+
+class Auc(NamedTuple):
+    """Area under the ROC curve with 95 % intervals; NaN where `reason` says why."""
+
+    value: float
+    low: float
+    high: float
+    within: float
+    """Of pairs from the same cluster only."""
+    within_low: float
+    within_high: float
+    reason: str
+
+
+def fit_logistic(features: pd.DataFrame, y: Bool[np.ndarray, " rows"]) -> LogisticFit:
+    """Maximum likelihood without penalty.
+
+    NaN with a reason where no unique maximum exists: one class, a constant feature, features that
+    determine each other, or classes that a line separates (coefficients would be infinite).
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    x = features.to_numpy(dtype=float)
+    if reason := _not_identified(features, y):
+        return LogisticFit(np.full(x.shape[1] + 1, np.nan), reason)
+    centre, scale = x.mean(0), x.std(0)
+    model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-9, max_iter=200)
+    model.fit((x - centre) / scale, y)
+    slopes = model.coef_[0] / scale
+    return LogisticFit(np.append(model.intercept_ - slopes @ centre, slopes), "")
+
+
+def clustered_covariance(
+    features: pd.DataFrame,
+    y: Bool[np.ndarray, " rows"],
+    clusters: Int[np.ndarray, " rows"],
+    fit: LogisticFit,
+) -> Float[np.ndarray, "coefficients coefficients"]:
+    """Cluster-robust covariance of a fit's coefficients, with statsmodels' small-sample factor
+    G/(G-1) (n-1)/(n-k). It has rank G - 1 at most: meaningless unless G clusters exceed k.
+    """
+    from statsmodels.discrete.discrete_model import Logit
+
+    x = np.column_stack([np.ones(len(y)), features.to_numpy(dtype=float)])
+    result = Logit(y.astype(float), x).fit(
+        start_params=fit.coefficients,
+        disp=0,
+        cov_type="cluster",
+        cov_kwds={"groups": clusters},
+    )
+    return np.asarray(result.cov_params())
+
+
+def t_quantile(degrees_of_freedom: int) -> float:
+    """Half-width of a 95 % interval in standard errors."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees_of_freedom, 0.975))
+
+
+def clustered_auc(
+    y: Bool[np.ndarray, " rows"],
+    scores: Float[np.ndarray, " rows"],
+    clusters: Int[np.ndarray, " rows"],
+    *,
+    seed: int,
+    draws: int = DRAWS,
+) -> Auc:
+    """Chance that a positive row scores above a negative one (ties count half).
+
+    `within` compares rows of one cluster only. A pooled AUC also compares clusters, and when each
+    was held out in turn, that part is biased downwards: leaving out a cluster of many positives
+    lowers the fit's intercept for just that cluster.
+    The intervals resample clusters with replacement, scores fixed. Pairs won are counted once per
+    pair of clusters, so a draw is a weighted sum; draws without any pair are left out.
+    """
+    if not y.any() or y.all():
+        return Auc(np.nan, np.nan, np.nan, np.nan, np.nan, np.nan, "one class only")
+    wins, positives, negatives = _pairs_won(y, scores, clusters)
+    drawn = np.random.default_rng(seed).integers(len(positives), size=(draws, len(positives)))
+    weights = (drawn[:, :, None] == np.arange(len(positives))).sum(1).astype(float)
+    weights = np.vstack([np.ones(len(positives)), weights])  # the first row: the data themselves
+    pooled = np.einsum("dp,pn,dn->d", weights, wins, weights, optimize=True)
+    with np.errstate(invalid="ignore"):
+        pooled /= (weights @ positives) * (weights @ negatives)
+        within = (weights @ np.diag(wins)) / (weights @ (positives * negatives))
+    reason = "every condition has one class only" if np.isnan(within[0]) else ""
+    spans = [span(values[1:], 2.5, 97.5) for values in (pooled, within)]
+    if len(positives) < 2:
+        reason, spans = "an interval of the AUC needs two conditions", [(np.nan, np.nan)] * 2
+    return Auc(float(pooled[0]), *spans[0], float(within[0]), *spans[1], reason)
+
+
+def _not_identified(features: pd.DataFrame, y: np.ndarray) -> str:
+    """Why no unique maximum of the likelihood exists; empty where one does."""
+    if not len(y):
+        return "no rows"
+    if y.all() or not y.any():
+        return "one class only"
+    for name in features:
+        if features[name].min() == features[name].max():
+            return f"{name} is the same in every row"
+    x = features.to_numpy(dtype=float)
+    x = np.column_stack([np.ones(len(x)), (x - x.mean(0)) / x.std(0)])
+    if np.linalg.matrix_rank(x) < x.shape[1]:
+        return "the features determine each other"
+    return "a line separates the two classes" if _separated(x, y) else ""
+
+
+def _separated(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether some b has (2y - 1) x b >= 0 in every row and > 0 in one (complete or quasi).
+
+    A linear programme in b. Among rows that differ in x[:, 1] alone only its extremes can bind,
+    and the other columns (sparsity) have few values, so the programme is tiny.
+    """
+    from scipy.optimize import linprog
+
+    order = np.lexsort((x[:, 1], *x[:, 2:].T, y))
+    others = np.column_stack([y, x[:, 2:]])[order]
+    changes = (others[1:] != others[:-1]).any(1)
+    extremes = order[np.append(True, changes) | np.append(changes, True)]
+    signed = x[extremes] * np.where(y[extremes], 1.0, -1.0)[:, None]
+    bounds = [(-1, 1)] * signed.shape[1]
+    best = linprog(-signed.sum(0), A_ub=-signed, b_ub=np.zeros(len(signed)), bounds=bounds)
+    assert best.success, best.message
+    # The solver's tolerance is 1e-7; x is standardised, so a separation is far larger.
+    return bool(-best.fun > 1e-5)
+
+
+def _pairs_won(
+    y: np.ndarray, scores: np.ndarray, clusters: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """wins[p, n]: pairs (positive of cluster p, negative of n) with the positive above, ties half;
+    and the number of positives and of negatives per cluster.
+    """
+    codes = np.unique(scores, return_inverse=True)[1]
+    cluster = np.unique(clusters, return_inverse=True)[1]
+    num = int(cluster.max()) + 1
+    positives, negatives = (np.bincount(cluster[rows], minlength=num) for rows in (y, ~y))
+    wins = np.empty((num, num))
+    for n in range(num):
+        equal = np.bincount(codes[~y & (cluster == n)], minlength=int(codes.max()) + 1)
+        beaten = np.cumsum(equal) - equal / 2
+        wins[:, n] = np.bincount(cluster[y], weights=beaten[codes[y]], minlength=num)
+    return wins, positives.astype(float), negatives.astype(float)

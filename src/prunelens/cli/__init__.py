@@ -1,0 +1,63 @@
+"""The command line. Exit codes: 0 done, 1 some runs failed, 2 the user's input is wrong."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from prunelens.cli import steps, studies
+from prunelens.errors import UserError
+
+INTERRUPTED = 130  # what typer returns after Ctrl-C
+
+app = typer.Typer(
+    help="What did pruning do to a model's features, and can you trust the answer?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (
+    studies.demo,
+    studies.run,
+    studies.plan,
+    studies.status,
+    studies.report,
+    studies.predict,
+    steps.prune,
+    steps.match,
+    steps.transfer,
+):
+    app.command()(command)
+
+# The base of typer's usage errors, which typer itself does not export.
+UsageError: Any = typer.BadParameter.__base__
+
+
+def main() -> None:
+    """Entry point: a UserError becomes one line on standard error and exit code 2."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
+    )
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        _give_up(str(error))
+    except UsageError as error:
+        _give_up(f"{error.format_message()}; see prunelens --help")
+    except OSError as error:
+        _give_up(f"{error.filename or 'file'}: {error.strerror or error}; check the path")
+    if code == INTERRUPTED:
+        _give_up("stopped; the same command goes on from here", code=INTERRUPTED)
+    sys.exit(code)
+
+
+def _give_up(message: str, *, code: int = 2) -> NoReturn:
+    print(f"prunelens: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,87 @@
+"""What commands share: options, settings, a study from what was typed."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated, Any
+
+import typer
+
+from prunelens.config import StudyConfig, study_from_data
+from prunelens.errors import UserError
+from prunelens.study_file import with_settings
+
+Study = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped study.")]
+Out = Annotated[
+    pathlib.Path | None, typer.Option("--out", help="The study's folder; default runs/<name>.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Replace a field: sae.steps=500. Repeatable.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes side by side; default: as cores and memory allow."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Folder = Annotated[pathlib.Path, typer.Argument(metavar="DIR", help="A study's folder.")]
+Site = Annotated[str, typer.Option(help="resid_post, mlp_out or attn_out")]
+Criterion = Annotated[str, typer.Option(help="magnitude or wanda")]
+Scope = Annotated[str | None, typer.Option(help="global, matrix or row")]
+Sparsity = Annotated[float, typer.Option(help="share of the weights to zero")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
+
+
+def single_step(
+    model: str,
+    dtype: str,
+    criterion: str,
+    scope: str | None,
+    sparsity: float,
+    calibration: str | None,
+    settings: list[str] | None,
+    layer: int | None = None,
+    site: str = "resid_post",
+) -> StudyConfig:
+    """One model and one pruning, as a study that is checked like any other."""
+    if not 0 <= sparsity < 1:
+        raise UserError(f"--sparsity: {sparsity} is outside [0, 1); give for example 0.5")
+    if criterion not in ("magnitude", "wanda"):
+        raise UserError(
+            f"--criterion: {criterion!r} is neither magnitude nor wanda; give one of them"
+        )
+    models: dict[str, Any] = {"name": model, "dtype": dtype, "site": site}
+    pruning = {
+        "criterion": criterion,
+        "scope": scope or {"magnitude": "global"}.get(criterion, "row"),
+        "calibration": calibration or "dense",
+        "sparsities": [sparsity],
+    }
+    if layer is not None:
+        models["layers"] = [layer]
+    data: dict[str, Any] = {"models": [models], "prunings": [pruning]}
+    return study_from_data(with_settings(data, parsed(settings)))
+
+
+def parsed(settings: list[str] | None) -> dict[str, str]:
+    """`--set field=value` pairs."""
+    pairs = {}
+    for setting in settings or []:
+        field, separator, value = setting.partition("=")
+        if not separator or not field:
+            raise UserError(f"--set: {setting!r} is not field=value, e.g. sae.steps=500")
+        pairs[field] = value
+    return pairs
+
+
+def numbers(text: str | None) -> list[int] | None:
+    """`3,17` as numbers."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"--latents: {text!r} is no list of numbers; give for example 3,17,200"
+        ) from None

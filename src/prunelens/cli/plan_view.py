@@ -1,0 +1,63 @@
+"""A preflight on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from prunelens.study.preflight import Preflight
+
+
+def show_preflight(found: Preflight, console: Console) -> None:
+    """Print the matrix as a table, then totals, needs and hours as lines."""
+    timed = found.hours is not None
+    table = Table("run", "SAEs", "controls", "stages", "shared", "forward", "trained on", "FLOPs")
+    if timed:
+        table.add_column("hours")
+    for row in [*found.runs, {"run": "total", **found.totals, "shared": "", "hours": None}]:
+        numbers = [row[name] for name in ("saes", "control_saes", "stages", "shared")]
+        counts = [_short(row[name]) for name in ("forward_tokens", "sae_tokens")]
+        cells = [row["run"], *map(str, numbers), *counts, f"{row['flops']:.2e}"]
+        hours = found.hours["total"] if found.hours and row["run"] == "total" else row["hours"]
+        table.add_row(*cells, *([f"{hours:.2f}"] if timed else []))
+    console.print(table)
+    for line in _lines(found):
+        console.print(line, highlight=False, markup=False)
+
+
+def _lines(found: Preflight) -> Iterator[str]:
+    disk, memory, device = found.disk, found.memory, found.device
+    yield "shared: stages that runs above need as well; tokens, FLOPs and hours are counted once"
+    yield "stages: " + ", ".join(f"{count} {name}" for name, count in found.stages.items())
+    yield (
+        f"disk: {disk['peak_gigabytes']:.2f} GB at most (activation stores"
+        f" {disk['stores_gigabytes']:.2f}, each up to {disk['store_gigabytes']:.2f}),"
+        f" {disk['kept_gigabytes']:.2f} GB at the end;"
+        f" weights to download: {disk['downloads_gigabytes']:.2f} GB"
+    )
+    yield (
+        f"memory: {memory['device_gigabytes']:.2f} GB on the device (model forward"
+        f" {memory['forward_gigabytes']:.2f}, perplexity {memory['perplexity_gigabytes']:.2f}, SAE"
+        f" training {memory['sae_training_gigabytes']:.2f}), {memory['host_gigabytes']:.2f} GB of"
+        " the machine's"
+    )
+    yield (
+        f"device: {device['device']} ({device['name']}, {device['memory_gigabytes']:.0f} GB),"
+        f" {device['cores']} cores"
+    )
+    if found.hours:
+        parts = [f"{kind} {hours:.2f}" for kind, hours in found.hours.items() if kind != "total"]
+        yield f"hours: {found.hours['total']:.2f} ({', '.join(parts)})"
+    if found.settings:
+        yield "set: " + ", ".join(f"{name}={value}" for name, value in found.settings.items())
+    yield from (f"note: {note}" for note in found.notes)
+
+
+def _short(count: int) -> str:
+    """1234567 -> 1.2 M."""
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.1f} {letter}"
+    return str(count)

@@ -1,0 +1,109 @@
+"""Commands about single steps: prune, match, transfer."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from prunelens.cli.options import (
+    AsJson,
+    Criterion,
+    Device,
+    Dtype,
+    Scope,
+    Site,
+    Sparsity,
+    single_step,
+)
+from prunelens.cli.printing import print_json, print_table, progress_bar, records
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help="bundled, a hub id or a local folder.")],
+    out: Annotated[pathlib.Path, typer.Option("--out", help="Folder of the new checkpoint.")],
+    criterion: Criterion = "wanda",
+    scope: Scope = None,
+    sparsity: Sparsity = 0.5,
+    calibration: Annotated[str, typer.Option(help="wanda's norms: dense or sequential")] = "dense",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Calibration text: corpus.source=files …")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Prune a model and save it as a Hugging Face checkpoint."""
+    from prunelens.study.single import prune_checkpoint
+
+    config = single_step(model, dtype, criterion, scope, sparsity, calibration, settings)
+    report = prune_checkpoint(config.models[0], config.conditions()[0], config.corpus, out, device)
+    if as_json:
+        print_json({"out": str(out), "achieved_sparsity": report.achieved_sparsity})
+    else:
+        print(f"achieved sparsity {report.achieved_sparsity:.4f}; checkpoint saved in {out}")
+
+
+def match(
+    sae_a: Annotated[pathlib.Path, typer.Argument(help="Folder of an SAE.")],
+    sae_b: Annotated[pathlib.Path, typer.Argument(help="Folder of an SAE.")],
+    as_json: AsJson = False,
+) -> None:
+    """Match the features of two SAEs: one-way, mutual and greedy rates at every tau."""
+    from prunelens.study.single import match_saes
+
+    rates = match_saes(sae_a, sae_b)
+    if as_json:
+        print_json([row._asdict() for row in rates])
+        return
+    table = Table("tau", "one-way", "MNN", "greedy", "one-way, B to A")
+    for row in rates:
+        table.add_row(f"{row.tau:g}", *(f"{value:.4f}" for value in row[1:]))
+    Console().print(table)
+
+
+def transfer(
+    sae: Annotated[str, typer.Argument(metavar="SAE", help="A folder, or RELEASE:SAE_ID.")],
+    model: Annotated[str, typer.Argument(help="bundled, a hub id or a local folder.")],
+    layer: Annotated[int | None, typer.Option(help="Decoder block that the SAE is for.")] = None,
+    site: Site = "resid_post",
+    criterion: Criterion = "wanda",
+    scope: Scope = None,
+    sparsity: Sparsity = 0.5,
+    pruned: Annotated[
+        str | None, typer.Option(help="A compressed checkpoint to test instead of pruning.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="corpus.source=files, transfer.ce_tokens=64 …"),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """May a dense model's SAE still be used after pruning? keep, refit or retrain, and why."""
+    from prunelens.analyses.transfer import TRANSFER_RULE
+    from prunelens.study.single import transfer_sae
+
+    config = single_step(model, dtype, criterion, scope, sparsity, None, settings, layer, site)
+    with progress_bar("transfer", quiet=as_json) as progress:
+        table = transfer_sae(
+            sae,
+            config.models[0],
+            config.corpus,
+            layer=layer,
+            pruning=None if pruned else config.conditions()[0],
+            pruned=pruned,
+            sizes=config.transfer,
+            device=device,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"rule": TRANSFER_RULE, "rows": records(table)})
+        return
+    shown = ["condition", "positions", "refit", "fvu_dense_var", "l0", "ce_recovered", "verdict"]
+    print_table(table[shown])
+    print(TRANSFER_RULE)

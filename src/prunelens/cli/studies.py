@@ -1,0 +1,141 @@
+"""Commands about whole studies: demo, run, plan, status, report, predict."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from prunelens.cli.options import (
+    AsJson,
+    Device,
+    Folder,
+    Out,
+    Quiet,
+    Settings,
+    Study,
+    Workers,
+    numbers,
+    parsed,
+)
+from prunelens.cli.printing import print_json, print_table, records
+from prunelens.study_file import read_study
+
+
+def demo(
+    out: Out = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """The shipped study on the bundled model; the same as `run demo`."""
+    run("demo", out, settings, device, workers, quiet, as_json)
+
+
+def run(
+    study: Study,
+    out: Out = None,
+    settings: Settings = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a study, or what is missing of it; write its tables and figures."""
+    config = read_study(study, parsed(settings))
+    folder = out or pathlib.Path("runs") / config.name
+    from prunelens.report.write import run_and_report
+
+    outcome = run_and_report(config, folder, device=device, workers=workers, quiet=quiet or as_json)
+    failed = [result for result in outcome.results if result.status == "failed"]
+    if as_json:
+        runs = {result.run.name: result.reason or "done" for result in outcome.results}
+        print_json({"out": str(folder), "executed": outcome.num_executed, "runs": runs})
+    elif not quiet:
+        print(f"{outcome.num_executed} stages executed; tables and figures are in {folder}")
+    raise typer.Exit(1 if failed or outcome.failures else 0)
+
+
+def plan(
+    study: Study,
+    settings: Settings = None,
+    device: Device = "auto",
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", help="Do not time this device; tell no hours.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show a study's runs, and the work, disk, memory and hours they take, before anything runs."""
+    from prunelens.cli.plan_view import show_preflight
+    from prunelens.study.preflight import CALIBRATION_SECONDS, preflight
+
+    found = preflight(
+        read_study(study, parsed(settings)),
+        settings=parsed(settings),
+        device=device,
+        calibration_seconds=0.0 if no_calibration else CALIBRATION_SECONDS,
+    )
+    if as_json:
+        print_json(found._asdict())
+    else:
+        show_preflight(found, Console())
+
+
+def status(folder: Folder, as_json: AsJson = False) -> None:
+    """How far a study is: which runs are done, failed or missing stages."""
+    from prunelens.study.run import study_status
+
+    rows = study_status(folder)
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("run", "status", "stages there", "reason")
+    for row in rows:
+        table.add_row(
+            row["run"], row["status"], f"{row['present']}/{row['stages']}", escape(row["reason"])
+        )
+    Console().print(table)
+
+
+def report(folder: Folder) -> None:
+    """Write a study's tables and figures again from its artifacts, and print the summary."""
+    from prunelens.report.summary import print_summary
+    from prunelens.report.write import write_report
+    from prunelens.study.run import read_runs
+
+    print_summary(write_report(folder), read_runs(folder))
+
+
+def predict(
+    folder: Annotated[pathlib.Path, typer.Argument(metavar="STUDY", help="A study's folder.")],
+    sparsity: Annotated[float, typer.Option(help="of the pruning that you consider")],
+    latents: Annotated[
+        str | None, typer.Option(help="Only these, e.g. 3,17,200; default: all.")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="The dense run, if the study has several.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the dense SAE; default: the first.")] = None,
+    top: Annotated[int, typer.Option(help="How many of the most endangered to show.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Before pruning: how likely is each latent to survive, and which are most endangered?"""
+    from prunelens.study.predict import predict_latents
+
+    table = predict_latents(folder, sparsity=sparsity, latents=numbers(latents), run=run, seed=seed)
+    if as_json:
+        print_json(records(table))
+        return
+    shown = table if latents else table.head(top)
+    print_table(shown)
+    print(
+        "persistence: chance that the latent's activations keep a correlation above 0.7;"
+        " shared_init: chance to be matched as published (inflated by the shared start)."
+        " Intervals: 95 %, of the fit, conditions as clusters."
+    )

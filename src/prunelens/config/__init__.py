@@ -1,0 +1,28 @@
+"""The description of a study: frozen data, checked on reading, no torch.
+
+Unknown keys are refused with the nearest valid name; every message names the field, its value and
+the fix.
+"""
+
+from prunelens.config.features import ActivationConfig, CausalConfig, SaeConfig, TransferConfig
+from prunelens.config.model import ModelConfig, PretrainedSaeConfig, Site
+from prunelens.config.pruning import PruningConfig, PruningGrid
+from prunelens.config.study import Question, StudyConfig, study_from_data
+from prunelens.config.text import CorpusConfig, PerplexityConfig
+
+__all__ = [
+    "ActivationConfig",
+    "CausalConfig",
+    "CorpusConfig",
+    "ModelConfig",
+    "PerplexityConfig",
+    "PretrainedSaeConfig",
+    "PruningConfig",
+    "PruningGrid",
+    "Question",
+    "SaeConfig",
+    "Site",
+    "StudyConfig",
+    "TransferConfig",
+    "study_from_data",
+]

@@ -1,0 +1,83 @@
+"""Activations, SAEs, and the sizes of what is measured with them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from prunelens.config.frozen import Frozen
+
+
+class ActivationConfig(Frozen):
+    """Which activations are kept, and how they are normalised (methods §1, §4)."""
+
+    normalisation: Literal["own", "dense"] = "own"
+    """Whose mean and deviation: each condition's own (paper), or the dense model's for all."""
+    skip_first: int = Field(1, ge=0)
+    """Positions at the start of each window that are left out (the attention sink)."""
+    max_norm_multiple: float | None = Field(10.0, gt=1)
+    """Tokens whose dense norm exceeds this multiple of its median are left out; null: none."""
+    statistics_tokens: int = Field(50_000, ge=2)
+    """Training tokens from which mean and deviation are computed, in float64."""
+    storage: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The precision on disk."""
+
+
+class SaeConfig(Frozen):
+    """TopK sparse autoencoders and their training (methods §5); the paper's values by default."""
+
+    expansion: int = Field(8, ge=1)
+    """num_latents / d_model."""
+    k: int = Field(64, ge=1)
+    """Latents kept per token."""
+    steps: int = Field(20_000, ge=1)
+    """Optimiser steps."""
+    batch_tokens: int = Field(4096, ge=1)
+    """Tokens per step."""
+    learning_rate: float = Field(5e-5, gt=0)
+    """Adam's rate at the start; cosine to 0, no warm-up."""
+    resample_every: int | None = Field(None, ge=1)
+    """Steps between restarts of dead latents; null: a tenth of the steps."""
+    checkpoint_every: int = Field(1000, ge=1)
+    """Steps between checkpoints from which a killed training goes on."""
+    encoder_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the encoder's matrix product in training; sums and weights stay float32."""
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    """Seed s means init_seed = data_seed = s."""
+    control_seeds: int = Field(1, ge=1)
+    """For how many of the seeds the control SAEs (other order; rotated) are trained."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError(f"{list(seeds)} must be distinct and not negative")
+        return seeds
+
+    @property
+    def resample_interval(self) -> int:
+        """Steps between restarts of dead latents."""
+        return self.resample_every or max(1, self.steps // 10)
+
+
+class TransferConfig(Frozen):
+    """RQ3: dense SAEs on pruned activations (methods §7)."""
+
+    ce_tokens: int = Field(65_536, ge=1)
+    """Eval tokens (in whole windows) on which the cross-entropy is measured."""
+    refit_tokens: int = Field(50_000, ge=1)
+    """Training tokens (in whole windows) on which decoder bias and thresholds are refitted."""
+
+
+class CausalConfig(Frozen):
+    """RQ5: what happens to the output when a latent is ablated (methods §7)."""
+
+    prompts: int = Field(64, ge=2)
+    """Eval windows that serve as prompts."""
+    group_size: int = Field(100, ge=1)
+    """Latents per group (robust, fragile, …); fewer where too few are alive."""
+    contexts_per_latent: int = Field(64, ge=1)
+    """Places where a latent fires, at most, at which it is ablated alone."""
+    conditions: tuple[str, ...] | None = None
+    """Pruned conditions by label, e.g. wanda-row-0.30; null: all."""

@@ -1,0 +1,80 @@
+"""Which model, where to look at it, and whose SAEs to try on it."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from prunelens.config.frozen import Frozen
+
+Site = Literal["resid_post", "mlp_out", "attn_out"]
+
+
+class PretrainedSaeConfig(Frozen):
+    """An SAE that someone else trained on the dense model, to be tried on the pruned ones (RQ3)."""
+
+    layer: int = Field(ge=0)
+    """The decoder block at whose site it was trained; one of the model's `layers`."""
+    release: str | None = None
+    """A release that SAELens knows, e.g. gemma-scope-2b-pt-res-canonical."""
+    sae_id: str | None = None
+    """The SAE's id within the release, e.g. layer_12/width_16k/canonical."""
+    folder: str | None = None
+    """A local folder instead: one that prunelens or SAELens saved."""
+    nominal_l0: float | None = Field(None, gt=0)
+    """The L0 that its makers state; null: as the release, or the SAE's own k, says."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.folder is None) == (self.release is None):
+            raise ValueError("release: give either release and sae_id, or folder")
+        if self.release is not None and self.sae_id is None:
+            raise ValueError(f"sae_id: release {self.release!r} needs the SAE's id within it")
+        return self
+
+    @property
+    def label(self) -> str:
+        """As in tables: `release/sae_id`, or the folder's last part."""
+        if self.folder is not None:
+            return self.folder.rstrip("/").split("/")[-1]
+        return f"{self.release}/{self.sae_id}"
+
+
+class ModelConfig(Frozen):
+    """A Hugging Face causal language model and where to look at it."""
+
+    name: str = "bundled"
+    """`bundled` (the small model that ships with prunelens), a hub id, or a local folder."""
+    revision: str | None = None
+    """A hub commit, branch or tag; null means the default branch."""
+    short_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """What run names and tables call it; null: the last part of `name`."""
+    layers: tuple[int, ...] = Field((3,), min_length=1)
+    """Decoder blocks to look at, counted from 0."""
+    site: Site = "resid_post"
+    """Where in the block: its output, its MLP's output or its attention's output."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The precision that the model runs in."""
+    device_map: Literal["auto"] | None = None
+    """`auto` spreads a model over devices through accelerate; null puts it on one."""
+    pretrained: tuple[PretrainedSaeConfig, ...] = ()
+    """SAEs of others whose transfer to the pruned models is measured beside that of our own."""
+
+    @model_validator(mode="after")
+    def _pretrained_fit(self) -> Self:
+        labels = [sae.label for sae in self.pretrained]
+        for sae in self.pretrained:
+            if sae.layer not in self.layers:
+                raise ValueError(
+                    f"pretrained: {sae.label} is for layer {sae.layer}, which is not among layers"
+                    f" {list(self.layers)}; add it or remove the SAE"
+                )
+            if labels.count(sae.label) > 1:
+                raise ValueError(f"pretrained: {sae.label} is listed twice; remove one")
+        return self
+
+    @property
+    def label(self) -> str:
+        """As in run names and tables."""
+        return self.short_name or self.name.rstrip("/").split("/")[-1]

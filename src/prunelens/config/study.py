@@ -1,0 +1,165 @@
+"""A whole study, and how a mistake in it is told."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from typing import Any, Literal, Self
+
+import pydantic
+from pydantic import Field, field_validator, model_validator
+
+from prunelens.config.features import ActivationConfig, CausalConfig, SaeConfig, TransferConfig
+from prunelens.config.frozen import Frozen
+from prunelens.config.model import ModelConfig
+from prunelens.config.pruning import PruningConfig, PruningGrid
+from prunelens.config.text import CorpusConfig, PerplexityConfig
+from prunelens.errors import UserError
+
+Question = Literal[
+    "stability", "survival", "persistence", "transfer", "fragility", "predictor", "causal"
+]
+NEEDS: dict[str, tuple[Question, ...]] = {  # question -> the ones whose answers it is made from
+    "fragility": ("survival", "persistence"),
+    "predictor": ("survival", "persistence"),
+    "causal": ("survival", "persistence"),
+}
+
+
+def study_from_data(data: Any) -> StudyConfig:
+    """A study from plain data (what YAML or JSON gives). Raises UserError with one line."""
+    if not isinstance(data, dict):
+        raise UserError(f"study: must be a mapping of fields, got {type(data).__name__}")
+    try:
+        return StudyConfig.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise UserError(_one_line(error)) from None
+
+
+class StudyConfig(Frozen):
+    """A matrix of runs and the questions asked of it."""
+
+    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the output folder runs/<name> by default."""
+    models: tuple[ModelConfig, ...] = Field((ModelConfig(),), min_length=1)
+    """The models; each is run dense and under every pruning."""
+    corpus: CorpusConfig = CorpusConfig()
+    """The text of the study."""
+    perplexity: PerplexityConfig = PerplexityConfig()
+    """How perplexity is measured."""
+    prunings: tuple[PruningGrid, ...] = ()
+    """The pruned conditions; the dense one is always there."""
+    activations: ActivationConfig = ActivationConfig()
+    """Which activations the SAEs see."""
+    sae: SaeConfig = SaeConfig()
+    """The SAEs."""
+    taus: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    """Match thresholds."""
+    transfer: TransferConfig = TransferConfig()
+    """RQ3's sizes."""
+    causal: CausalConfig = CausalConfig()
+    """RQ5's sizes."""
+    questions: tuple[Question, ...] = typing.get_args(Question)
+    """What is asked: RQ1, RQ2, same-dictionary persistence, RQ3, RQ4, its predictor, RQ5."""
+    threads_per_stage: int = Field(2, ge=1)
+    """CPU threads of each stage; part of every identity, because reductions depend on it."""
+    keep_activations: bool = False
+    """Keep activation stores when nothing that remains needs them."""
+
+    @field_validator("taus")
+    @classmethod
+    def _taus_in_range(cls, taus: tuple[float, ...]) -> tuple[float, ...]:
+        if not taus or sorted(set(taus)) != list(taus) or taus[0] <= 0 or taus[-1] >= 1:
+            raise ValueError(f"{list(taus)} must rise and lie strictly between 0 and 1")
+        return taus
+
+    @model_validator(mode="after")
+    def _questions_have_what_they_need(self) -> Self:
+        asked = set(self.questions)
+        if len(self.sae.seeds) < 2 and {"stability", "survival"} & asked:
+            raise ValueError(
+                f"sae.seeds: {list(self.sae.seeds)} is one seed; stability and survival compare"
+                " seeds, so give at least two, or ask only 'persistence'"
+            )
+        if self.sae.control_seeds > len(self.sae.seeds):
+            raise ValueError(
+                f"sae.control_seeds: {self.sae.control_seeds} is more than the"
+                f" {len(self.sae.seeds)} sae.seeds; make it at most that"
+            )
+        for question in self.questions:
+            missing = [need for need in NEEDS.get(question, ()) if need not in self.questions]
+            if missing:
+                raise ValueError(
+                    f"questions: {question!r} is answered from {missing[0]!r}; ask that as well"
+                )
+        labels = [p.label for p in self.conditions()]
+        for label in self.causal.conditions or ():
+            if label not in labels:
+                raise ValueError(
+                    f"causal.conditions: {label!r} is none of the prunings"
+                    f" ({', '.join(labels) or 'there are none'})"
+                )
+        doubled = sorted({label for label in labels if labels.count(label) > 1})
+        if doubled:
+            raise ValueError(f"prunings: {doubled[0]} is listed twice; remove one")
+        for grid in self.prunings:
+            if other := set(grid.seeds or ()) - set(self.sae.seeds):
+                raise ValueError(
+                    f"prunings.seeds: {min(other)} is none of sae.seeds {list(self.sae.seeds)};"
+                    " every pruned SAE needs the dense one of its seed"
+                )
+            if grid.seeds and len(grid.seeds) < 2 and {"stability", "survival"} & asked:
+                raise ValueError(
+                    f"prunings.seeds: {list(grid.seeds)} is one seed; stability and survival"
+                    " compare seeds, so give at least two"
+                )
+        names = [m.label for m in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError(f"models: {names} share a name; run names would clash")
+        return self
+
+    def conditions(self) -> list[PruningConfig]:
+        """The pruned conditions, in the order of the file."""
+        return [pruning for grid in self.prunings for pruning in grid.prunings()]
+
+    def seeds_of(self, pruning: PruningConfig | None) -> tuple[int, ...]:
+        """The SAE seeds of a condition; None is the dense one."""
+        for grid in self.prunings:
+            if grid.seeds is not None and pruning in list(grid.prunings()):
+                return grid.seeds
+        return self.sae.seeds
+
+
+def _one_line(error: pydantic.ValidationError) -> str:
+    """The first problem as `field: what (got value); fix`, and where the others are."""
+    first, *others = error.errors(include_url=False)
+    where = ".".join(str(part) for part in first["loc"]) or "study"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key{_nearest(first['loc'])}"
+    elif first["type"] != "value_error" and first["type"] != "missing":
+        message = f"{message} (got {str(first['input'])[:80]!r})"
+    also = ", ".join(".".join(map(str, other["loc"])) or "study" for other in others)
+    text = f"{where}: {message}" + (f" (also wrong: {also})" if also else "")
+    return " ".join(text.split())
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    """`; did you mean 'x'?` for the closest field of the model that the key was put in."""
+    model: Any = StudyConfig
+    for part in location[:-1]:
+        if isinstance(part, str) and part in getattr(model, "model_fields", {}):
+            model = _inner_model(model.model_fields[part].annotation) or model
+    fields = list(getattr(model, "model_fields", {}))
+    close = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.65)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid keys: {', '.join(fields)}"
+
+
+def _inner_model(annotation: Any) -> type[pydantic.BaseModel] | None:
+    """The pydantic model inside `X`, `X | None` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if found := _inner_model(inner):
+            return found
+    return None

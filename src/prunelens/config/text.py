@@ -1,0 +1,59 @@
+"""Which text, and how the model is scored on it."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from prunelens.config.frozen import Frozen
+
+
+class CorpusConfig(Frozen):
+    """Text, and how it becomes token windows (methods §1)."""
+
+    source: Literal["stdlib", "files", "tokens", "hub"] = "stdlib"
+    """The Python standard library, local files, ready-made token ids, or a hub data set."""
+    paths: tuple[str, ...] = ()
+    """For `files` (.txt, .jsonl, .parquet; globs allowed) and `tokens` (one .safetensors)."""
+    document: Literal["file", "line", "blank_line", "heading"] = "file"
+    """What one document of a text file is."""
+    text_field: str = "text"
+    """The field that holds the text in JSONL, Parquet and hub rows."""
+    dataset: str | None = None
+    """For `hub`: the data set's id, e.g. HuggingFaceFW/fineweb-edu."""
+    subset: str | None = None
+    """For `hub`: the data set's configuration, e.g. sample-10BT."""
+    split: str = "train"
+    """For `hub`: the data set's split."""
+    revision: str | None = None
+    """For `hub`: a commit, branch or tag of the data set."""
+    context_tokens: int = Field(256, ge=2)
+    """Tokens per window, the BOS included."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Whether every window opens with the tokenizer's BOS; auto: where the model has one."""
+    train_tokens: int = Field(1_500_000, gt=0)
+    """Tokens (in whole windows, BOS included) for training SAEs."""
+    eval_tokens: int = Field(300_000, gt=0)
+    """Tokens for every measurement."""
+    calibration_tokens: int = Field(300_000, gt=0)
+    """Tokens for the pruning criteria that need activations."""
+
+    @model_validator(mode="after")
+    def _fields_fit_the_source(self) -> Self:
+        if self.source in ("files", "tokens") and not self.paths:
+            raise ValueError(f"paths: source {self.source!r} needs at least one path")
+        if self.source == "hub" and not self.dataset:
+            raise ValueError("dataset: source 'hub' needs a data set id")
+        return self
+
+
+class PerplexityConfig(Frozen):
+    """Perplexity of every condition (methods §2)."""
+
+    corpus: CorpusConfig | None = None
+    """Text to score, whole and joined with blank lines; null: the study's own eval split."""
+    context_tokens: tuple[int, ...] = Field((256, 2048), min_length=1)
+    """Window lengths; one above the model's maximum is cut to it."""
+    max_tokens: int | None = Field(None, gt=0)
+    """Score at most so many tokens; null: all."""

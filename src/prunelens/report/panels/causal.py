@@ -1,0 +1,133 @@
+"""Figure 6: what does the output lose when a latent is ablated?"""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from prunelens.report.panels.panel import (
+    Panel,
+    Points,
+    Site,
+    Tables,
+    conditions,
+    rows_of,
+)
+from prunelens.report.published import beside_published
+
+GROUPS = {
+    "robust": "robust",
+    "fragile": "fragile",
+    "matched": "matched",
+    "random": "random",
+    "random_direction": "random direction",
+}
+GROUP_COLOURS = {"robust": "#2a9d8f", "fragile": "#c1440e"}
+
+
+def causal(tables: Tables, site: Site) -> list[Panel]:
+    """Paper's Figure 6, with the part that is reconstruction error; beside it isolated effects."""
+    rows = rows_of(tables, "causal", site)
+    if len(rows):
+        rows = rows[rows["ablated_in"].isin(["dense", "pruned"])]
+    return [
+        _as_published(rows),
+        _where_it_fires(rows, "isolated", "isolated: with against without the latent"),
+        _where_it_fires(rows, "error_preserving", "taken out of the model's own activation"),
+    ]
+
+
+def _as_published(rows: pd.DataFrame) -> Panel:
+    if len(rows):
+        rows = rows[(rows["grouping"] == "cosine") & (rows["protocol"] == "paper")]
+        rows = rows.assign(place=_places(rows))
+    points = []
+    for group, colour in GROUP_COLOURS.items():
+        part = rows[rows["group"] == group].dropna(subset="kl_mean") if len(rows) else rows
+        if len(part):
+            shaded = part["kl_mean"] * part["reconstruction_share"].clip(0, 1)
+            points.append(
+                Points(
+                    group, list(part["place"]), list(part["kl_mean"]), list(part["ci_low"]),
+                    list(part["ci_high"]), colour=colour, shaded=list(shaded.fillna(0.0)),
+                )
+            )  # fmt: skip
+            points += _published_kl(part, group, colour)
+    return Panel(
+        "paper",
+        "ablated in the SAE's reconstruction; shaded: the SAE's own error",
+        "",
+        "KL to the original output (nats)",
+        points,
+        kind="bars",
+        categories=list(dict.fromkeys(rows["place"])) if len(rows) else [],
+        caption="Divergence of the output when one robust or one fragile latent is ablated, with"
+        " the part that the SAE's reconstruction causes without any ablation.",
+    )
+
+
+def _places(rows: pd.DataFrame) -> pd.Series:
+    """`wanda-row-0.30: dense`: the pair of models, and in which of them the latent is ablated."""
+    condition = rows["run"].astype(str).str.rsplit("/", n=1).str[-1]
+    return condition + ": " + rows["ablated_in"].astype(str)
+
+
+def _published_kl(rows: pd.DataFrame, group: str, colour: str) -> list[Points]:
+    found = published_pairs(rows).dropna(subset=f"paper_{group}_kl")
+    if not len(found):
+        return []
+    values = list(found[f"paper_{group}_kl"])
+    return [
+        Points(
+            f"paper: {group}", list(found["place"]), values,
+            colour=colour, line="none", hollow=True,
+        )
+    ]  # fmt: skip
+
+
+def published_pairs(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `causal` with the paper's Table 4 beside them.
+
+    Its dense row belongs to the pair of models that it was measured for: the groups are the pair's.
+    """
+    paired = beside_published(rows, "causal")
+    as_dense = beside_published(rows.assign(run="dense", method="dense", sparsity=0.0), "causal")
+    names = [name for name in paired if name.startswith("paper_")]
+    dense = (rows["ablated_in"] == "dense") & paired["paper_robust_kl"].notna()
+    for name in names:
+        paired[name] = paired[name].where(~dense, as_dense[name])
+    return paired
+
+
+def _where_it_fires(rows: pd.DataFrame, protocol: str, title: str) -> Panel:
+    if len(rows):
+        rows = rows[
+            (rows["grouping"] == "persistence")
+            & (rows["protocol"] == protocol)
+            & (rows["contexts"] == "firing")
+        ]
+    points = []
+    for name, colour, _marker, part in conditions(rows):
+        for where, marker in (("dense", "circle"), ("pruned", "square")):
+            here = part[(part["ablated_in"] == where) & part["group"].isin(list(GROUPS))]
+            here = here.dropna(subset="kl_mean")
+            places = [GROUPS[group] for group in here["group"]]
+            points.append(
+                Points(
+                    f"{name}: {where}", places, list(here["kl_mean"]), list(here["ci_low"]),
+                    list(here["ci_high"]), colour=colour, marker=marker, line="none",
+                )
+            )  # fmt: skip
+    present = {place for series in points for place in series.x}
+    return Panel(
+        "controlled",
+        title,
+        "grouped by persistence; read where the latent fires",
+        "KL (nats)",
+        [series for series in points if series.y and not all(map(math.isnan, series.y))],
+        kind="dots",
+        categories=[label for label in GROUPS.values() if label in present],
+        caption="Divergence of the output where the ablated latent fires, by group of latents, with"
+        " 95 % intervals over prompts.",
+    )

@@ -1,0 +1,213 @@
+"""What a panel of a figure is: points, intervals and levels, whatever draws them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import pandas as pd
+
+from prunelens.report.published import beside_published, condition_of
+
+PRIMARY_TAU = 0.7
+Tables = dict[str, pd.DataFrame]
+Protocol = Literal["paper", "controlled"]
+Line = Literal["solid", "dashed", "dotted", "none"]
+METHOD_COLOURS = {"magnitude": "#1f77b4", "wanda": "#ff7f0e", "dense": "#707070"}
+OTHER_COLOURS = ("#2ca02c", "#9467bd", "#8c564b", "#e377c2")
+MARKERS = ("circle", "square", "diamond", "triangle-up")
+
+
+class Points(NamedTuple):
+    """One series."""
+
+    name: str
+    x: list[float] | list[str]
+    y: list[float]
+    low: list[float] | None = None
+    """Ends of the intervals; None: no intervals."""
+    high: list[float] | None = None
+    colour: str = METHOD_COLOURS["dense"]
+    marker: str = "circle"
+    line: Line = "solid"
+    hollow: bool = False
+    """The paper's own numbers are drawn hollow."""
+    words: list[str] | None = None
+    """A word beside each point."""
+    shaded: list[float] | None = None
+    """Of each bar, the part from 0 up that is drawn shaded."""
+
+
+class Level(NamedTuple):
+    """A horizontal line."""
+
+    name: str
+    y: float
+    colour: str
+
+
+class Panel(NamedTuple):
+    """One pair of axes."""
+
+    protocol: Protocol
+    title: str
+    x_label: str
+    y_label: str
+    points: list[Points]
+    levels: tuple[Level, ...] = ()
+    kind: Literal["lines", "dots", "bars"] = "lines"
+    """dots and bars of several series stand side by side at each category."""
+    y_range: tuple[float, float] | None = None
+    categories: list[str] | None = None
+    """The x values in order where they are words."""
+    x_ticks: list[float] | None = None
+    caption: str = ""
+    """What the panel shows, in a sentence, for those who do not see it."""
+
+    @property
+    def empty(self) -> bool:
+        """Nothing to draw."""
+        return not any(len(points.y) for points in self.points)
+
+
+class Site(NamedTuple):
+    """A model and a layer."""
+
+    model: str
+    layer: int
+
+    @property
+    def label(self) -> str:
+        """As in titles."""
+        return f"{shortened(self.model)}, layer {self.layer}"
+
+
+def sites(tables: Tables, names: Sequence[str]) -> list[Site]:
+    """The sites of those tables, in order of appearance."""
+    found: dict[Site, None] = {}
+    for name in names:
+        if name in tables and len(tables[name]):
+            for model, layer in (
+                tables[name][["model", "layer"]].drop_duplicates().itertuples(index=False)
+            ):
+                found[Site(str(model), int(layer))] = None
+    return list(found)
+
+
+def rows_of(tables: Tables, name: str, site: Site, **where: object) -> pd.DataFrame:
+    """The rows of a table at a site whose columns have those values; without rows if none."""
+    if name not in tables:
+        return pd.DataFrame()
+    rows = tables[name]
+    rows = rows[(rows["model"].astype(str) == site.model) & (rows["layer"] == site.layer)]
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    return rows
+
+
+def at_tau(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows at the primary threshold, or without one."""
+    return rows[rows["tau"].isna() | (rows["tau"] == PRIMARY_TAU)] if len(rows) else rows
+
+
+def over_sparsity(
+    rows: pd.DataFrame,
+    column: str,
+    *,
+    spread: Literal["range", "std"],
+    suffix: str = "",
+    line: Line = "solid",
+) -> list[Points]:
+    """Means of a column, one series per method and scope, dense as the common first point."""
+    if not len(rows):
+        return []
+    rows = rows.dropna(subset=column)
+    dense = rows[rows["method"] == "dense"]
+    found = [
+        _means(pd.concat([dense, part]), column, spread)._replace(
+            name=f"{name} {suffix}".strip(), colour=colour_of(method), marker=marker, line=line
+        )
+        for name, method, marker, part in families(rows)
+    ]
+    if not found and len(dense):
+        found = [_means(dense, column, spread)._replace(name=f"dense {suffix}".strip())]
+    return found
+
+
+def _means(rows: pd.DataFrame, column: str, spread: str) -> Points:
+    groups = rows.groupby("sparsity")[column]
+    centre = groups.mean()
+    if spread == "std":
+        deviation = groups.std().fillna(0)
+        low, high = centre - deviation, centre + deviation
+    else:
+        low, high = groups.min(), groups.max()
+    return Points("", list(centre.index), list(centre), list(low), list(high))
+
+
+def families(rows: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
+    """Pruned rows by condition but for the sparsity: its name, method, marker and rows."""
+    if not len(rows):
+        return
+    pruned = rows[rows["method"] != "dense"]
+    family = family_of(pruned["run"])
+    seen: dict[str, int] = {}
+    for name, part in pruned.groupby(family, sort=False):
+        method = str(part["method"].iloc[0])
+        marker = MARKERS[seen.get(method, 0) % len(MARKERS)]
+        seen[method] = seen.get(method, 0) + 1
+        yield str(name), method, marker, part
+
+
+def family_of(runs: pd.Series) -> pd.Series:
+    """Conditions without their sparsity, as wanda-row."""
+    return condition_of(runs).map(lambda name: re.sub(r"-[0-9.]+", "", name))
+
+
+def conditions(rows: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
+    """Pruned rows by condition: its name, colour (paler where less is pruned), marker, rows."""
+    for _name, method, marker, part in families(rows):
+        sparsities = sorted(part["sparsity"].unique())
+        for rank, sparsity in enumerate(sparsities, start=1):
+            chosen = part[part["sparsity"] == sparsity]
+            name = str(condition_of(chosen["run"]).iloc[0])
+            yield name, colour_of(method, rank / len(sparsities)), marker, chosen
+
+
+def published_points(rows: pd.DataFrame, table: str, column: str) -> list[Points]:
+    """The paper's numbers for the conditions among the rows, one hollow series per method."""
+    if not len(rows):
+        return []
+    found = beside_published(rows.drop_duplicates("run"), table).dropna(subset=f"paper_{column}")
+    return [
+        Points(
+            f"paper: {method}",
+            list(part["sparsity"]),
+            list(part[f"paper_{column}"]),
+            colour=colour_of(str(method)),
+            line="none",
+            hollow=True,
+        )
+        for method, part in found.sort_values("sparsity").groupby("method", sort=False)
+    ]
+
+
+def colour_of(method: str, strength: float = 1.0) -> str:
+    """A method's colour as #rrggbb; mixed with white where strength is below 1."""
+    named = METHOD_COLOURS.get(method)
+    colour = named or OTHER_COLOURS[sum(map(ord, method)) % len(OTHER_COLOURS)]
+    share = 0.45 + 0.55 * strength
+    channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(255 - (255 - channel) * share):02x}" for channel in channels)
+
+
+def shortened(name: str, length: int = 40) -> str:
+    """A long name with its middle left out."""
+    half = (length - 1) // 2
+    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
+
+
+def ticks(rows: pd.DataFrame) -> list[float]:
+    """The sparsities among the rows."""
+    return sorted(rows["sparsity"].dropna().unique()) if len(rows) else []

@@ -1,0 +1,155 @@
+"""Figures 1 and 2: do seeds agree, and what is found again after pruning?"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from prunelens.report.panels.panel import (
+    PRIMARY_TAU,
+    Level,
+    Line,
+    Panel,
+    Points,
+    Site,
+    Tables,
+    at_tau,
+    colour_of,
+    families,
+    over_sparsity,
+    published_points,
+    rows_of,
+    ticks,
+)
+
+ARM_COLOURS = {
+    "ceiling_shared": "#2ca02c",
+    "floor_shared": "#d62728",
+    "ceiling_cross": "#9467bd",
+    "chance": "#7f7f7f",
+}
+ARM_LABELS = {
+    "ceiling_shared": "same start, no pruning",
+    "floor_shared": "same start, nothing in common",
+    "ceiling_cross": "other start, no pruning",
+    "chance": "untrained",
+}
+
+
+def seed_stability(tables: Tables, site: Site) -> list[Panel]:
+    """Paper's Figure 1; beside it, what the start of training alone contributes."""
+    rows = at_tau(rows_of(tables, "stability", site))
+    controls = _controls(tables, site)
+    paper = Panel(
+        "paper",
+        "between seeds (bars: s.d. over pairs)",
+        "sparsity",
+        f"MNN rate, tau {PRIMARY_TAU}",
+        over_sparsity(rows, "mnn", spread="std") + published_points(rows, "stability", "mnn"),
+        _levels(at_tau(controls), ["chance"]),
+        x_ticks=ticks(rows),
+        caption="Share of features that two seeds have in common, over sparsity.",
+    )
+    by_arm = []
+    for arm, label in ARM_LABELS.items():
+        part = controls[controls["arm"] == arm] if len(controls) else controls
+        if len(part):
+            rates = part.groupby("tau")["mnn"].mean()
+            by_arm.append(Points(label, list(rates.index), list(rates), colour=ARM_COLOURS[arm]))
+    control = Panel(
+        "controlled",
+        "how much agreement is the start? (nothing pruned)",
+        "tau",
+        "MNN rate of dense dictionaries",
+        by_arm,
+        y_range=(-0.02, 1.02),
+        caption="Agreement of dense dictionaries over the threshold, with and without a shared"
+        " start of training.",
+    )
+    return [paper, control]
+
+
+def survival(tables: Tables, site: Site) -> list[Panel]:
+    """Paper's Figure 2; corrected for the start; and without any second dictionary."""
+    rows = at_tau(rows_of(tables, "survival", site, coordinates="normalised"))
+    published = rows[rows["arm"] == "shared_init"] if len(rows) else rows
+    paper = Panel(
+        "paper",
+        "survival, and what it is without pruning or features",
+        "sparsity",
+        f"MNN rate to dense, tau {PRIMARY_TAU}",
+        over_sparsity(published, "mnn", spread="range")
+        + published_points(published, "survival", "mnn"),
+        _levels(rows, list(ARM_LABELS)),
+        y_range=(-0.02, 1.02),
+        x_ticks=ticks(published),
+        caption="Share of dense features found again after pruning, over sparsity, with the same"
+        " share where nothing was pruned and where there is no feature in common.",
+    )
+    return [paper, _corrected(tables, site), _persistence(tables, site)]
+
+
+def _corrected(tables: Tables, site: Site) -> Panel:
+    rows = at_tau(rows_of(tables, "survival_corrected", site))
+    points = []
+    lines: dict[str, Line] = {"shared": "solid", "cross": "dotted"}
+    for arm, line in lines.items():
+        part = rows[rows["arm"] == arm] if len(rows) else rows
+        for name, method, marker, known in families(part):
+            known = known.dropna(subset="corrected").sort_values("sparsity")
+            x, y = list(known["sparsity"]), list(known["corrected"])
+            points.append(
+                Points(
+                    f"{name}, {arm}", x, y, list(known["low"]), list(known["high"]),
+                    colour=colour_of(method), marker=marker, line=line,
+                )
+            )  # fmt: skip
+    return Panel(
+        "controlled",
+        "0: as if nothing survived, 1: as if nothing was pruned",
+        "sparsity",
+        "corrected survival",
+        [series for series in points if series.y],
+        (
+            Level("", 1.0, ARM_COLOURS["ceiling_shared"]),
+            Level("", 0.0, ARM_COLOURS["floor_shared"]),
+        ),
+        x_ticks=ticks(rows),
+        caption="Survival between its floor (0) and its ceiling (1), over sparsity.",
+    )
+
+
+def _persistence(tables: Tables, site: Site) -> Panel:
+    rows = rows_of(tables, "persistence", site)
+    points: list[Points] = []
+    lines: dict[str, Line] = {
+        "pruned": "solid",
+        "noise_isotropic": "dotted",
+        "noise_shuffled": "dashed",
+    }
+    for source, line in lines.items():
+        part = rows[rows["source"] == source] if len(rows) else rows
+        points += over_sparsity(
+            part, "mean_correlation", spread="range", suffix=source.replace("_", ": "), line=line
+        )
+    return Panel(
+        "controlled",
+        "the dense SAE on the same tokens, beside noise of equal size",
+        "sparsity",
+        "persistence (mean correlation)",
+        points,
+        y_range=(-0.02, 1.02),
+        x_ticks=ticks(rows),
+        caption="Correlation of each latent's activations before and after pruning, over sparsity,"
+        " beside that for noise of the same size.",
+    )
+
+
+def _controls(tables: Tables, site: Site) -> pd.DataFrame:
+    return rows_of(tables, "survival", site, coordinates="normalised", method="dense")
+
+
+def _levels(rows: pd.DataFrame, arms: list[str]) -> tuple[Level, ...]:
+    means = rows.groupby("arm")["mnn"].mean().dropna() if len(rows) else {}
+    return tuple(
+        Level(ARM_LABELS[arm], means[arm], ARM_COLOURS[arm]) for arm in arms if arm in means
+    )

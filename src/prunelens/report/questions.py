@@ -1,0 +1,164 @@
+"""What the page says about each question, and which figures and tables answer it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from prunelens.analyses.transfer import TRANSFER_RULE
+
+
+class Question(NamedTuple):
+    """A section of the page."""
+
+    anchor: str
+    title: str
+    asks: str
+    paper: str
+    """How the paper answers it."""
+    controlled: str
+    """The control that could falsify that answer."""
+    figures: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    """Shown in full."""
+    more: tuple[str, ...] = ()
+    """Shown on request."""
+    needs: tuple[str, ...] = ()
+    """Results without any of which the question was not asked."""
+
+
+QUESTIONS = (
+    Question(
+        "perplexity",
+        "The models themselves",
+        "How much did each pruning hurt the model as a whole?",
+        "Perplexity on windows of 256 tokens, where most tokens have little context.",
+        "Perplexity on the longest windows, as the pruning literature measures it.",
+        tables=("table1_perplexity",),
+        needs=("perplexity",),
+    ),
+    Question(
+        "stability",
+        "RQ1: do two seeds find the same features?",
+        "Two SAEs of the same model that differ only in their seed: what share of their features"
+        " do they have in common?",
+        "The share of mutual nearest neighbours between seeds, for every condition.",
+        "The same share for dictionaries that start from equal weights, with nothing pruned and"
+        " with no feature in common. It tells how much agreement the start alone makes.",
+        figures=("fig1_seed_stability",),
+        tables=("stability by run",),
+        more=("stability",),
+        needs=("stability",),
+    ),
+    Question(
+        "survival",
+        "RQ2: which features are found again after pruning?",
+        "Of the features of the dense model, how many does an SAE of the pruned model also have?",
+        "The SAEs of both models start from the same weights and see the data in the same order. So"
+        " a latent that hardly moved from its start counts as one that survived.",
+        "Corrected: 0 is what a shared start shows where no feature is shared, 1 what it shows"
+        " where nothing was pruned. Persistence needs no second SAE: the dense SAE reads the"
+        " activations of both models on the same tokens. Beside it stands noise of the same size.",
+        figures=("fig2_survival",),
+        tables=("survival by run",),
+        more=("survival_corrected", "persistence"),
+        needs=("survival", "persistence"),
+    ),
+    Question(
+        "transfer",
+        "RQ3: can SAEs of the dense model still be used?",
+        "An SAE that was trained on the dense model reads activations of the pruned one.",
+        "FVU over all positions. One position with a huge norm can decide it, and a variance that"
+        " shrinks or grows moves it. The paper's numbers are of the official SAEs.",
+        "Filtered, that is without the first position and unusual norms: the error over the dense"
+        " variance, and the cross-entropy that the model recovers from the reconstruction. The"
+        f" verdict: {TRANSFER_RULE}.",
+        figures=("fig3_transfer",),
+        tables=("table2_transfer",),
+        more=("transfer",),
+        needs=("transfer",),
+    ),
+    Question(
+        "fragility",
+        "RQ4: are rare latents harmed less than frequent ones?",
+        "The living latents of the dense SAE are sorted by firing rate into five groups.",
+        "Survival by group, with a shared start. Rare latents are trained least and stay nearest to"
+        " their start, which this measure counts as survival.",
+        "Persistence by group, and what of it is beyond noise of the same size; rank correlations"
+        " over single latents with intervals, also given each latent's distance from its start. If"
+        " the sign turns here, the paper's finding was the start.",
+        figures=("fig4_fragility", "fig5_fragility_by_method"),
+        tables=("table3_fragility",),
+        more=("fragility_tests", "fragility"),
+        needs=("fragility",),
+    ),
+    Question(
+        "predictor",
+        "Predictor: can the fate of a latent be told before pruning?",
+        "A logistic model of the logarithm of the firing rate and of the sparsity.",
+        "Judged on the data that it was fitted to, with survival under a shared start as the truth."
+        " The paper pools its three models.",
+        "Judged on conditions and models that it has not seen, with persistence as the truth, and"
+        " beside what the distance from the start alone predicts.",
+        tables=("predictor at 0.7",),
+        more=("predictor", "predictor_calibration"),
+        needs=("predictor",),
+    ),
+    Question(
+        "causal",
+        "RQ5: does the model rely on what survives?",
+        "One latent at a time is taken out; how far does the model's output move?",
+        "The latent is zeroed in the SAE's reconstruction and the output compared with the"
+        " original's. The shaded part is the SAE's own error, which is there without ablation.",
+        "Isolated: the reconstruction with against without the latent. Error-preserving: the latent"
+        " is subtracted from the model's own activation. Both are read where the latent fires,"
+        " beside robust latents of the same firing rate, random latents and random directions.",
+        figures=("fig6_causal",),
+        tables=("table4_causal",),
+        more=("causal",),
+        needs=("causal",),
+    ),
+    Question(
+        "depth",
+        "Over depth, and emerging features",
+        "What each layer shows, as means. Emerging: the share of the pruned SAE's features that no"
+        " dense feature matches.",
+        "",
+        "",
+        tables=("depth",),
+    ),
+    Question(
+        "quality",
+        "Quality of the SAEs",
+        "Means over seeds. fvu_dense_var divides by the variance of the dense activations, which"
+        " pruning cannot change.",
+        "",
+        "",
+        tables=("tableB1_quality", "training by run"),
+        more=("sae_training",),
+        needs=("sae_quality",),
+    ),
+)
+
+CAPTIONS = {
+    "table1_perplexity": "Table 1: perplexity",
+    "table2_transfer": "Table 2: SAEs of the dense model",
+    "table3_fragility": "Table 3: survival of the rarest and the most frequent fifth, tau 0.7",
+    "table4_causal": "Table 4: mean KL (nats) when one latent is ablated",
+    "tableA1_matrix": "Table A.1: the runs of this study",
+    "tableB1_quality": "Table B.1: reconstruction",
+    "depth": "The questions over layers",
+    "stability by run": "Seed stability at tau 0.7, means over pairs of seeds",
+    "survival by run": "Survival at tau 0.7 and persistence, means",
+    "training by run": "Were the dense SAEs trained enough?",
+    "predictor at 0.7": "Predictor by evaluation; tau 0.7, or none for persistence",
+    "stability": "Every pair of seeds",
+    "survival_corrected": "Corrected survival",
+    "persistence": "Persistence of every seed",
+    "transfer": "Every SAE, set of positions and refit",
+    "fragility_tests": "Rank correlations of firing rate and fate",
+    "fragility": "Survival by fifth",
+    "predictor": "Every predictor",
+    "predictor_calibration": "Calibration",
+    "causal": "Every group and protocol",
+    "sae_training": "Every SAE",
+}

@@ -1,0 +1,205 @@
+"""Any SAE, with one face: raw activations in, latents and a raw reconstruction out (RQ3).
+
+Whatever normalisation an SAE wants is its own affair; who asks sees raw space only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prunelens.activations import Statistics
+from prunelens.config import Site
+from prunelens.errors import UserError
+from prunelens.sae.topk import TopKSAE
+
+L0_TOLERANCE = 2.0  # a dense L0 outside 1/2 to 2 x the nominal one is no longer the same SAE
+
+
+@runtime_checkable
+class Coder(Protocol):
+    """An encoder and a decoder between raw activations and dense latents."""
+
+    @property
+    def threshold(self) -> Tensor | None:
+        """[latents]: the JumpReLU thresholds; None where there are none."""
+
+    def encode(self, x: Tensor, threshold_scale: float, /) -> Tensor:
+        """[tokens, d_model] raw to [tokens, latents], with all thresholds times a factor."""
+
+    def decode(self, latents: Tensor, /) -> Tensor:
+        """[tokens, latents] to [tokens, d_model] raw."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GivenSae:
+    """An SAE that is used as it is: ours or someone else's."""
+
+    name: str
+    """As in tables."""
+    architecture: str
+    """topk, jumprelu, standard, gated, …"""
+    d_model: int
+    """Width of the activations."""
+    num_latents: int
+    """Size of the dictionary."""
+    nominal_l0: float
+    """The L0 that its makers state or that its k implies; NaN where nobody does."""
+    coder: Coder
+    """What computes."""
+    device: torch.device
+    """Where it computes and where its answers are."""
+    site: Site | None = None
+    """Where it was trained; None where its files do not say."""
+    layer: int | None = None
+    """The decoder block of the site; None where its files do not say."""
+    decoder_shift: Float[Tensor, " d_model"] | None = None
+    """Added to every reconstruction."""
+    threshold_scale: float = 1.0
+    """All thresholds are multiplied by this."""
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens latents"]:
+        """Latents in float32, zeros written out; a latent is active where it is not 0."""
+        return self.coder.encode(x.to(self.device, torch.float32), self.threshold_scale)
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "tokens latents"]) -> Float[Tensor, "tokens d_model"]:
+        """The raw reconstruction. Decode the batch that was encoded last: an SAE that normalises
+        each token by itself remembers the scales of that one.
+        """
+        decoded = self.coder.decode(latents)
+        return decoded if self.decoder_shift is None else decoded + self.decoder_shift
+
+    @property
+    def threshold(self) -> Float[Tensor, " latents"] | None:
+        """JumpReLU thresholds, the factor included; None for other architectures."""
+        if self.coder.threshold is None:
+            return None
+        return self.coder.threshold * self.threshold_scale
+
+    def with_decoder_shift(self, delta: Float[Tensor, " d_model"]) -> GivenSae:
+        """The same SAE with `delta` (raw space) added to its decoder bias, not to its encoder's.
+
+        Latents stay as they are, also where the SAE subtracts its decoder bias from the input.
+        """
+        delta = delta.to(self.device, torch.float32)
+        before = self.decoder_shift
+        return dataclasses.replace(self, decoder_shift=delta if before is None else before + delta)
+
+    def with_threshold_scale(self, factor: float) -> GivenSae:
+        """The same SAE with all thresholds times `factor`. Raises UserError if it has none."""
+        if self.coder.threshold is None:
+            raise UserError(
+                f"models.pretrained: {self.name} is a {self.architecture!r} SAE, which has no"
+                " thresholds to refit; only jumprelu has"
+            )
+        return dataclasses.replace(self, threshold_scale=self.threshold_scale * factor)
+
+
+def own_sae(folder: pathlib.Path, *, name: str, device: str = "cpu") -> GivenSae:
+    """An SAE that prunelens trained, from a folder with its weights and its normalisation.
+
+    Its nominal L0 is the one measured after training (`quality.json`, in a study's artifact),
+    else its k.
+    Raises: UserError where the folder is incomplete or damaged.
+    """
+    sae = TopKSAE.load(folder).to(device)
+    path = folder / "normalisation.safetensors"
+    if not path.exists():
+        raise UserError(
+            f"models.pretrained: {str(folder)!r} lacks normalisation.safetensors, without which"
+            " raw activations cannot be encoded; give the SAE's folder in a study's artifacts"
+        )
+    return given(sae, Statistics.load(path), name=name, nominal_l0=_measured_l0(folder, sae.k))
+
+
+def given(
+    sae: TopKSAE, statistics: Statistics, *, name: str, nominal_l0: float = math.nan
+) -> GivenSae:
+    """A TopK SAE in normalised space together with the normalisation that it was trained under."""
+    device = sae.decoder_bias.device
+    return GivenSae(
+        name=name,
+        architecture="topk",
+        d_model=sae.d_model,
+        num_latents=sae.num_latents,
+        nominal_l0=nominal_l0,
+        coder=_Normalised(sae, *(part.to(device) for part in statistics)),
+        device=device,
+    )
+
+
+def check_l0(sae: GivenSae, measured: float) -> str:
+    """Compare the dense L0 with the nominal one; returns a note where there is nothing to compare.
+
+    Raises: UserError outside 0.5 to 2 x: the wrong activation function (a TopK SAE run as ReLU),
+        layer or BOS handling (methods §7).
+    """
+    nominal = sae.nominal_l0
+    if math.isnan(nominal):
+        return f"{sae.name}: its files name no L0, so the measured {measured:.1f} was not checked"
+    if nominal / L0_TOLERANCE <= measured <= nominal * L0_TOLERANCE:
+        return ""
+    raise UserError(
+        f"models.pretrained: {sae.name} has an L0 of {measured:.1f} on the dense model, but its"
+        f" nominal L0 is {nominal:g}: wrong activation function, layer, model or BOS handling;"
+        " check models.name, layer, site and corpus.bos, or set nominal_l0 if it is misstated"
+    )
+
+
+def check_fits(sae: GivenSae, model: str, *, d_model: int, site: Site, layer: int) -> None:
+    """Raises UserError where the SAE is of another width, site or layer of the model."""
+    if sae.d_model != d_model:
+        raise UserError(
+            f"models.pretrained: {sae.name} is made for d_model {sae.d_model}, {model} has"
+            f" {d_model}; use an SAE of this model"
+        )
+    if sae.layer is not None and sae.layer != layer:
+        raise UserError(
+            f"models.pretrained.layer: {layer}, but {sae.name} was trained at layer {sae.layer};"
+            f" set it to {sae.layer}"
+        )
+    if sae.site is not None and sae.site != site:
+        raise UserError(
+            f"models.site: {site!r}, but {sae.name} was trained at {sae.site!r}; set it to that"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Normalised:
+    """Our TopK SAE: x_hat = (x - mean) / sigma in, sigma * x_rec + mean out."""
+
+    sae: TopKSAE
+    mean: Float[Tensor, " d_model"]
+    sigma: Float[Tensor, " d_model"]
+
+    @property
+    def threshold(self) -> None:
+        return None
+
+    def encode(self, x: Tensor, _threshold_scale: float, /) -> Tensor:
+        return self.sae.dense_latents(self.sae.encode((x - self.mean) / self.sigma))
+
+    def decode(self, latents: Tensor, /) -> Tensor:
+        rec = latents @ self.sae.decoder_weight + self.sae.decoder_bias
+        return self.sigma * rec + self.mean
+
+
+def _measured_l0(folder: pathlib.Path, k: int) -> float:
+    path = folder / "quality.json"
+    if not path.exists():
+        return float(k)
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["l0"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"models.pretrained: {path} cannot be read ({error}); make the SAE again"
+        ) from None

@@ -1,0 +1,226 @@
+"""How fast this device does a study's kinds of work, measured on the code that will do them.
+
+The weights are random and of the model's shapes, so nothing has to be downloaded. What is timed is
+one decoder block of the real architecture, SAE training steps, SAE encoding, and matching. Rates
+are in the operations of `study.cost`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from prunelens.activations import FORWARD_TOKENS, STORAGE
+from prunelens.checkpoint import model_shape, text_config
+from prunelens.config import ModelConfig, StudyConfig
+from prunelens.match import match_dictionaries
+from prunelens.model import LanguageModel, as_language_model, run_to_site
+from prunelens.sae.train import Training
+from prunelens.study.cost import (
+    KINDS,
+    encoding_flops,
+    forward_flops,
+    matching_flops,
+    sae_size,
+    training_flops,
+)
+from prunelens.study.footprint import GPU_FORWARD_TOKENS
+
+REPEATS = 5  # of the full size, at most
+VOCABULARY = 128  # of the block that is timed; embeddings are looked up, not multiplied
+LATENTS_TO_MATCH = 4096  # of a larger dictionary, so many
+
+
+class Rate(NamedTuple):
+    """How fast one kind of work goes."""
+
+    flops_per_second: float
+    """In the operations of `study.cost`."""
+    share_of_batch: float
+    """Size of what was timed, of the study's own batch. Below 1: that would have taken too long;
+    small batches are slower per token."""
+
+
+def calibrate(
+    study: StudyConfig, model: ModelConfig, *, device: str, seconds: float
+) -> dict[str, Rate]:
+    """The rate of every kind of work in `cost.KINDS`, for one model of the study.
+
+    Takes about `seconds` at most: each kind may use its share of what those before it left, but
+    never less than the smallest piece takes. Threads are those of `study.threads_per_stage`.
+    Matching runs on the CPU whatever the device.
+    Raises: UserError as `model_shape`.
+    """
+    end = time.perf_counter() + seconds
+    with _threads(study.threads_per_stage), torch.no_grad():
+        rates = {"matching": _matching_rate(study, model, _left(end) / 6)}
+        rates["language model"] = _forward_rate(study, model, device, _left(end) / 3)
+        training = _Trainings(study, model, device)
+        rates["SAE training"] = _rate(
+            training.step, training.flops, training.sizes, 0.8 * _left(end)
+        )
+        rates["SAE encoding"] = _rate(training.encode, training.coding, training.sizes, _left(end))
+    return {kind: rates[kind] for kind in dict.fromkeys(KINDS.values())}
+
+
+def _left(end: float) -> float:
+    return max(0.0, end - time.perf_counter())
+
+
+def _rate(
+    work: Callable[[int], None],
+    flops: Callable[[int], float],
+    sizes: list[int],
+    budget: float,
+) -> Rate:
+    """Time growing sizes, as long as the next is likely to fit what is left of the budget.
+
+    Every size runs once to warm up, then is timed; the largest is timed until the budget is spent,
+    and the fastest of its times counts.
+    """
+    end = time.perf_counter() + budget
+    for number, size in enumerate(sizes):
+        work(size)
+        best = _timed(work, size)
+        last = number + 1 == len(sizes)
+        if last or 2.2 * best * sizes[number + 1] / size > end - time.perf_counter():
+            break
+    for _ in range(REPEATS - 1):
+        if time.perf_counter() + best > end:
+            break
+        best = min(best, _timed(work, size))
+    return Rate(flops(size) / best, size / sizes[-1])
+
+
+def _timed(work: Callable[[int], None], size: int) -> float:
+    started = time.perf_counter()
+    work(size)
+    return max(time.perf_counter() - started, 1e-9)
+
+
+def _forward_rate(study: StudyConfig, model: ModelConfig, device: str, budget: float) -> Rate:
+    """One block of the architecture, with random weights, in the study's precision."""
+    context = study.corpus.context_tokens
+    lm = _one_block(model, device)
+    shape = model_shape(model)
+    most = max(1, FORWARD_TOKENS.get(lm.device.type, GPU_FORWARD_TOKENS) // context)
+    generator = torch.Generator().manual_seed(0)
+    tokens: Int[Tensor, "windows context"] = torch.randint(
+        VOCABULARY, (most, context), generator=generator
+    )
+
+    def forward(windows: int) -> None:
+        run_to_site(lm, tokens[:windows], "resid_post", 0)
+        _finish(device)
+
+    def flops(windows: int) -> float:
+        size = windows * context
+        return forward_flops(shape, size, context_tokens=context, blocks=1, head=False)
+
+    return _rate(forward, flops, sorted({1, most}), budget)
+
+
+def _one_block(model: ModelConfig, device: str) -> LanguageModel:
+    from transformers import AutoModelForCausalLM
+
+    text = text_config(model)
+    fields = text.to_dict() | {"num_hidden_layers": 1, "vocab_size": VOCABULARY}
+    fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    if fields.get("layer_types"):
+        fields["layer_types"] = fields["layer_types"][:1]
+    with torch.random.fork_rng(devices=[]):
+        built = AutoModelForCausalLM.from_config(
+            type(text)(**fields), dtype=getattr(torch, model.dtype)
+        )
+    return as_language_model(built.to(device), label=model.label)
+
+
+class _Trainings:
+    """SAE trainings on random activations, one for each size of batch."""
+
+    def __init__(self, study: StudyConfig, model: ModelConfig, device: str) -> None:
+        self._study, self._size = study, sae_size(model_shape(model), study)
+        most = study.sae.batch_tokens
+        self.sizes = sorted({max(1, most // 16), max(1, most // 4), most})
+        self._data = _RandomRows(self._size[0], most, study.activations.storage, device)
+        self._training: Training | None = None
+
+    def step(self, tokens: int) -> None:
+        """One step on so many tokens."""
+        if self._training is None or self._training.config.batch_tokens != tokens:
+            self._training = None  # free the last one first
+            config = self._study.sae.model_copy(update={"batch_tokens": tokens})
+            self._training = Training(self._data, config, init_seed=0, data_seed=0)
+        self._training.advance()
+        _finish(self._data.device)
+
+    def encode(self, tokens: int) -> None:
+        """Encode and decode so many tokens."""
+        assert self._training, "encoding is timed after training"
+        self._training.sae(self._data.rows(torch.arange(tokens)))
+        _finish(self._data.device)
+
+    def flops(self, tokens: int) -> float:
+        """Of one step."""
+        return training_flops(*self._size, tokens)
+
+    def coding(self, tokens: int) -> float:
+        """Of one encoding."""
+        return encoding_flops(*self._size, tokens)
+
+
+class _RandomRows:
+    """Rows as an activation store gives them: read from memory, moved, made float32."""
+
+    def __init__(self, d_model: int, num_tokens: int, storage: str, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(num_tokens, d_model, generator=generator)
+        self._stored = rows.to(STORAGE[storage][0])
+        self.num_tokens, self.d_model, self.device = num_tokens, d_model, device
+        self.sigma = torch.ones(d_model, device=device)
+
+    def rows(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_model"]:
+        """Rows by number."""
+        return self._stored[index].to(self.device, torch.float32) / self.sigma
+
+    def batches(self, batch_tokens: int) -> Iterator[Float[Tensor, "batch d_model"]]:
+        """All rows in order."""
+        for index in torch.arange(self.num_tokens).split(batch_tokens):
+            yield self.rows(index)
+
+
+def _matching_rate(study: StudyConfig, model: ModelConfig, budget: float) -> Rate:
+    d_model, num_latents, _ = sae_size(model_shape(model), study)
+    most = min(num_latents, LATENTS_TO_MATCH)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(most, d_model, generator=generator) for _ in range(2))
+
+    def match(latents: int) -> None:
+        match_dictionaries(a[:latents], b[:latents], lowest_tau=min(study.taus))
+
+    def flops(latents: int) -> float:
+        return matching_flops(d_model, latents, 1)
+
+    return _rate(match, flops, sorted({max(1, most // 4), most}), budget)
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _finish(device: str) -> None:
+    """Wait for a GPU, which works on while Python goes on."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

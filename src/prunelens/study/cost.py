@@ -1,0 +1,236 @@
+"""How much work a stage is, from its config alone: operations, and tokens through the models.
+
+Operations are those that the definitions ask for, a multiplication and an addition counting two.
+What a device really executes differs by a factor (a GPU multiplies a TopK SAE's zeros as well),
+which the measured rates of `study.calibrate` take in: they are in the same operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from prunelens.analyses.persistence import NOISE_DRAWS
+from prunelens.analyses.survival import COORDINATES
+from prunelens.checkpoint import ModelShape
+from prunelens.config import StudyConfig
+
+KINDS = {  # stage -> the kind of work whose rate it runs at; other stages are minutes at most
+    "calibration": "language model",
+    "prune": "language model",
+    "perplexity": "language model",
+    "activations": "language model",
+    "transfer": "language model",
+    "causal": "language model",
+    "sae": "SAE training",
+    "persistence": "SAE encoding",
+    "stability": "matching",
+    "survival": "matching",
+}
+SECONDS_PER_FLOP = {  # relative to the language model's: sparse products are slower (2 cores)
+    "language model": 1.0,
+    "SAE training": 4.0,
+    "SAE encoding": 4.0,
+    "matching": 1.0,
+}
+LEAST_COST = 1e7
+EVALUATIONS = 2.5  # passes over the eval split per SAE: at three quarters, at the end, first half
+ABLATION_GROUPS = 10  # of latents: five for each of two groupings
+ABLATED_SHARE = 0.25  # of all (prompt, position) pairs: a latent fires in some prompts, from some
+# position on. An assumption; the true share is known once the SAE is there.
+
+
+class Work(NamedTuple):
+    """What one stage takes."""
+
+    flops: float = 0.0
+    """Additions and multiplications."""
+    forward_tokens: int = 0
+    """Tokens run through the language model, or through those of its blocks that are needed."""
+    sae_tokens: int = 0
+    """Tokens on which an SAE is trained."""
+
+
+def stage_work(
+    name: str,
+    config: Mapping[str, Any],
+    parents: Mapping[str, Any],
+    shape: ModelShape,
+    study: StudyConfig,
+) -> Work:
+    """The work of one stage.
+
+    Args:
+        name: the stage's kind; one that is not in KINDS is no work worth counting.
+        config: the stage's config, as in its identity.
+        parents: role -> stage; only the roles are looked at.
+        shape: of the model that the stage belongs to.
+        study: where text sizes, windows and SAE sizes come from.
+    """
+    count = _COUNTS.get(name)
+    return count(config, parents, shape, study) if count else Work()
+
+
+def progress_cost(name: str, work: Work) -> float:
+    """Roughly in proportion to a stage's seconds, for what a person sees of the progress."""
+    return max(LEAST_COST, work.flops * SECONDS_PER_FLOP.get(KINDS.get(name, ""), 1.0))
+
+
+def forward_flops(
+    shape: ModelShape, tokens: int, *, context_tokens: int, blocks: int | None = None, head: bool
+) -> float:
+    """A forward pass through `blocks` blocks (None: all), with or without the output head.
+
+    Attention is counted over the whole window, the masked half included.
+    """
+    blocks = shape.num_blocks if blocks is None else blocks
+    weights = shape.linear_weights * blocks / shape.num_blocks
+    attention = 2 * context_tokens * shape.attention_width * blocks
+    output = shape.d_model * shape.vocabulary_size if head else 0
+    return 2.0 * tokens * (weights + attention + output)
+
+
+def training_flops(d_model: int, num_latents: int, k: int, tokens: int) -> float:
+    """SAE training: the encoder's product, and four sparse ones of k latents per token.
+
+    The four: reconstruction, gradients of the latents, of the encoder, of the decoder.
+    """
+    return 2.0 * tokens * d_model * (num_latents + 4 * k)
+
+
+def encoding_flops(d_model: int, num_latents: int, k: int, tokens: int) -> float:
+    """An SAE's encoder, and its sparse decoder."""
+    return 2.0 * tokens * d_model * (num_latents + k)
+
+
+def matching_flops(d_model: int, num_latents: int, comparisons: int) -> float:
+    """All cosines of two dictionaries, `comparisons` times."""
+    return 2.0 * comparisons * num_latents**2 * d_model
+
+
+def sae_size(shape: ModelShape, study: StudyConfig) -> tuple[int, int, int]:
+    """d_model, latents and k of a model's SAEs in this study."""
+    return shape.d_model, study.sae.expansion * shape.d_model, study.sae.k
+
+
+def _calibration(
+    _config: Mapping[str, Any], _parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    tokens = study.corpus.calibration_tokens
+    context = study.corpus.context_tokens
+    return Work(forward_flops(shape, tokens, context_tokens=context, head=False), tokens)
+
+
+def _prune(
+    config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    """With sequential calibration every block runs twice: unpruned for its norms, then pruned."""
+    if config["pruning"]["calibration"] != "sequential":
+        return Work(10.0 * shape.linear_weights)  # scores, and counting their bit patterns
+    once = _calibration(config, parents, shape, study)
+    return Work(2 * once.flops, 2 * once.forward_tokens)
+
+
+def _perplexity(
+    config: Mapping[str, Any], _parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    """A text of its own is taken to be as long as the eval split."""
+    tokens = config["max_tokens"] or study.corpus.eval_tokens
+    longest = shape.max_context_tokens
+    contexts = {min(c, longest) if longest else c for c in config["context_tokens"]}
+    flops = sum(forward_flops(shape, tokens, context_tokens=c, head=True) for c in contexts)
+    return Work(flops, tokens * len(contexts))
+
+
+def _activations(
+    config: Mapping[str, Any], _parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    tokens = study.corpus.train_tokens + study.corpus.eval_tokens
+    context, blocks = study.corpus.context_tokens, config["layer"] + 1
+    flops = forward_flops(shape, tokens, context_tokens=context, blocks=blocks, head=False)
+    return Work(flops, tokens)
+
+
+def _sae(
+    config: Mapping[str, Any], _parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    size = sae_size(shape, study)
+    tokens = config["steps"] * config["batch_tokens"]
+    judged = round(EVALUATIONS * study.corpus.eval_tokens)
+    return Work(training_flops(*size, tokens) + encoding_flops(*size, judged), 0, tokens)
+
+
+def _persistence(
+    _config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    """Per SAE: dense, pruned and two noises of several draws, on half the eval split."""
+    encodings = 2 + 2 * NOISE_DRAWS
+    tokens = study.corpus.eval_tokens // 2 * encodings * _count(parents, "sae-")
+    return Work(encoding_flops(*sae_size(shape, study), tokens))
+
+
+def _stability(
+    _config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    d_model, num_latents, _ = sae_size(shape, study)
+    seeds = len(parents)
+    return Work(matching_flops(d_model, num_latents, seeds * (seeds - 1) // 2))
+
+
+def _survival(
+    _config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    """The arms of methods §7: a pruned run's own, or the dense run's ceilings, floor and chance."""
+    roles = [role.split("-") for role in parents]
+    seeds = sum(parts[0] == "dense" and parts[1] == parts[2] for parts in roles)
+    controls = sum(parts[1] != parts[2] for parts in roles)
+    pruned = any(parts[0] == "pruned" for parts in roles)
+    pairs = seeds * (seeds - 1)
+    comparisons = seeds + controls + pairs if pruned else controls + 2 * pairs
+    d_model, num_latents, _ = sae_size(shape, study)
+    return Work(matching_flops(d_model, num_latents, comparisons * len(COORDINATES)))
+
+
+def _transfer(
+    config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    """Activations for FVU and refit, then cross-entropies: four without an SAE, six for each."""
+    context, blocks = study.corpus.context_tokens, config["layer"] + 1
+    num_saes = max(1, _count(parents, "sae-"))  # one of others is no parent
+    below = study.corpus.eval_tokens + config["refit_tokens"]
+    whole = config["ce_tokens"] * (4 + 6 * num_saes)
+    flops = forward_flops(shape, below, context_tokens=context, blocks=blocks, head=False)
+    flops += forward_flops(shape, whole, context_tokens=context, head=True)
+    encoded = num_saes * (2 * below + 6 * config["ce_tokens"])
+    return Work(flops + encoding_flops(*sae_size(shape, study), encoded), below + whole)
+
+
+def _causal(
+    config: Mapping[str, Any], _parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    """Two protocols in two models, every latent of every group, through the blocks above."""
+    context, blocks = study.corpus.context_tokens, shape.num_blocks - config["layer"] - 1
+    ablations = 2 * 2 * ABLATION_GROUPS * config["group_size"]
+    tokens = round(ABLATED_SHARE * config["prompts"] * context) * ablations
+    return Work(
+        forward_flops(shape, tokens, context_tokens=context, blocks=blocks, head=False), tokens
+    )
+
+
+def _count(parents: Mapping[str, Any], prefix: str) -> int:
+    return sum(role.startswith(prefix) for role in parents)
+
+
+_Count = Callable[[Mapping[str, Any], Mapping[str, Any], ModelShape, StudyConfig], Work]
+_COUNTS: dict[str, _Count] = {
+    "calibration": _calibration,
+    "prune": _prune,
+    "perplexity": _perplexity,
+    "activations": _activations,
+    "sae": _sae,
+    "persistence": _persistence,
+    "stability": _stability,
+    "survival": _survival,
+    "transfer": _transfer,
+    "causal": _causal,
+}

@@ -1,0 +1,138 @@
+"""The disk and memory that a study needs, from shapes alone. Bytes, to within a few tenths."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from prunelens.activations import FORWARD_TOKENS, STORAGE
+from prunelens.checkpoint import ModelShape, is_local
+from prunelens.config import ModelConfig, StudyConfig
+from prunelens.perplexity import LOGITS_AT_ONCE
+from prunelens.study.cost import sae_size
+from prunelens.study.store import Stage
+
+FLOAT = 4
+GPU_FORWARD_TOKENS = 16_384
+PROCESS_BYTES = 700e6  # a process with torch and transformers
+GPU_CONTEXT_BYTES = 600e6  # what CUDA and its libraries take
+
+
+class Disk(NamedTuple):
+    """Bytes in the study's folder, but for `downloads`, which go to the hub's cache."""
+
+    store: float
+    """The largest activation store."""
+    stores: float
+    """The activation stores that exist at one time with one worker."""
+    saes: float
+    """All SAEs, control SAEs included."""
+    masks: float
+    """One bit per prunable weight and pruned condition."""
+    checkpoint: float
+    """One SAE in training, whose checkpoint goes when it is done."""
+    kept: float
+    """What is there when the study is done."""
+    peak: float
+    """The most at one time, with one worker."""
+    downloads: float
+    """Weights fetched from the hub, taken to be of 16 bits; text comes on top."""
+
+
+class Memory(NamedTuple):
+    """Bytes of one worker, at its largest model."""
+
+    model: float
+    """The language model's weights."""
+    forward: float
+    """Weights and one batch on its way through the blocks."""
+    perplexity: float
+    """Weights and one batch of logits over the vocabulary."""
+    sae_training: float
+    """An SAE, its gradients, Adam's moments and one batch."""
+    device: float
+    """The most that is needed at one time on the device that the stages run on."""
+    host: float
+    """The most of the machine's memory."""
+
+
+def disk_use(
+    study: StudyConfig, shapes: dict[str, ModelShape], stages: Iterable[Stage], pruned: int
+) -> Disk:
+    """What the study writes.
+
+    Args:
+        study: the study.
+        shapes: model label -> shape.
+        stages: all distinct stages.
+        pruned: number of pruned conditions.
+    """
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for stage in stages:
+        assert stage.source
+        counts[stage.name][stage.source.model.label] += 1
+    tokens = study.corpus.train_tokens + study.corpus.eval_tokens
+    tokens -= tokens // study.corpus.context_tokens * study.activations.skip_first
+    row = STORAGE[study.activations.storage][0].itemsize
+    store = {label: tokens * shape.d_model * row for label, shape in shapes.items()}
+    sae = {label: _sae_bytes(shape, study) for label, shape in shapes.items()}
+    all_stores = sum(store[label] * n for label, n in counts["activations"].items())
+    together = max(
+        store[model.label] * min(counts["activations"][model.label], len(model.layers) + 1)
+        for model in study.models
+    )
+    stores = all_stores if study.keep_activations else together
+    saes = sum(sae[label] * n for label, n in counts["sae"].items())
+    masks = pruned * sum(shape.linear_weights for shape in shapes.values()) / 8
+    checkpoint = 3.5 * max(sae.values())  # weights, two moments, and the decoder's start
+    kept = saes + masks + (all_stores if study.keep_activations else 0.0)
+    fetched = [shapes[m.label].parameters for m in study.models if not is_local(m.name)]
+    peak = saes + masks + stores + checkpoint
+    return Disk(
+        max(store.values()), stores, saes, masks, checkpoint, kept, peak, 2.0 * sum(fetched)
+    )
+
+
+def memory_use(study: StudyConfig, shapes: dict[str, ModelShape], device: str) -> Memory:
+    """What one worker needs on `device` (`cpu`, `cuda`, …) and of the machine's memory."""
+    each = [_model_memory(study, model, shapes[model.label], device) for model in study.models]
+    most = Memory(*(max(values) for values in zip(*each, strict=True)))
+    if device != "cpu":
+        return most
+    return most._replace(host=PROCESS_BYTES + max(2 * most.model, most.device))
+
+
+def _model_memory(study: StudyConfig, model: ModelConfig, shape: ModelShape, device: str) -> Memory:
+    kind = device.partition(":")[0]
+    itemsize = getattr(torch, model.dtype).itemsize
+    weights = shape.parameters * itemsize
+    tokens = max(FORWARD_TOKENS.get(kind, GPU_FORWARD_TOKENS), study.corpus.context_tokens)
+    widths = shape.linear_weights / shape.num_blocks / shape.d_model  # of all layers of a block
+    longest = min(
+        max(study.perplexity.context_tokens), shape.max_context_tokens or 10**9
+    )  # one window at least
+    scores = max(LOGITS_AT_ONCE.get(kind, LOGITS_AT_ONCE["cpu"]), longest * shape.vocabulary_size)
+    forward = weights + tokens * widths * itemsize
+    perplexity = weights + scores * (itemsize + 2 * FLOAT)  # as float32, and its logarithms
+    training = _training_bytes(shape, study, kind)
+    context = 0.0 if kind == "cpu" else GPU_CONTEXT_BYTES
+    on_device = context + max(forward, perplexity, training)
+    return Memory(weights, forward, perplexity, training, on_device, PROCESS_BYTES + weights)
+
+
+def _sae_bytes(shape: ModelShape, study: StudyConfig) -> float:
+    d_model, num_latents, _ = sae_size(shape, study)
+    return float(FLOAT * (2 * num_latents * d_model + num_latents + d_model))
+
+
+def _training_bytes(shape: ModelShape, study: StudyConfig, kind: str) -> float:
+    """Weights, two moments and gradients, the decoder's start; and the batch's latents.
+
+    A GPU holds the latents dense: before the top k, after, and their gradients with temporaries.
+    """
+    _, num_latents, _ = sae_size(shape, study)
+    batch = study.sae.batch_tokens * num_latents * FLOAT
+    return 4.5 * _sae_bytes(shape, study) + batch * (2 if kind == "cpu" else 5)

@@ -1,0 +1,127 @@
+"""Stages that need the model's output again: SAEs in its place (RQ3), latents ablated (RQ5)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import pandas as pd
+from torch import Tensor
+
+from prunelens.activations import Statistics
+from prunelens.analyses.causal import Ablations, ablate
+from prunelens.analyses.causal_groups import causal_summary, latent_groups
+from prunelens.analyses.transfer import DenseReference, transfer, transfer_verdicts
+from prunelens.sae.formats import GivenSae, own_sae
+from prunelens.sae.pretrained import load_given_sae
+from prunelens.sae.topk import TopKSAE
+from prunelens.study.model_stages import load_stage_model, load_windows
+from prunelens.study.work import Work
+
+log = logging.getLogger(__name__)
+
+EVAL = ("eval_first", "eval_second")
+GROUPINGS: tuple[Literal["cosine", "persistence"], ...] = ("cosine", "persistence")
+DEFAULT_NORM_MULTIPLE = 10.0  # `norm_filtered` filters also where the study keeps every token
+SEED = 0  # of groups, contexts, directions and bootstraps
+
+
+def _transfer(work: Work) -> None:
+    """RQ3 of one condition; a pruned one is judged against the dense artifact."""
+    config = work.config
+    dense_folder = work.parents.get("dense")
+    reference = (
+        DenseReference.load(dense_folder / "reference.safetensors") if dense_folder else None
+    )
+    evaluation, refit = load_windows(work, *EVAL), load_windows(work, "train")
+    context = evaluation.shape[1]
+    found = transfer(
+        load_stage_model(work),
+        _given_saes(work),
+        evaluation,
+        refit[: max(1, config["refit_tokens"] // context)],
+        site=config["site"],
+        layer=config["layer"],
+        dense=reference,
+        ce_windows=max(1, config["ce_tokens"] // context),
+        max_norm_multiple=config["max_norm_multiple"] or DEFAULT_NORM_MULTIPLE,
+        sigma=Statistics.load(work.parents["statistics"] / "statistics.safetensors").sigma,
+        progress=work.progress,
+    )
+    found.reference.save(work.out / "reference.safetensors")
+    for note in found.notes:
+        log.warning("%s", note)
+    rows = found.rows
+    if dense_folder:
+        rows = transfer_verdicts(pd.read_parquet(dense_folder / "transfer.parquet"), rows)
+    rows.to_parquet(work.out / "transfer.parquet")
+
+
+def _given_saes(work: Work) -> list[GivenSae]:
+    """Our dense SAEs by seed, or the one of others that the stage is for."""
+    if work.config["pretrained"] is None:
+        return [
+            own_sae(folder, name=f"seed {role.removeprefix('sae-')}", device=work.device)
+            for role, folder in work.parents.items()
+            if role.startswith("sae-")
+        ]
+    assert work.stage.source and work.stage.source.pretrained
+    return [load_given_sae(work.stage.source.pretrained, device=work.device)]
+
+
+def _causal(work: Work) -> None:
+    """RQ5: the same latents in the dense model, and their matches in the pruned one."""
+    fates = pd.read_parquet(work.parents["fates"] / "fates.parquet")
+    alive = pd.read_parquet(work.parents["pruned_sae"] / "latents.parquet")["firing_rate"] > 0
+    groups = _groups(fates, alive, work.config["group_size"])
+    prompts = load_windows(work, *EVAL)[: work.config["prompts"]]
+    dense = _ablations(work, groups, prompts, "dense", "latent")
+    pruned = _ablations(work, groups, prompts, "pruned", "match")
+    for grouping, table in groups.items():
+        table.to_parquet(work.out / f"groups_{grouping}.parquet")
+    causal_summary(groups, dense, pruned, seed=SEED).to_parquet(work.out / "causal.parquet")
+
+
+def _groups(fates: pd.DataFrame, alive: pd.Series, group_size: int) -> dict[str, pd.DataFrame]:
+    """Groups of the first seed's alive dense latents, by cosine and by persistence."""
+    first = fates[(fates["seed"] == fates["seed"].iloc[0]) & fates["alive"]]
+    match = first["match_shared_init"].astype(int)
+    table = first[["latent", "persistence", "firing_rate", "mean_activation"]].assign(
+        match=match, match_alive=alive.to_numpy()[match], cosine=first["cosine_shared_init"]
+    )
+    return {
+        grouping: latent_groups(table, grouping=grouping, group_size=group_size, seed=SEED)
+        for grouping in GROUPINGS
+    }
+
+
+def _ablations(
+    work: Work, groups: dict[str, pd.DataFrame], prompts: Tensor, condition: str, column: str
+) -> Ablations:
+    """Every latent of any group, ablated in one of the two models; the raw values are kept."""
+    folder = work.parents[f"{condition}_sae"]
+    before = 0.5 if condition == "pruned" else 0.0
+    wanted = pd.concat(groups.values())
+    if condition == "pruned":
+        wanted = wanted[wanted["match_alive"]]
+    random = wanted["group"] == "random_direction"
+    found = ablate(
+        load_stage_model(work, pruned=condition == "pruned"),
+        TopKSAE.load(folder).to(work.device),
+        Statistics.load(folder / "normalisation.safetensors"),
+        prompts,
+        site=work.config["site"],
+        layer=work.config["layer"],
+        latents=sorted(set(wanted.loc[~random, column])),
+        random_direction_latents=sorted(set(wanted.loc[random, column])),
+        contexts_per_latent=work.config["contexts_per_latent"],
+        skip_first=work.config["skip_first"],
+        seed=SEED,
+        progress=lambda share: work.progress(before + share / 2),
+    )
+    found.kl.to_parquet(work.out / f"kl_{condition}.parquet")
+    return found
+
+
+OUTPUT_STAGES: dict[str, Callable[[Work], None]] = {"transfer": _transfer, "causal": _causal}

@@ -1,0 +1,192 @@
+"""Artifacts of a study -> its results as tables, each row with the run that it belongs to.
+
+What is missing (a run that failed, a question that is not asked) has no rows.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pandas as pd
+
+from prunelens.analyses.claims import judge_claims
+from prunelens.analyses.fates import matches_by_latent, persistence_by_latent
+from prunelens.analyses.fragility import holm
+from prunelens.study.conclude import predictor_stage
+from prunelens.study.matrix import Plan, Run, Sae
+from prunelens.study.store import Store
+
+ALL_RUNS = "all"  # the run of rows that are about the whole study
+_Rows = Iterator[tuple[Run, pd.DataFrame]]
+
+
+def study_results(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
+    """Every table of the output contract by name (docs/tables.md), and `perplexity_windows`.
+
+    Raises: UserError where an artifact is damaged.
+    """
+    tables = {}
+    for name, rows in _BUILDERS.items():
+        parts = [with_run(run, part) for run, part in rows(plan, store)]
+        if parts:
+            tables[name] = pd.concat(parts, ignore_index=True)
+    if "fragility_tests" in tables:
+        tables["fragility_tests"] = holm(tables["fragility_tests"])
+    tables |= _predictor(plan, store)
+    if tables:
+        claims = judge_claims(tables)
+        claims.insert(0, "run", ALL_RUNS)
+        tables["claims"] = claims
+    return tables
+
+
+def method_columns(run: Run) -> dict[str, Any]:
+    """method, scope, pattern, sparsity as tables name them."""
+    if run.pruning is None:
+        return {"method": "dense", "scope": "", "pattern": "", "sparsity": 0.0}
+    pruning = run.pruning
+    return {
+        "method": pruning.criterion,
+        "scope": pruning.scope,
+        "pattern": pruning.pattern,
+        "sparsity": pruning.sparsity,
+    }
+
+
+def with_run(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the columns that say which run its rows belong to."""
+    names = {"run": run.name, "model": run.model, "layer": run.layer, **method_columns(run)}
+    return pd.concat([pd.DataFrame([names] * len(table), index=table.index), table], axis=1)
+
+
+def _perplexity(plan: Plan, store: Store) -> _Rows:
+    text = plan.study.perplexity.corpus
+    name = f"{plan.study.corpus.source} eval" if text is None else text.dataset or text.source
+    for run, folder in _folders(plan, store, "perplexity"):
+        achieved = 0.0
+        if run.pruning:
+            masks = store.read(run.stages["prune"]) / "prune.json"
+            achieved = _json(masks)["achieved_sparsity"]
+        rows = pd.read_parquet(folder / "perplexity.parquet")
+        yield run, rows.assign(corpus=name, achieved_sparsity=achieved)
+
+
+def _sae_quality(plan: Plan, store: Store) -> _Rows:
+    for run, sae, folder in _sae_folders(plan, store):
+        if sae.init_seed == sae.data_seed and not sae.rotated:
+            numbers = _json(folder / "quality.json")
+            numbers |= {"seed": sae.init_seed, "steps": plan.study.sae.steps}
+            if store.has(run.stages["statistics"]):
+                spread = _json(store.read(run.stages["statistics"]) / "variance.json")
+                numbers["participation_ratio"] = spread["participation_ratio"]
+            yield run, pd.DataFrame([numbers])
+
+
+def _sae_training(plan: Plan, store: Store) -> _Rows:
+    for run, sae, folder in _sae_folders(plan, store):
+        which: dict[str, Any] = {
+            "init_seed": sae.init_seed,
+            "data_seed": sae.data_seed,
+            "rotated": sae.rotated,
+            "folder": folder.relative_to(store.root.parent).as_posix(),
+            "steps": plan.study.sae.steps,
+        }
+        yield run, pd.DataFrame([{**_json(folder / "quality.json"), **which}])
+
+
+def _transfer(plan: Plan, store: Store) -> _Rows:
+    """Our own SAEs, then those of others; a row that says so where there are none of those."""
+    for run in plan.runs:
+        roles = [role for role in run.stages if role.split(" ")[0] == "transfer"]
+        for role in roles:
+            if store.has(run.stages[role]):
+                yield run, pd.read_parquet(store.read(run.stages[role]) / "transfer.parquet")
+        if roles == ["transfer"]:
+            reason = "no pretrained SAE is named for this model and layer (models.pretrained)"
+            yield run, pd.DataFrame([{"sae": "pretrained", "reason": reason}])
+
+
+def _from_artifact(role: str, file: str) -> Callable[[Plan, Store], _Rows]:
+    def rows(plan: Plan, store: Store) -> _Rows:
+        for run, folder in _folders(plan, store, role):
+            yield run, pd.read_parquet(folder / file)
+
+    return rows
+
+
+def _latents(plan: Plan, store: Store) -> _Rows:
+    """One row per run, seed and latent.
+
+    Firing rate, mean activation and init retention are those of the run's own SAE; match, cosine,
+    mutual and persistence say what became of the *dense* SAE's latent of that seed and index.
+    """
+    for run, sae, folder in _sae_folders(plan, store):
+        if sae.init_seed != sae.data_seed or sae.rotated:
+            continue
+        seed, seeds = sae.init_seed, plan.study.seeds_of(run.pruning)
+        parts = [pd.read_parquet(folder / "latents.parquet").set_index("latent")]
+        if found := _latents_of(store, run, "survival"):
+            parts.append(matches_by_latent(found[0], seed, seeds))
+        if found := _latents_of(store, run, "persistence"):
+            parts.append(persistence_by_latent(found[0], seed))
+        table = pd.concat(parts, axis=1)
+        table.insert(0, "seed", seed)
+        yield run, table.reset_index(names="latent")
+
+
+def _latents_of(store: Store, run: Run, role: str) -> list[pd.DataFrame]:
+    """The per-latent table of one of the run's stages, or nothing."""
+    if role not in run.stages or not store.has(run.stages[role]):
+        return []
+    return [pd.read_parquet(store.read(run.stages[role]) / "latents.parquet")]
+
+
+def _predictor(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
+    """The predictor's tables; they are about the whole study."""
+    stage = predictor_stage(plan, store)
+    if stage is None or not store.has(stage):
+        return {}
+    folder = store.read(stage)
+    tables = {}
+    for name, file in (("predictor", "predictor"), ("predictor_calibration", "calibration")):
+        tables[name] = pd.read_parquet(folder / f"{file}.parquet")
+        tables[name].insert(0, "run", ALL_RUNS)
+    return tables
+
+
+_BUILDERS: dict[str, Callable[[Plan, Store], _Rows]] = {
+    "perplexity": _perplexity,
+    "perplexity_windows": _from_artifact("perplexity", "windows.parquet"),
+    "sae_quality": _sae_quality,
+    "sae_training": _sae_training,
+    "stability": _from_artifact("stability", "stability.parquet"),
+    "survival": _from_artifact("survival", "survival.parquet"),
+    "survival_corrected": _from_artifact("corrected", "corrected.parquet"),
+    "persistence": _from_artifact("persistence", "persistence.parquet"),
+    "transfer": _transfer,
+    "fragility": _from_artifact("fragility", "quintiles.parquet"),
+    "fragility_by_seed": _from_artifact("fragility", "by_seed.parquet"),
+    "fragility_tests": _from_artifact("fragility", "tests.parquet"),
+    "causal": _from_artifact("causal", "causal.parquet"),
+    "latents": _latents,
+}
+
+
+def _folders(plan: Plan, store: Store, role: str) -> Iterator[tuple[Run, pathlib.Path]]:
+    for run in plan.runs:
+        if role in run.stages and store.has(run.stages[role]):
+            yield run, store.read(run.stages[role])
+
+
+def _sae_folders(plan: Plan, store: Store) -> Iterator[tuple[Run, Sae, pathlib.Path]]:
+    for run in plan.runs:
+        for sae, stage in run.saes.items():
+            if store.has(stage):
+                yield run, sae, store.read(stage)
+
+
+def _json(path: pathlib.Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,216 @@
+"""Results of a study that was never run: plausible tables for the tests of the report.
+
+Every number is drawn from a seed; none stands for anything.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+
+from prunelens.analyses.claims import CLAIMS
+from prunelens.config import StudyConfig, study_from_data
+from prunelens.report.tables import COLUMNS
+
+NAN = float("nan")
+TAUS = (0.5, 0.7, 0.9)
+MEASURES = [("shared_init", t) for t in TAUS] + [
+    (name, NAN) for name in ("persistence", "excess_isotropic", "excess_shuffled")
+]
+ARMS = {
+    "dense": ("ceiling_shared", "floor_shared", "ceiling_cross", "chance"),
+    "pruned": ("shared_init", "shared_start", "cross_init"),
+}
+
+
+def synthetic_study(
+    models: tuple[str, ...] = ("gemma-3-1b",),
+    layers: tuple[int, ...] = (6, 12),
+    sparsities: tuple[float, ...] = (0.3, 0.5),
+) -> StudyConfig:
+    """One that the tables of `synthetic_tables` could be the results of."""
+    prunings = [
+        {"criterion": "magnitude", "scope": "global", "sparsities": list(sparsities)},
+        {"criterion": "wanda", "scope": "row", "sparsities": list(sparsities)},
+    ]
+    named = [{"name": f"x/{name}", "layers": list(layers)} for name in models]
+    return study_from_data({"models": named, "prunings": prunings if sparsities else []})
+
+
+def synthetic_tables(study: StudyConfig, *, seed: int = 0) -> dict[str, pd.DataFrame]:
+    """Every table of the output contract."""
+    draw = np.random.default_rng(seed)
+    rows: dict[str, list[dict]] = {name: [] for name in COLUMNS}
+    for model in study.models:
+        for layer, pruning in itertools.product(model.layers, (None, *study.conditions())):
+            site = {"model": model.label, "layer": layer}
+            label = pruning.label if pruning else "dense"
+            run = {
+                "run": f"{model.label}/L{layer}/{label}",
+                **site,
+                "method": pruning.criterion if pruning else "dense",
+                "scope": pruning.scope if pruning else "",
+                "pattern": pruning.pattern if pruning else "",
+                "sparsity": pruning.sparsity if pruning else 0.0,
+            }
+            _add_run(rows, run, draw)
+    _add_study(rows, draw)
+    return {
+        name: pd.DataFrame(found).reindex(columns=COLUMNS[name])
+        for name, found in rows.items()
+        if found
+    }
+
+
+def synthetic_runs(study: StudyConfig, failed: str | None = None) -> pd.DataFrame:
+    """The table of runs; one of them failed."""
+    tables = synthetic_tables(study)
+    keys = ["run", "model", "layer", "method", "sparsity"]
+    runs = tables["sae_quality"][keys].drop_duplicates()
+    runs = runs.assign(scope="", pattern="", status="done", reason="", wall_seconds=1.0)
+    if failed:
+        names = {"run": failed, "model": "m", "layer": 0, "method": "wanda", "sparsity": 0.3}
+        extra = {"status": "failed", "reason": f"NaN in {failed}"}
+        runs = pd.concat([runs, pd.DataFrame([{**names, **extra}])], ignore_index=True)
+    return runs
+
+
+def _add_run(rows: dict[str, list[dict]], run: dict, draw: np.random.Generator) -> None:
+    damage = run["sparsity"] * (1.0 if run["method"] == "wanda" else 1.6)
+    for context in (256, 2048):
+        rows["perplexity"].append(
+            run | {"corpus": "c", "context_tokens": context, "perplexity": 14 * np.exp(5 * damage)}
+        )
+    for seed in range(3):
+        noise = 0.01 * draw.random()
+        rows["sae_quality"].append(
+            run
+            | {"seed": seed, "fvu": 0.2 + noise, "fvu_raw": 0.2, "fvu_dense_var": 0.2 + damage / 5}
+            | {"l0": 16.0, "alive": 1000 + seed, "num_latents": 1024, "steps": 500}
+        )
+        rows["sae_training"].append(
+            run
+            | {"init_seed": seed, "data_seed": seed, "rotated": False, "steps": 500}
+            | {
+                "mean_init_retention": 0.95,
+                "fvu_at_three_quarters": 0.22,
+                "fvu": 0.2,
+                "folder": "f",
+            }
+        )
+        for tau in TAUS:
+            pair = {"seed_a": seed, "seed_b": (seed + 1) % 3, "tau": tau}
+            rates = {"one_way": 0.05, "mnn": 0.03 * (1 - tau) + noise, "greedy": 0.04}
+            rows["stability"].append(run | pair | rates)
+            for arm in ARMS["pruned" if run["method"] != "dense" else "dense"]:
+                rate = max(0.0, 1 - damage) * (
+                    0.1 if arm in ("cross_init", "chance") else 1 - noise
+                )
+                starts = {"init_a": seed, "order_a": seed, "init_b": seed, "order_b": seed}
+                rows["survival"].append(
+                    run
+                    | {"arm": arm, "coordinates": "normalised", "tau": tau, **starts}
+                    | {"one_way": rate, "mnn": rate, "greedy": rate, "one_way_reverse": rate - 0.05}
+                )
+    _add_transfer(rows["transfer"], run, damage, draw)
+    if run["method"] != "dense":
+        _add_pruned(rows, run, damage, draw)
+
+
+def _add_transfer(rows: list[dict], run: dict, damage: float, draw: np.random.Generator) -> None:
+    for sae, positions, refit in itertools.product(
+        ("seed 0", "seed 1", "scope/layer_12"), ("all", "norm_filtered"), ("none", "b_dec")
+    ):
+        error = 0.2 + damage / 4 + 0.01 * draw.random()
+        verdict = "" if run["method"] == "dense" else "keep" if damage < 0.4 else "retrain"
+        rows.append(
+            run
+            | {"sae": sae, "positions": positions, "refit": refit, "fvu": error, "fvu_raw": error}
+            | {"fvu_dense_var": error, "l0": 80.0, "ce_recovered": 1 - error, "verdict": verdict}
+        )
+
+
+def _add_pruned(
+    rows: dict[str, list[dict]], run: dict, damage: float, draw: np.random.Generator
+) -> None:
+    for arm, tau in itertools.product(("shared", "cross"), TAUS):
+        known = arm == "shared"
+        value = 1 - damage if known else NAN
+        rows["survival_corrected"].append(
+            run
+            | {"arm": arm, "tau": tau, "corrected": value, "low": value, "high": value}
+            | {"interval": "range", "reason": "" if known else "ceiling - floor is below 0.02"}
+        )
+    for seed, source in itertools.product(range(3), ("pruned", "noise_isotropic")):
+        rows["persistence"].append(
+            run | {"seed": seed, "source": source, "mean_correlation": 1 - damage / 2}
+        )
+    for measure, tau in MEASURES:
+        for quintile in range(1, 6):
+            rate = 1 - damage - 0.05 * quintile + 0.01 * draw.random()
+            rows["fragility"].append(
+                run
+                | {"measure": measure, "tau": tau, "quintile": quintile, "num_latents": 200}
+                | {"firing_rate": 0.01 * quintile, "survival_rate": rate}
+            )
+        rho = draw.uniform(-0.8, 0.2)
+        rows["fragility_tests"].append(
+            run
+            | {"measure": measure, "tau": tau, "rho": -1.0, "p_exact": 2 / 120, "p_holm": 0.067}
+            | {"latent_rho": rho, "ci_low": rho - 0.1, "ci_high": rho + 0.1, "partial_rho": NAN}
+            | {"num_latents": 1000, "resampled": "seeds, latents", "reason": "constant"}
+            | (
+                {
+                    "partial_rho": rho / 2,
+                    "partial_low": rho / 2 - 0.1,
+                    "partial_high": rho / 2 + 0.1,
+                }
+            )
+        )
+    _add_causal(rows["causal"], run, draw)
+
+
+def _add_causal(rows: list[dict], run: dict, draw: np.random.Generator) -> None:
+    groups = ("robust", "fragile", "matched", "random", "random_direction", "robust_minus_fragile")
+    views = (("paper", "final"), ("isolated", "firing"), ("error_preserving", "firing"))
+    for where, grouping, group, (protocol, contexts) in itertools.product(
+        ("dense", "pruned", "pruned_minus_dense"), ("cosine", "persistence"), groups, views
+    ):
+        kl = (0.32 if protocol == "paper" else 0.01) * draw.uniform(0.9, 1.1)
+        rows.append(
+            run
+            | {"ablated_in": where, "grouping": grouping, "group": group, "protocol": protocol}
+            | {"contexts": contexts, "kl_mean": kl, "ci_low": 0.9 * kl, "ci_high": 1.1 * kl}
+            | {"reconstruction_share": 0.97 if protocol == "paper" else NAN, "num_latents": 100}
+        )
+
+
+def _add_study(rows: dict[str, list[dict]], draw: np.random.Generator) -> None:
+    for target, tau in (("shared_init", 0.7), ("persistence", NAN)):
+        for evaluation, features in itertools.product(
+            ("in_sample", "held_out_condition", "held_out_model"),
+            ("rate_sparsity", "init_retention"),
+        ):
+            which = {"target": target, "tau": tau, "evaluation": evaluation, "features": features}
+            known = evaluation != "held_out_model"
+            auc = draw.uniform(0.6, 0.9) if known else NAN
+            rows["predictor"].append(
+                {"run": "all", **which, "auc": auc, "accuracy": auc, "num_rows": 4000}
+                | {"reason": "" if known else "one model only"}
+            )
+            rows["predictor_calibration"] += [
+                {"run": "all", **which, "bin": b, "predicted": b / 10, "observed": b / 11}
+                for b in range(10)
+            ]
+    verdicts = itertools.cycle(("holds", "fails", "undecided"))
+    for number, claim in CLAIMS.items():
+        rows["claims"].append(
+            {"run": "all", "claim": number, "statement": claim.statement}
+            | {"paper_protocol": next(verdicts), "controlled": next(verdicts)}
+            | {"paper_rule": claim.paper_rule, "controlled_rule": claim.controlled_rule}
+            | {"why": f"paper: number {number} = 1; controlled: number {number} = 2"}
+            | {"paper_contrasts": "a = 1; b = 2", "controlled_contrasts": "c = 3"}
+        )
+        rows["claims"][-1]["verdict"] = rows["claims"][-1]["controlled"]

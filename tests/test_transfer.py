@@ -1,0 +1,439 @@
+import copy
+import dataclasses
+import math
+
+import pandas as pd
+import pytest
+import torch
+
+from conftest import tiny_language_model
+from independent import transfer as independent
+from prunelens.activations import Statistics
+from prunelens.analyses.refit import first_equal, refit, threshold_factor
+from prunelens.analyses.transfer import (
+    POSITIONS,
+    TRANSFER_RULE,
+    DenseReference,
+    transfer,
+    transfer_verdicts,
+)
+from prunelens.config import CorpusConfig, ModelConfig, PruningConfig, TransferConfig
+from prunelens.errors import UserError
+from prunelens.model import as_language_model, logits, run_to_site
+from prunelens.sae.formats import GivenSae, check_fits, check_l0, given, own_sae
+from prunelens.sae.topk import TopKSAE
+
+D, LATENTS, LAYER, CONTEXT = 16, 40, 1, 24
+NUMBERS = ["fvu", "fvu_raw", "fvu_dense_var", "l0", "ce_recovered", "ce_model", "ce_sae"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class JumpReluCoder:
+    """A JumpReLU SAE as small as it can be."""
+
+    w_enc: torch.Tensor
+    b_enc: torch.Tensor
+    w_dec: torch.Tensor
+    b_dec: torch.Tensor
+    threshold: torch.Tensor
+
+    def encode(self, x, threshold_scale):
+        pre = x @ self.w_enc + self.b_enc
+        return torch.where(pre > threshold_scale * self.threshold, pre, 0.0).relu()
+
+    def decode(self, latents):
+        return latents @ self.w_dec + self.b_dec
+
+
+def jump_relu(*, bias=0.3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    w_dec = torch.nn.functional.normalize(draw(LATENTS, D), dim=1)
+    coder = JumpReluCoder(
+        0.5 * w_dec.T, bias * draw(LATENTS), w_dec, bias * draw(D), 0.3 + draw(LATENTS).abs()
+    )
+    cpu = torch.device("cpu")
+    return GivenSae("jump", "jumprelu", D, LATENTS, math.nan, coder, cpu), coder
+
+
+def linear_sae(rows, mean, *, name="linear"):
+    """mean + the projection on orthonormal `rows`, as a TopK SAE with each row and its opposite."""
+    sae = TopKSAE(rows.shape[1], 2 * len(rows), 2 * len(rows))
+    with torch.no_grad():
+        sae.decoder_weight.copy_(torch.cat([rows, -rows]))
+        sae.encoder_weight.copy_(sae.decoder_weight)
+    return given(sae, Statistics(mean, torch.ones_like(mean)), name=name)
+
+
+def tokens(lm, count, seed, context=CONTEXT):
+    """Text that the model knows how to go on: drawn from itself, so that ablation does harm."""
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.randint(0, 128, (count, 1), generator=generator)
+    for _ in range(context - 1):
+        chances = logits(lm, found)[:, -1].softmax(-1)
+        found = torch.cat([found, chances.multinomial(1, generator=generator)], dim=1)
+    return found
+
+
+def disturbed(lm, share=0.2):
+    """The model with a share of block 0's smallest weights zeroed."""
+    other = as_language_model(copy.deepcopy(lm.model), label="pruned")
+    with torch.no_grad():
+        for parameter in other.blocks[0].parameters():
+            if parameter.ndim == 2:
+                bound = parameter.abs().flatten().quantile(share)
+                parameter[parameter.abs() <= bound] = 0
+    return other
+
+
+def measured(lm, saes, *, dense=None, windows=None, refit_windows=None, **options):
+    return transfer(
+        lm,
+        saes,
+        tokens(lm, 5, 1) if windows is None else windows,
+        tokens(lm, 4, 2) if refit_windows is None else refit_windows,
+        site="resid_post",
+        layer=LAYER,
+        dense=dense,
+        **{"ce_windows": 5, **options},
+    )
+
+
+def row(table, positions, refit_kind="none", sae=None):
+    chosen = table[(table["positions"] == positions) & (table["refit"] == refit_kind)]
+    return (chosen if sae is None else chosen[chosen["sae"] == sae]).iloc[0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_every_number_is_that_of_the_slow_implementation(architecture):
+    lm = tiny_language_model(architecture)
+    pruned = disturbed(lm)
+    sae, coder = jump_relu()
+    slow = independent.JumpRelu(coder.w_enc, coder.b_enc, coder.w_dec, coder.b_dec, coder.threshold)
+    windows, refit_windows = tokens(lm, 3, 1), tokens(lm, 3, 2)
+    options = {"windows": windows, "refit_windows": refit_windows, "ce_windows": 3}
+    norms = torch.tensor((independent.states(lm, refit_windows, LAYER)[:, 1:] ** 2).sum(-1)).sqrt()
+    multiple = float(norms.quantile(0.8) / norms.median())
+    dense = measured(lm, [sae], max_norm_multiple=multiple, **options)
+    ours = measured(pruned, [sae], dense=dense.reference, **options)
+    limit = dense.reference.norm_limit
+    assert limit == pytest.approx(multiple * float(norms.median()), rel=1e-5)
+    filtered = row(ours.rows, "norm_filtered")["num_tokens"]
+    assert 10 < filtered < row(ours.rows, "without_first")["num_tokens"] == 3 * (CONTEXT - 1)
+    for found, model, l0 in (
+        (dense.rows, lm, None),
+        (ours.rows, pruned, dict(zip(POSITIONS, dense.reference.refit_l0["jump"], strict=True))),
+    ):
+        expected = independent.measure(model, slow, windows, refit_windows, LAYER, limit, lm, l0)
+        assert len(found) == len(expected) == 9
+        for (positions, kind), numbers in expected.items():
+            got = row(found, positions, kind)
+            for name, value in numbers.items():
+                assert got[name] == pytest.approx(value, rel=2e-4), (positions, kind, name)
+    assert (row(ours.rows, "all", "threshold")["threshold_factor"]) != 1.0
+
+
+def test_zero_pruning_changes_nothing_and_the_verdict_is_keep(tiny_llama, tmp_path):
+    states = run_to_site(tiny_llama, tokens(tiny_llama, 4, 2), "resid_post", LAYER).flatten(0, 1)
+    basis = torch.linalg.svd(states - states.mean(0)).Vh[:-2]
+    saes = [jump_relu()[0], linear_sae(basis, states.mean(0))]
+    dense = measured(tiny_llama, saes)
+    dense.reference.save(tmp_path / "reference.safetensors")
+    reference = DenseReference.load(tmp_path / "reference.safetensors")
+    again = measured(tiny_llama, saes, dense=reference)
+    pd.testing.assert_frame_equal(dense.rows, again.rows, check_exact=True)
+    rows = transfer_verdicts(dense.rows, again.rows)
+    assert rows["ce_recovered"].notna().all()
+    assert set(rows["verdict"]) == {"keep"}
+    assert set(dense.rows["verdict"]) == {""}
+    assert list(rows["refit"].value_counts()[["none", "b_dec", "threshold"]]) == [6, 6, 3]
+    assert dense.notes and "jump" in dense.notes[0] and not again.notes
+
+
+def test_a_perfect_sae_loses_nothing(tiny_lm):
+    rows = measured(tiny_lm, [linear_sae(torch.eye(D), torch.zeros(D))]).rows
+    assert (rows["fvu"].abs() < 1e-10).all() and (rows["fvu_raw"].abs() < 1e-10).all()
+    assert torch.allclose(torch.tensor(rows["ce_recovered"]), torch.ones(6).double(), atol=1e-4)
+
+
+def test_a_constant_is_worth_nothing(tiny_llama):
+    """No latent ever fires; refitted, the bias is the mean: FVU 1, nothing recovered."""
+    sae = linear_sae(torch.zeros(1, D), torch.zeros(D))
+    text = tokens(tiny_llama, 5, 1)
+    both = {"windows": text, "refit_windows": text}
+    rows = measured(tiny_llama, [sae], **both).rows
+    refitted = rows[rows["refit"] == "b_dec"]
+    assert refitted["fvu_raw"].tolist() == pytest.approx([1] * 3)
+    assert refitted["fvu"].tolist() == pytest.approx([1] * 3)
+    assert refitted["ce_recovered"].tolist() == pytest.approx([0] * 3, abs=1e-4)
+    assert (rows["l0"] == 0).all()
+
+
+def test_a_shifted_mean_is_mended_by_the_decoder_bias():
+    """The SAE is blind to one direction, along which all activations move by a constant."""
+    lm = tiny_language_model("gpt2")
+    text = {"windows": tokens(lm, 5, 1), "refit_windows": tokens(lm, 8, 2)}
+    states = run_to_site(lm, text["refit_windows"], "resid_post", LAYER).flatten(0, 1)
+    basis = torch.linalg.svd(states - states.mean(0)).Vh
+    blind = basis[-1]
+    sae = linear_sae(basis[:-1], states.mean(0))
+    shifted = as_language_model(copy.deepcopy(lm.model), label="shifted")
+    with torch.no_grad():
+        shifted.blocks[LAYER].mlp.c_proj.bias += 3 * blind
+    dense = measured(lm, [sae], **text)
+    rows = measured(shifted, [sae], dense=dense.reference, **text).rows
+    rows = transfer_verdicts(dense.rows, rows)
+    for positions in POSITIONS:
+        before, after = row(rows, positions), row(rows, positions, "b_dec")
+        reference = row(dense.rows, positions, "b_dec")
+        assert before["fvu_dense_var"] > 2 * reference["fvu_dense_var"]
+        assert after["fvu_dense_var"] == pytest.approx(reference["fvu_dense_var"], rel=1e-3)
+        assert after["verdict"] == before["verdict"] == "refit"
+
+
+def test_scaled_activations_get_scaled_thresholds():
+    """Everything that is added to the residual stream halved: the norms undo it, the SAE cannot."""
+    lm = tiny_language_model("llama")
+    halved = as_language_model(copy.deepcopy(lm.model), label="halved")
+    with torch.no_grad():
+        halved.model.get_input_embeddings().weight *= 0.5
+        for block in halved.blocks:
+            block.self_attn.o_proj.weight *= 0.5
+            block.mlp.down_proj.weight *= 0.5
+        for norm in halved.model.modules():
+            if hasattr(norm, "variance_epsilon"):
+                norm.variance_epsilon *= 0.25
+    sae, _ = jump_relu(bias=0.0)
+    text = {"windows": tokens(lm, 5, 1), "refit_windows": tokens(lm, 4, 2)}
+    dense = measured(lm, [sae], **text)
+    rows = measured(halved, [sae], dense=dense.reference, **text).rows
+    for positions in POSITIONS:
+        scaled, reference = row(rows, positions, "threshold"), row(dense.rows, positions, "b_dec")
+        assert row(rows, positions)["l0"] < 0.8 * reference["l0"]
+        assert scaled["threshold_factor"] == pytest.approx(0.5, rel=0.02)
+        assert scaled["l0"] == pytest.approx(reference["l0"], rel=0.02)
+        assert scaled["fvu_raw"] == pytest.approx(reference["fvu_raw"], rel=0.02)
+
+
+@pytest.mark.parametrize("target", [0, 1, 7, 300, 10**6])
+def test_the_factor_gives_exactly_the_wanted_number(target):
+    sae, _ = jump_relu()
+    states = 3 * torch.randn(50, D, generator=torch.Generator().manual_seed(3))
+    factor = threshold_factor(sae, states, target)
+    active = int((sae.with_threshold_scale(factor).encode(states) != 0).sum())
+    positive = int((sae.with_threshold_scale(0.0).encode(states) != 0).sum())
+    assert positive > 300
+    assert active == min(target, positive)
+    now = int((sae.encode(states) != 0).sum())
+    assert threshold_factor(sae, states, now) == 1.0
+
+
+def test_many_batches_find_the_same_factor(monkeypatch):
+    sae, _ = jump_relu()
+    states = 3 * torch.randn(60, D, generator=torch.Generator().manual_seed(3))
+    members = torch.ones(2, 60, dtype=torch.bool)
+    members[1, :20] = False
+    whole = refit(sae, states, members, dense_l0=[2.0, 3.0])
+    monkeypatch.setattr("prunelens.analyses.refit._BATCH_TOKENS", 7)
+    parts = refit(sae, states, members, dense_l0=[2.0, 3.0])
+    for a, b in zip(whole, parts, strict=True):
+        assert a.l0 == b.l0
+        x, y = a.variants["threshold"], b.variants["threshold"]
+        assert x.threshold_scale == y.threshold_scale != 1.0
+        assert torch.allclose(x.decoder_shift, y.decoder_shift, atol=1e-6)
+
+
+def test_equal_sets_share_their_work(tiny_llama, monkeypatch):
+    """Without sinks norm_filtered is without_first: same rows, fewer forward passes."""
+    passes = []
+    real = "prunelens.analyses.recovered.replace_at_site"
+    from prunelens.analyses import recovered
+
+    original = recovered.replace_at_site
+    monkeypatch.setattr(real, lambda *a: passes.append(1) or original(*a))
+    shares = []
+    options = {"max_norm_multiple": 1e9, "progress": shares.append}
+    rows = measured(tiny_llama, [jump_relu()[0]], **options).rows
+    # Two different sets: the mean, the SAE as it is, and with its bias refitted (thresholds stay).
+    assert len(passes) == 6
+    assert shares == sorted(shares) and shares[-1] == 1.0
+    a, b = (rows[rows["positions"] == p][NUMBERS] for p in ("without_first", "norm_filtered"))
+    assert a.to_numpy() == pytest.approx(b.to_numpy(), rel=1e-12)
+    members = torch.tensor([[True, True], [False, True], [False, True]])
+    assert [first_equal(members, n) for n in range(3)] == [0, 1, 1]
+
+
+def test_dense_token_sets_and_sigma_serve_every_condition(tiny_llama):
+    sae, _ = jump_relu()
+    sigma = torch.full((D,), 2.0)
+    text = {"windows": tokens(tiny_llama, 5, 1), "refit_windows": tokens(tiny_llama, 4, 2)}
+    dense = measured(tiny_llama, [sae], sigma=sigma, **text)
+    assert torch.equal(dense.reference.sigma, sigma.double())
+    pruned = disturbed(tiny_llama, 0.5)
+    rows = measured(pruned, [sae], dense=dense.reference, **text).rows
+    # A sigma that is the same for all dimensions cancels.
+    assert rows["fvu"].to_numpy() == pytest.approx(rows["fvu_raw"].to_numpy())
+    assert rows["num_tokens"].tolist() == dense.rows["num_tokens"].tolist()
+    ratio = rows["fvu_dense_var"] / rows["fvu_raw"]
+    x = independent.states(pruned, text["windows"], LAYER).reshape(-1, D)
+    variance = ((x - x.mean(0)) ** 2).sum()
+    assert ratio[0] == pytest.approx(variance / dense.reference.variance[0], rel=1e-4)
+
+
+def test_no_prediction_no_number(tiny_llama):
+    """In windows of two tokens nothing is predicted at positions after the first."""
+    text = [tokens(tiny_llama, 40, seed, 2) for seed in (1, 2)]
+    two = {"windows": text[0], "refit_windows": text[1], "ce_windows": 40}
+    dense = measured(tiny_llama, [jump_relu()[0]], **two)
+    rows = transfer_verdicts(dense.rows, dense.rows)
+    later = row(rows, "without_first")
+    assert math.isnan(later["ce_recovered"]) and "no prediction" in later["reason"]
+    assert later["verdict"] == "" and "no verdict" in later["reason"]
+    assert row(rows, "all")["reason"] == "" and row(rows, "all")["verdict"] == "keep"
+
+
+def table(**values):
+    """Rows (refit -> (fvu_dense_var, ce_recovered)) of one SAE and position set."""
+    return pd.DataFrame(
+        [
+            {"sae": "s", "positions": "all", "refit": kind, "fvu_dense_var": fvu,
+             "ce_recovered": ce, "verdict": "", "reason": ""}
+            for kind, (fvu, ce) in values.items()
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict"),
+    [
+        ({"none": (0.125, 0.88), "b_dec": (9.0, 0.0)}, "keep"),
+        ({"none": (0.126, 0.88), "b_dec": (0.125, 0.88)}, "refit"),
+        ({"none": (0.125, 0.879), "b_dec": (0.2, 0.9), "threshold": (0.05, 0.95)}, "refit"),
+        ({"none": (0.2, 0.9), "b_dec": (0.125, 0.8), "threshold": (0.126, 0.9)}, "retrain"),
+        ({"none": (0.1, math.nan), "b_dec": (0.1, 0.9)}, ""),
+        ({"none": (0.2, 0.9), "b_dec": (0.1, math.nan), "threshold": (0.1, 0.9)}, "refit"),
+        ({"none": (0.2, 0.9), "b_dec": (0.1, math.nan), "threshold": (0.2, 0.9)}, ""),
+    ],
+)
+def test_the_verdict_follows_the_rule(rows, verdict):
+    result = transfer_verdicts(table(none=(0.1, 0.9), b_dec=(0.01, 0.99)), table(**rows))
+    assert set(result["verdict"]) == {verdict}
+    assert all(("no verdict" in reason) == (verdict == "") for reason in result["reason"])
+    assert "1.25" in TRANSFER_RULE and "0.02" in TRANSFER_RULE
+
+
+def test_what_does_not_fit_is_refused(tiny_llama):
+    sae, _ = jump_relu()
+    wide = dataclasses.replace(sae, d_model=17)
+    with pytest.raises(UserError, match="made for d_model 17, tiny-llama has 16"):
+        measured(tiny_llama, [wide])
+    with pytest.raises(UserError, match=r"models.pretrained.layer: 1, but jump .* layer 5"):
+        measured(tiny_llama, [dataclasses.replace(sae, layer=5)])
+    with pytest.raises(UserError, match=r"models.site: 'resid_post', but jump .* 'mlp_out'"):
+        measured(tiny_llama, [dataclasses.replace(sae, site="mlp_out")])
+    check_fits(
+        dataclasses.replace(sae, layer=3, site="mlp_out"), "m", d_model=D, site="mlp_out", layer=3
+    )
+    with pytest.raises(UserError, match=r"nominal L0 is 400: wrong activation function"):
+        measured(tiny_llama, [dataclasses.replace(sae, nominal_l0=400.0)])
+    text = tokens(tiny_llama, 2, 1)
+    broken = as_language_model(copy.deepcopy(tiny_llama.model), label="broken")
+    with torch.no_grad():
+        broken.blocks[0].mlp.down_proj.weight[0, 0] = math.inf
+    with pytest.raises(UserError, match="broken layer 1 in float32 gives NaN"):
+        measured(broken, [sae], windows=text, refit_windows=text)
+
+
+def test_the_l0_may_be_off_by_a_factor_of_two():
+    sae = dataclasses.replace(jump_relu()[0], nominal_l0=80.0)
+    for measured_l0 in (40.0, 80.0, 160.0):
+        assert check_l0(sae, measured_l0) == ""
+    for measured_l0 in (39.9, 160.1, 0.0, math.nan):
+        with pytest.raises(UserError, match=f"L0 of {measured_l0:.1f} .* nominal L0 is 80"):
+            check_l0(sae, measured_l0)
+
+
+def test_our_own_sae_in_raw_space(tmp_path):
+    sae = TopKSAE.initialise(D, LATENTS, 5, init_seed=0)
+    mean, sigma = torch.arange(D) / 4.0, 1 + torch.arange(D) / 8.0
+    sae.save(tmp_path)
+    with pytest.raises(UserError, match=r"lacks normalisation.safetensors"):
+        own_sae(tmp_path, name="own")
+    Statistics(mean, sigma).save(tmp_path / "normalisation.safetensors")
+    ours = own_sae(tmp_path, name="own")
+    x = 4 * torch.randn(33, D, generator=torch.Generator().manual_seed(1))
+    latents = ours.encode(x)
+    x_hat = (x - mean) / sigma
+    assert torch.equal(latents, sae.dense_latents(sae.encode(x_hat)).detach())
+    expected = sigma * sae(x_hat).detach() + mean
+    assert torch.allclose(ours.decode(latents), expected, atol=1e-5)
+    assert ours.nominal_l0 == 5 and ours.threshold is None
+    shift = torch.arange(D).float()
+    shifted = ours.with_decoder_shift(shift)
+    assert torch.equal(shifted.encode(x), latents)
+    assert torch.allclose(shifted.decode(latents), expected + shift, atol=1e-5)
+    with pytest.raises(UserError, match="'topk' SAE, which has no thresholds"):
+        ours.with_threshold_scale(2.0)
+    (tmp_path / "quality.json").write_text('{"l0": 4.5}', encoding="utf-8")
+    assert own_sae(tmp_path, name="own").nominal_l0 == 4.5
+    (tmp_path / "quality.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=r"quality.json cannot be read"):
+        own_sae(tmp_path, name="own")
+
+
+@pytest.fixture
+def own_folder(tmp_path):
+    """An SAE of width 16 with a normalisation."""
+    folder = tmp_path / "sae"
+    TopKSAE.initialise(D, LATENTS, 5, init_seed=0).save(folder)
+    Statistics(torch.zeros(D), torch.ones(D)).save(folder / "normalisation.safetensors")
+    return folder
+
+
+def test_one_sae_on_one_model(own_folder, checkpoint_folder, tmp_path):
+    from prunelens.study.single import transfer_sae
+
+    text = tmp_path / "text.txt"
+    lines = [f"def f{i}(x):\n    return x + {i * i}  # number {i}\n" for i in range(1500)]
+    text.write_text("\n".join(lines), encoding="utf-8")
+    corpus = CorpusConfig(
+        source="files",
+        paths=(str(text),),
+        document="blank_line",
+        context_tokens=32,
+        train_tokens=2048,
+        eval_tokens=1024,
+        calibration_tokens=512,
+    )
+    model = ModelConfig(name=str(checkpoint_folder))
+    sizes = TransferConfig(ce_tokens=256, refit_tokens=512)
+    pruning = PruningConfig(criterion="wanda", scope="row", sparsity=0.3)
+    run = {"sizes": sizes, "device": "cpu"}
+    shares = []
+    rows = transfer_sae(
+        str(own_folder), model, corpus, layer=1, pruning=pruning, progress=shares.append, **run
+    )
+    assert rows["condition"].unique().tolist() == ["dense", "wanda-row-0.30"]
+    assert len(rows) == 12 and shares[-1] == 1.0
+    assert set(rows.loc[rows["condition"] == "dense", "verdict"]) == {""}
+    verdicts = set(rows.loc[rows["condition"] != "dense", "verdict"])
+    assert verdicts and verdicts <= {"keep", "refit", "retrain"}
+    # The model itself as the compressed checkpoint: nothing changed.
+    same = transfer_sae(
+        str(own_folder), model, corpus, layer=1, pruned=str(checkpoint_folder), **run
+    )
+    dense, again = (part for _, part in same.groupby("condition", sort=False))
+    columns = [c for c in same.columns if c not in ("condition", "verdict", "reason")]
+    pd.testing.assert_frame_equal(
+        dense[columns].reset_index(drop=True), again[columns].reset_index(drop=True)
+    )
+    assert set(again["verdict"]) <= {"keep", ""}
+    with pytest.raises(UserError, match=r"--layer: .* do not say"):
+        transfer_sae(str(own_folder), model, corpus, layer=None, pruning=pruning, **run)
+    with pytest.raises(UserError, match="neither a folder nor release:sae_id"):
+        transfer_sae("nowhere", model, corpus, layer=1, pruning=pruning, **run)
+    with pytest.raises(UserError, match="--pruned: give either"):
+        transfer_sae(str(own_folder), model, corpus, layer=1, **run)
