@@ -125,16 +125,12 @@ def test_transfer_and_predict_print_what_python_gives(checkpoint_folder, text, t
     assert run.returncode == 0, run.stderr
     told = prunelens("predict", tmp_path / "s", "--sparsity", "0.5", "--latents", "3,5", "--json")
     assert {row["latent"] for row in json.loads(told.stdout)} == {3, 5}
-    assert "persistence" in prunelens("predict", tmp_path / "s", "--sparsity", "0.5").stdout
-
     training = pd.read_csv(tmp_path / "s" / "tables" / "sae_training.csv")
     sae = tmp_path / "s" / training["folder"].iloc[0]
     command = ["transfer", sae, checkpoint_folder, "--layer", "1", "--sparsity", "0.5", *given]
     found = prunelens(*command, "--json")
+    assert not found.stderr
     assert found.returncode == 0, found.stderr
     answer = json.loads(found.stdout)
     assert "1.25" in answer["rule"]
     assert {row["condition"] for row in answer["rows"]} == {"dense", "wanda-row-0.50"}
-    assert "fvu_dense_var" in prunelens(*command).stdout
-    wrong = prunelens("transfer", sae, checkpoint_folder, "--layer", "9", *given)
-    one_line_of_error(wrong, "layer 9")

@@ -257,7 +257,12 @@ TINY = {  # study -> what else is set: layers that tiny models have, fewer seeds
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_study_files_run_offline_on_tiny_models(name, hub_cache, tiny_tokenizer, tmp_path):
+def test_the_study_files_run_offline_on_tiny_models(
+    name, hub_cache, tiny_tokenizer, tmp_path, monkeypatch
+):
+    if name != "paper-a3":  # drawing takes longer than the study: once, for two layers, will do
+        monkeypatch.setattr("prunelens.report.write.write_figures", lambda *_: [])
+        monkeypatch.setattr("prunelens.report.write.write_page", lambda *_: None)
     generator = np.random.default_rng(0)
     text = tmp_path / "text.txt"
     text.write_text(

@@ -60,15 +60,26 @@ def test_equals_a_slow_independent_sum(
 def test_bos_is_never_predicted(tiny_llama: LanguageModel, stream: torch.Tensor):
     plain = measure_perplexity(tiny_llama, stream, context_tokens=11, bos_token=BOS)
     spelled_out = torch.cat([torch.tensor([BOS], dtype=torch.int32), stream])
-    assert measure_perplexity(tiny_llama, spelled_out, context_tokens=11, bos_token=BOS) == plain
+    again = measure_perplexity(tiny_llama, spelled_out, context_tokens=11, bos_token=BOS)
+    assert again[:4] == plain[:4]
     assert plain.num_tokens == len(stream)
+
+
+def test_every_window_has_its_own_nll(tiny_llama: LanguageModel, stream: torch.Tensor):
+    whole = measure_perplexity(tiny_llama, stream, context_tokens=11, bos_token=BOS)
+    each = [
+        measure_perplexity(tiny_llama, part, context_tokens=11, bos_token=BOS).nll
+        for part in stream.split(10)
+    ]
+    torch.testing.assert_close(whole.window_nll, torch.tensor(each, dtype=torch.float64))
+    assert whole.nll == pytest.approx(float(whole.window_nll.mean()))
 
 
 def test_batches_do_not_matter_and_progress_is_told(
     tiny_llama: LanguageModel, stream: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ):
     whole = measure_perplexity(tiny_llama, stream, context_tokens=11, bos_token=BOS)
-    monkeypatch.setattr("prunelens.perplexity._LOGITS_AT_ONCE", {"cpu": 1})
+    monkeypatch.setattr("prunelens.perplexity.LOGITS_AT_ONCE", {"cpu": 1})
     told: list[int] = []
     single = measure_perplexity(
         tiny_llama, stream, context_tokens=11, bos_token=BOS, progress=told.append

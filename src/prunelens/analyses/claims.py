@@ -8,6 +8,7 @@ believed is the controlled judgement.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -190,7 +191,8 @@ def _decisive(found: Sequence[Contrast], verdicts: Sequence[Verdict], verdict: V
 def _in_words(contrast: Contrast) -> str:
     value, low, high = contrast.value, contrast.low, contrast.high
     limit = f"+-{contrast.limit:.3g}" if contrast.side == "within" else f"{contrast.limit:.3g}"
+    interval = "no interval" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]"
     return (
-        f"{contrast.name} = {value:.4g} [{low:.4g}, {high:.4g}], wanted {contrast.side} {limit}"
+        f"{contrast.name} = {value:.4g} {interval}, wanted {contrast.side} {limit}"
         f" (resampled: {contrast.resampled})"
     )
