@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from prunelens.analyses.claims import CLAIMS, COLUMNS, judge_claims, verdict_of
-from prunelens.analyses.contrasts import Contrast
+from prunelens.analyses.contrast import Contrast
 from prunelens.analyses.statistics import interval_over_conditions_and_seeds
 
 SEEDS = (0, 1, 2)

@@ -31,8 +31,8 @@ def page() -> str:
     """The whole page."""
     parts = [
         "# Every field of a study file\n\n"
-        "Written by `tools/write_study_fields.py` from `src/prunelens/config`; a test keeps it true."
-        " What a file leaves out has the default.\n"
+        "Written by `tools/write_study_fields.py` from the docstrings of `prunelens.config`;"
+        " a test keeps it true. What a file leaves out has the default.\n"
     ]
     for name, model in SECTIONS.items():
         head = "| field | default | what it is |\n|---|---|---|\n"

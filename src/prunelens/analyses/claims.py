@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import pandas as pd
 
 from prunelens.analyses import contrasts
-from prunelens.analyses.contrasts import Contrast, NotMeasuredError, Tables
+from prunelens.analyses.contrast import Contrast, NotMeasuredError, Tables
 
 Verdict = Literal["holds", "fails", "undecided"]
 

@@ -8,46 +8,33 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal
 
 import pandas as pd
 
-from prunelens.analyses.statistics import (
-    exact_spearman,
-    interval_over_conditions_and_seeds,
-    interval_over_windows,
+from prunelens.analyses.contrast import (
+    SITE,
+    TAU,
+    Contrast,
+    NotMeasuredError,
+    Tables,
+    arm_rows,
+    log_ratio,
+    minus_dense,
+    not_empty,
+    over_seeds,
+    pairs,
+    quintile_rows,
+    rows_of,
+    wanda_minus_magnitude,
 )
+from prunelens.analyses.statistics import exact_spearman, interval_over_windows
 from prunelens.analyses.verdict import CE_MARGIN, FVU_FACTOR
 
-Found = TypeVar("Found")
-Tables = Mapping[str, pd.DataFrame]
-TAU = 0.7
-SITE = ["model", "layer"]
-LOW_SPARSITY = 0.3  # the paper's "low sparsity", where it compares survival with the seed floor
 HALF = 0.5
 NEAR_HALF = (0.4, 0.5)  # "up to 40-50 %"
 USABLE_FVU = 0.025  # the paper's "remarkable" FVU of a transferred SAE
 EQUIVALENCE = 0.1  # of the mean isolated KL
-SEED_FLOOR = 18  # the lower end of the paper's 18-29
-
-
-class Contrast(NamedTuple):
-    """A number, its 95 % interval, and where it should lie for the claim to be right."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    side: Literal["above", "below", "within"]
-    """Of `limit`; `within`: between -limit and limit."""
-    limit: float
-    resampled: str
-    """What the interval resamples."""
-
-
-class NotMeasuredError(Exception):
-    """The study's tables do not hold what a contrast needs; says what."""
 
 
 # --- survival and persistence ---------------------------------------------------------------------
@@ -55,32 +42,32 @@ class NotMeasuredError(Exception):
 
 def rare_minus_frequent(tables: Tables, measure: str) -> list[Contrast]:
     """Claim 1: the rarest quintile minus the most frequent one."""
-    rates = _quintiles(tables, measure).pivot_table(
+    rates = quintile_rows(tables, measure).pivot_table(
         index=["run", "seed"], columns="quintile", values="survival_rate"
     )
     difference = (rates[1] - rates[5]).rename("value").reset_index()
-    return [_over_seeds(f"Q1 - Q5 of {measure}", difference, "above", 0.0)]
+    return [over_seeds(f"Q1 - Q5 of {measure}", difference, "above", 0.0)]
 
 
 def wanda_survival(tables: Tables) -> list[Contrast]:
     """Claim 2 as published."""
-    rates = _arm(tables, "shared_init").rename(columns={"mnn": "value", "init_a": "seed"})
-    return [_over_seeds("survival, Wanda - magnitude", _wanda_minus(rates), "above", 0.0)]
+    rates = arm_rows(tables, "shared_init").rename(columns={"mnn": "value", "init_a": "seed"})
+    return [over_seeds("survival, Wanda - magnitude", wanda_minus_magnitude(rates), "above", 0.0)]
 
 
 def wanda_persistence(tables: Tables) -> list[Contrast]:
     """Claim 2, without a second dictionary."""
-    rows = _rows(tables, "persistence", source="pruned")
+    rows = rows_of(tables, "persistence", source="pruned")
     rows = rows.rename(columns={"mean_correlation": "value"})
-    return [_over_seeds("persistence, Wanda - magnitude", _wanda_minus(rows), "above", 0.0)]
+    return [over_seeds("persistence, Wanda - magnitude", wanda_minus_magnitude(rows), "above", 0.0)]
 
 
 def rare_at_half(tables: Tables, measure: str, limit: float) -> list[Contrast]:
     """Claim 8: Q1 and Q2 of every condition at 40 to 50 %."""
-    rates = _quintiles(tables, measure)
+    rates = quintile_rows(tables, measure)
     rates = rates[rates["sparsity"].between(*NEAR_HALF) & (rates["quintile"] <= 2)]
     found = [
-        _over_seeds(
+        over_seeds(
             f"Q{quintile} of {measure}, {run}",
             part.rename(columns={"survival_rate": "value"}),
             "above",
@@ -88,21 +75,21 @@ def rare_at_half(tables: Tables, measure: str, limit: float) -> list[Contrast]:
         )
         for (run, quintile), part in rates.groupby(["run", "quintile"], sort=False)
     ]
-    return _not_empty(found, "no condition at 40 to 50 % sparsity")
+    return not_empty(found, "no condition at 40 to 50 % sparsity")
 
 
 def above_seed_floor(tables: Tables) -> list[Contrast]:
     """Claim 11 as published: survival over the agreement of dense seeds, as a logarithm."""
-    floor = _rows(tables, "stability", method="dense", tau=TAU).groupby(SITE)["mnn"].mean()
-    rates = _arm(tables, "shared_init").rename(columns={"init_a": "seed"})
-    return [_log_ratio("ln(survival / stability of dense seeds)", rates, floor)]
+    floor = rows_of(tables, "stability", method="dense", tau=TAU).groupby(SITE)["mnn"].mean()
+    rates = arm_rows(tables, "shared_init").rename(columns={"init_a": "seed"})
+    return [log_ratio("ln(survival / stability of dense seeds)", rates, floor)]
 
 
 def above_start_floor(tables: Tables) -> list[Contrast]:
     """Claim 11 against what the same start shows with no feature in common."""
-    floor = _arm(tables, "floor_shared").groupby(SITE)["mnn"].mean()
-    rates = _arm(tables, "shared_start").rename(columns={"init_a": "seed"})
-    return [_log_ratio("ln(survival / floor of a shared start)", rates, floor)]
+    floor = arm_rows(tables, "floor_shared").groupby(SITE)["mnn"].mean()
+    rates = arm_rows(tables, "shared_start").rename(columns={"init_a": "seed"})
+    return [log_ratio("ln(survival / floor of a shared start)", rates, floor)]
 
 
 # --- perplexity -----------------------------------------------------------------------------------
@@ -110,7 +97,7 @@ def above_start_floor(tables: Tables) -> list[Contrast]:
 
 def wanda_nll(tables: Tables, window: Literal["shortest", "longest"]) -> list[Contrast]:
     """Claim 3: at every equal sparsity, the same windows read by both models."""
-    rows = _rows(tables, "perplexity_windows")
+    rows = rows_of(tables, "perplexity_windows")
     lengths = rows["context_tokens"]
     rows = rows[lengths == (lengths.min() if window == "shortest" else lengths.max())]
     rows = rows.drop_duplicates(["model", "method", "scope", "sparsity", "window"])
@@ -123,7 +110,7 @@ def wanda_nll(tables: Tables, window: Literal["shortest", "longest"]) -> list[Co
             name = f"nats/token, Wanda - magnitude, {model} {sparsity:g}"
             value = float(difference.mean())
             found.append(Contrast(name, value, low, high, "below", 0.0, "windows of text"))
-    return _not_empty(found, "no sparsity with both Wanda and magnitude")
+    return not_empty(found, "no sparsity with both Wanda and magnitude")
 
 
 # --- transfer -------------------------------------------------------------------------------------
@@ -132,7 +119,7 @@ def wanda_nll(tables: Tables, window: Literal["shortest", "longest"]) -> list[Co
 def fvu_at_half(tables: Tables) -> list[Contrast]:
     """Claim 4 as published."""
     return [
-        _over_seeds(f"FVU of {name}", part.assign(value=part["fvu"]), "below", USABLE_FVU)
+        over_seeds(f"FVU of {name}", part.assign(value=part["fvu"]), "below", USABLE_FVU)
         for name, part in _saes_at_half(tables, "all")
     ]
 
@@ -144,15 +131,15 @@ def usable_at_half(tables: Tables) -> list[Contrast]:
         ratio = part.assign(value=part["fvu_dense_var"] / part["fvu_dense_var_dense"])
         drop = part.assign(value=part["ce_recovered"] - part["ce_recovered_dense"])
         found += [
-            _over_seeds(f"fvu_dense_var of {name} over dense", ratio, "below", FVU_FACTOR),
-            _over_seeds(f"CE recovered of {name} - dense", drop, "above", -CE_MARGIN),
+            over_seeds(f"fvu_dense_var of {name} over dense", ratio, "below", FVU_FACTOR),
+            over_seeds(f"CE recovered of {name} - dense", drop, "above", -CE_MARGIN),
         ]
     return found
 
 
 def _saes_at_half(tables: Tables, positions: str) -> list[tuple[str, pd.DataFrame]]:
     """Plain rows at Wanda 50 %, ours (one per seed) and each pretrained SAE, beside dense ones."""
-    rows = _rows(tables, "transfer", positions=positions, refit="none")
+    rows = rows_of(tables, "transfer", positions=positions, refit="none")
     dense = rows[rows["method"] == "dense"].set_index([*SITE, "sae"])
     rows = rows[(rows["method"] == "wanda") & (rows["sparsity"] == HALF)]
     reference = dense[["fvu_dense_var", "ce_recovered"]].add_suffix("_dense")
@@ -160,7 +147,7 @@ def _saes_at_half(tables: Tables, positions: str) -> list[tuple[str, pd.DataFram
     ours = rows["sae"].str.fullmatch(r"seed \d+")
     rows = rows.assign(seed=rows["sae"], group=rows["sae"].where(~ours, "our SAEs"))
     found = [(f"{group}, {run}", part) for (run, group), part in rows.groupby(["run", "group"])]
-    return _not_empty(found, "no condition Wanda at 50 %")
+    return not_empty(found, "no condition Wanda at 50 %")
 
 
 # --- ablations ------------------------------------------------------------------------------------
@@ -178,7 +165,7 @@ def matched_equals_fragile(tables: Tables) -> list[Contrast]:
 
 def ablation_after_pruning(tables: Tables, protocol: str, contexts: str) -> list[Contrast]:
     """Claim 9: the same prompts, matched latents."""
-    rows = _rows(
+    rows = rows_of(
         tables,
         "causal",
         ablated_in="pruned_minus_dense",
@@ -199,7 +186,7 @@ def ablation_after_pruning(tables: Tables, protocol: str, contexts: str) -> list
 def _equivalence(
     tables: Tables, grouping: str, group: str, protocol: str, contexts: str
 ) -> list[Contrast]:
-    rows = _rows(tables, "causal", grouping=grouping, contexts=contexts)
+    rows = rows_of(tables, "causal", grouping=grouping, contexts=contexts)
     rows = rows[rows["ablated_in"] != "pruned_minus_dense"]
     scale = rows[(rows["group"] == "robust_and_fragile") & (rows["protocol"] == "isolated")]
     margins = EQUIVALENCE * scale.set_index(["run", "ablated_in"])["kl_mean"]
@@ -211,7 +198,7 @@ def _equivalence(
         found.append(
             Contrast(name, row.kl_mean, row.ci_low, row.ci_high, "within", margin, "prompts")
         )
-    return _not_empty(found, "no ablations")
+    return not_empty(found, "no ablations")
 
 
 # --- seeds, predictor, quality --------------------------------------------------------------------
@@ -219,24 +206,24 @@ def _equivalence(
 
 def seeds_as_published(tables: Tables) -> list[Contrast]:
     """Claim 6 as published."""
-    rates = _rows(tables, "stability", method="dense", tau=TAU)
-    rates = rates.assign(value=rates["mnn"], seed=_pairs(rates, "seed_a", "seed_b"))
+    rates = rows_of(tables, "stability", method="dense", tau=TAU)
+    rates = rates.assign(value=rates["mnn"], seed=pairs(rates, "seed_a", "seed_b"))
     return [
-        _over_seeds("MNN between dense seeds", rates, "below", 0.5),
+        over_seeds("MNN between dense seeds", rates, "below", 0.5),
         _pattern(tables, "shared_init"),
     ]
 
 
 def seeds_controlled(tables: Tables) -> list[Contrast]:
     """Claim 6: beyond chance, and in what survives beyond noise."""
-    rates = _arm(tables, "ceiling_cross")
-    chance = _arm(tables, "chance").groupby(SITE)["mnn"].mean().rename("chance")
+    rates = arm_rows(tables, "ceiling_cross")
+    chance = arm_rows(tables, "chance").groupby(SITE)["mnn"].mean().rename("chance")
     rates = rates.join(chance, on=SITE)
     rates = rates.assign(
-        value=rates["mnn"] - rates["chance"], seed=_pairs(rates, "init_a", "init_b")
+        value=rates["mnn"] - rates["chance"], seed=pairs(rates, "init_a", "init_b")
     )
     return [
-        _over_seeds("MNN of other starts - chance", rates, "below", 0.5),
+        over_seeds("MNN of other starts - chance", rates, "below", 0.5),
         _pattern(tables, "excess_isotropic"),
     ]
 
@@ -248,12 +235,12 @@ def predictive(
 
     Pooled over conditions that were held out, an AUC is biased downwards (`clustered_auc`).
     """
-    rows = _rows(
+    rows = rows_of(
         tables, "predictor", target=target, evaluation=evaluation, features="rate_sparsity"
     )
     rows = rows[rows["tau"].isna() | (rows["tau"] == TAU)]
     found = []
-    for row in _not_empty(list(rows.itertuples()), f"no predictor of {target}"):
+    for row in not_empty(list(rows.itertuples()), f"no predictor of {target}"):
         value = getattr(row, auc)
         if math.isnan(value):
             raise NotMeasuredError(str(row.reason))
@@ -269,104 +256,27 @@ def predictive(
 
 def fvu_falls(tables: Tables) -> list[Contrast]:
     """Claim 10 as published."""
-    return [_over_seeds("FVU, pruned - dense", _minus_dense(tables, "fvu"), "below", 0.0)]
+    return [over_seeds("FVU, pruned - dense", minus_dense(tables, "fvu"), "below", 0.0)]
 
 
 def activations_get_simpler(tables: Tables) -> list[Contrast]:
     """Claim 10 with a denominator that pruning cannot shrink, and with the reason it gives."""
-    ratio = _minus_dense(tables, "participation_ratio").drop_duplicates("run").assign(seed="all")
-    error = _minus_dense(tables, "fvu_dense_var")
+    ratio = minus_dense(tables, "participation_ratio").drop_duplicates("run").assign(seed="all")
+    error = minus_dense(tables, "fvu_dense_var")
     return [
-        _over_seeds("fvu_dense_var, pruned - dense", error, "below", 0.0),
-        _over_seeds("participation ratio, pruned - dense", ratio, "below", 0.0),
+        over_seeds("fvu_dense_var, pruned - dense", error, "below", 0.0),
+        over_seeds("participation ratio, pruned - dense", ratio, "below", 0.0),
     ]
 
 
 def _pattern(tables: Tables, measure: str) -> Contrast:
     """Spearman correlation over quintiles between any two seeds, per condition."""
-    rates = _quintiles(tables, measure)
+    rates = quintile_rows(tables, measure)
     rows = []
     for run, part in rates.groupby("run"):
         profiles = part.pivot_table(index="quintile", columns="seed", values="survival_rate")
         for a, b in itertools.combinations(profiles.columns, 2):
             value = exact_spearman(profiles[a].to_numpy(), profiles[b].to_numpy()).rho
             rows.append({"run": run, "seed": f"{a}-{b}", "value": value})
-    found = pd.DataFrame(_not_empty(rows, "fewer than two seeds"))
-    return _over_seeds(f"correlation of {measure} by quintile between seeds", found, "above", 0.0)
-
-
-# --- reading tables -------------------------------------------------------------------------------
-
-
-def _rows(tables: Tables, name: str, **where: object) -> pd.DataFrame:
-    """The rows whose columns have those values; NotMeasuredError where there are none."""
-    if name not in tables:
-        raise NotMeasuredError(f"the study has no {name}")
-    rows = tables[name]
-    for column, value in where.items():
-        rows = rows[rows[column] == value]
-    if rows.empty:
-        asked = ", ".join(f"{column} {value}" for column, value in where.items())
-        raise NotMeasuredError(f"{name} has no rows with {asked}")
-    return rows
-
-
-def _arm(tables: Tables, arm: str) -> pd.DataFrame:
-    return _rows(tables, "survival", arm=arm, coordinates="normalised", tau=TAU)
-
-
-def _quintiles(tables: Tables, measure: str) -> pd.DataFrame:
-    """Survival by quintile, per run and seed."""
-    rows = _rows(tables, "fragility_by_seed", measure=measure)
-    return rows[rows["tau"].isna() | (rows["tau"] == TAU)]
-
-
-def _wanda_minus(rows: pd.DataFrame) -> pd.DataFrame:
-    """`value` of Wanda minus magnitude per model, layer, sparsity (the unit `run`) and seed."""
-    wide = rows.pivot_table(index=[*SITE, "sparsity", "seed"], columns="method", values="value")
-    if not {"wanda", "magnitude"} <= set(wide):
-        raise NotMeasuredError("no sparsity with both Wanda and magnitude")
-    difference = (wide["wanda"] - wide["magnitude"]).dropna().rename("value").reset_index()
-    if difference.empty:
-        raise NotMeasuredError("no sparsity with both Wanda and magnitude")
-    unit = difference[[*SITE, "sparsity"]].astype(str).agg(" ".join, axis=1)
-    return difference.assign(run=unit)
-
-
-def _minus_dense(tables: Tables, column: str) -> pd.DataFrame:
-    """A column of sae_quality, pruned minus dense, per run and seed."""
-    rows = _rows(tables, "sae_quality")
-    dense = rows[rows["method"] == "dense"].set_index([*SITE, "seed"])[column].rename("dense")
-    pruned = rows[rows["method"] != "dense"].join(dense, on=[*SITE, "seed"])
-    found = pruned.assign(value=pruned[column] - pruned["dense"]).dropna(subset="value")
-    if found.empty:
-        raise NotMeasuredError("no pruned SAE beside a dense one")
-    return found
-
-
-def _log_ratio(name: str, rates: pd.DataFrame, floor: pd.Series) -> Contrast:
-    """ln(MNN / floor) at low sparsity, against ln 18."""
-    rates = rates[rates["sparsity"] <= LOW_SPARSITY].join(floor.rename("floor"), on=SITE)
-    rates = rates[(rates["floor"] > 0) & (rates["mnn"] > 0)]
-    if rates.empty:
-        raise NotMeasuredError("no condition up to 30 % sparsity with a floor above 0")
-    ratio = (rates["mnn"] / rates["floor"]).map(math.log)
-    return _over_seeds(name, rates.assign(value=ratio), "above", math.log(SEED_FLOOR))
-
-
-def _pairs(rates: pd.DataFrame, a: str, b: str) -> pd.Series:
-    return rates[a].astype(str) + "-" + rates[b].astype(str)
-
-
-def _over_seeds(
-    name: str, rows: pd.DataFrame, side: Literal["above", "below"], limit: float
-) -> Contrast:
-    """The mean of `value` over runs and seeds, with both resampled."""
-    found = interval_over_conditions_and_seeds(rows.assign(condition=rows["run"]))
-    return Contrast(name, found.mean, found.low, found.high, side, limit, found.resampled)
-
-
-def _not_empty(found: list[Found], otherwise: str) -> list[Found]:
-    if not found:
-        raise NotMeasuredError(otherwise)
-    return found
+    found = pd.DataFrame(not_empty(rows, "fewer than two seeds"))
+    return over_seeds(f"correlation of {measure} by quintile between seeds", found, "above", 0.0)

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Float, Float64, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prunelens.activations import FORWARD_TOKENS
+from prunelens.analyses.positions import POSITIONS, members_of, norm_limit, token_norms
 from prunelens.analyses.recovered import CrossEntropies, Mended, cross_entropies
 from prunelens.analyses.refit import Errors, Moments, Refitted, refit
 from prunelens.analyses.verdict import TRANSFER_RULE, transfer_verdicts
@@ -37,8 +38,6 @@ __all__ = [
     "transfer",
     "transfer_verdicts",
 ]
-
-POSITIONS = ("all", "without_first", "norm_filtered")
 
 
 class DenseReference(NamedTuple):
@@ -130,10 +129,10 @@ def transfer(
     done = _Progress(saes, windows_eval, windows_refit, ce_windows, progress)
     where = (lm, site, layer)
     states = torch.cat([part.cpu() for part in _states(*where, windows_refit, done)])
-    norms = _norms(states) if dense is None else dense.refit_norms
+    norms = token_norms(states) if dense is None else dense.refit_norms
     assert norms.shape == windows_refit.shape
-    limit = _norm_limit(norms, max_norm_multiple) if dense is None else dense.norm_limit
-    fit = _fit(saes, states.flatten(0, 1), _members(norms, limit), dense)
+    limit = norm_limit(norms, max_norm_multiple) if dense is None else dense.norm_limit
+    fit = _fit(saes, states.flatten(0, 1), members_of(norms, limit), dense)
     del states
     notes: list[str] = []
     if dense is None:  # before the long part; without sinks, as makers of SAEs measure L0
@@ -154,7 +153,7 @@ def transfer(
     ce = cross_entropies(
         where,
         windows_eval[:ce_windows],
-        _members(found.norms, limit).unflatten(1, found.norms.shape)[:, :ce_windows],
+        members_of(found.norms, limit).unflatten(1, found.norms.shape)[:, :ce_windows],
         fit.mean,
         [Mended(sae, [r.variants for r in fit.refitted[sae.name]]) for sae in saes],
         done=done.add,
@@ -222,9 +221,9 @@ def _evaluate(
     seen: list[Tensor] = []
     first = 0
     for states in _states(*where, windows, done):
-        seen.append(_norms(states) if norms is None else norms[first : first + len(states)])
+        seen.append(token_norms(states) if norms is None else norms[first : first + len(states)])
         first += len(states)
-        members, x = _members(seen[-1], limit), states.flatten(0, 1)
+        members, x = members_of(seen[-1], limit), states.flatten(0, 1)
         moments.add(x.double().cpu() - fit.mean[-1], members)
         for name, sets in fit.refitted.items():
             used = {v.threshold_scale: v for found in sets for v in found.variants.values()}
@@ -310,22 +309,6 @@ def _states(
             )
         yield states
         done.add(len(batch))
-
-
-def _norms(states: Tensor) -> Float[Tensor, "windows context"]:
-    return torch.linalg.vector_norm(states.float(), dim=-1).cpu()
-
-
-def _norm_limit(norms: Float[Tensor, "windows context"], multiple: float | None) -> float:
-    return math.inf if multiple is None else multiple * float(norms[:, 1:].median())
-
-
-def _members(norms: Float[Tensor, "windows context"], limit: float) -> Bool[Tensor, "sets tokens"]:
-    """Which tokens are in which of POSITIONS, by their norms in the dense model."""
-    later = torch.ones_like(norms, dtype=torch.bool)
-    later[:, 0] = False
-    sets = (torch.ones_like(later), later, later & (norms <= limit))
-    return torch.stack([members.flatten() for members in sets])
 
 
 def _ratio(error: Tensor, variance: Tensor | float) -> float:

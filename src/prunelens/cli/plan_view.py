@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from prunelens.study.preflight import Preflight
 
+WIDE = 110  # letters, below which the matrix leaves columns out
+
 
 def show_preflight(found: Preflight, console: Console) -> None:
     """Print the matrix as a table, then totals, needs and hours as lines."""
-    timed = found.hours is not None
-    table = Table("run", "SAEs", "controls", "stages", "shared", "forward", "trained on", "FLOPs")
-    if timed:
-        table.add_column("hours")
-    for row in [*found.runs, {"run": "total", **found.totals, "shared": "", "hours": None}]:
-        numbers = [row[name] for name in ("saes", "control_saes", "stages", "shared")]
-        counts = [_short(row[name]) for name in ("forward_tokens", "sae_tokens")]
-        cells = [row["run"], *map(str, numbers), *counts, f"{row['flops']:.2e}"]
-        hours = found.hours["total"] if found.hours and row["run"] == "total" else row["hours"]
-        table.add_row(*cells, *([f"{hours:.2f}"] if timed else []))
+    columns = ["SAEs", "controls", "stages", "shared", "forward", "trained on", "FLOPs", "hours"]
+    left_out = {"stages", "shared", "FLOPs"} if console.width < WIDE else set()
+    if found.hours is None:
+        left_out.add("hours")
+    shown = [name for name in columns if name not in left_out]
+    table = Table("run", *shown)
+    table.columns[0].no_wrap = True
+    totals = {"run": "total", **found.totals, "shared": "", "hours": None}
+    if found.hours:
+        totals["hours"] = found.hours["total"]
+    for row in [*found.runs, totals]:
+        cells = dict(zip(columns, _cells(row), strict=True))
+        table.add_row(row["run"], *(cells[name] for name in shown))
     console.print(table)
     for line in _lines(found):
         console.print(line, highlight=False, markup=False)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    counts = [str(row[name]) for name in ("saes", "control_saes", "stages", "shared")]
+    tokens = [_short(row[name]) for name in ("forward_tokens", "sae_tokens")]
+    return [*counts, *tokens, f"{row['flops']:.2e}", f"{row['hours'] or 0:.2f}"]
 
 
 def _lines(found: Preflight) -> Iterator[str]:

@@ -84,7 +84,8 @@ def plan(
     if as_json:
         print_json(found._asdict())
     else:
-        show_preflight(found, Console())
+        console = Console()
+        show_preflight(found, console if console.is_terminal else Console(width=140))
 
 
 def status(folder: Folder, as_json: AsJson = False) -> None:

@@ -23,7 +23,10 @@ from typing import Any, NamedTuple
 from prunelens.config import CorpusConfig, ModelConfig, PretrainedSaeConfig
 from prunelens.errors import UserError
 
-LIBRARIES = ("prunelens", "torch", "transformers", "tokenizers", "numpy", "pandas", "safetensors")
+LIBRARIES = (
+    *("prunelens", "torch", "transformers", "tokenizers", "numpy", "pandas", "safetensors"),
+    *("scipy", "scikit-learn", "statsmodels"),
+)
 
 
 class Source(NamedTuple):

@@ -1,0 +1,117 @@
+"""What a contrast is, and how its rows are read from a study's tables.
+
+Rates and correlations have one value per condition and seed; their intervals resample both, crossed
+(`interval_over_conditions_and_seeds`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, TypeVar
+
+import pandas as pd
+
+from prunelens.analyses.statistics import interval_over_conditions_and_seeds
+
+Found = TypeVar("Found")
+Tables = Mapping[str, pd.DataFrame]
+TAU = 0.7
+SITE = ["model", "layer"]
+LOW_SPARSITY = 0.3  # the paper's "low sparsity", where it compares survival with the seed floor
+SEED_FLOOR = 18  # the lower end of the paper's 18-29
+
+
+class Contrast(NamedTuple):
+    """A number, its 95 % interval, and where it should lie for the claim to be right."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    side: Literal["above", "below", "within"]
+    """Of `limit`; `within`: between -limit and limit."""
+    limit: float
+    resampled: str
+    """What the interval resamples."""
+
+
+class NotMeasuredError(Exception):
+    """The study's tables do not hold what a contrast needs; says what."""
+
+
+def rows_of(tables: Tables, name: str, **where: object) -> pd.DataFrame:
+    """The rows whose columns have those values; NotMeasuredError where there are none."""
+    if name not in tables:
+        raise NotMeasuredError(f"the study has no {name}")
+    rows = tables[name]
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    if rows.empty:
+        asked = ", ".join(f"{column} {value}" for column, value in where.items())
+        raise NotMeasuredError(f"{name} has no rows with {asked}")
+    return rows
+
+
+def arm_rows(tables: Tables, arm: str) -> pd.DataFrame:
+    """One arm of RQ2 at the primary tau, in normalised coordinates."""
+    return rows_of(tables, "survival", arm=arm, coordinates="normalised", tau=TAU)
+
+
+def quintile_rows(tables: Tables, measure: str) -> pd.DataFrame:
+    """Survival by quintile, per run and seed."""
+    rows = rows_of(tables, "fragility_by_seed", measure=measure)
+    return rows[rows["tau"].isna() | (rows["tau"] == TAU)]
+
+
+def wanda_minus_magnitude(rows: pd.DataFrame) -> pd.DataFrame:
+    """`value` of Wanda minus magnitude per model, layer, sparsity (the unit `run`) and seed."""
+    wide = rows.pivot_table(index=[*SITE, "sparsity", "seed"], columns="method", values="value")
+    if not {"wanda", "magnitude"} <= set(wide):
+        raise NotMeasuredError("no sparsity with both Wanda and magnitude")
+    difference = (wide["wanda"] - wide["magnitude"]).dropna().rename("value").reset_index()
+    if difference.empty:
+        raise NotMeasuredError("no sparsity with both Wanda and magnitude")
+    unit = difference[[*SITE, "sparsity"]].astype(str).agg(" ".join, axis=1)
+    return difference.assign(run=unit)
+
+
+def minus_dense(tables: Tables, column: str) -> pd.DataFrame:
+    """A column of sae_quality, pruned minus dense, per run and seed."""
+    rows = rows_of(tables, "sae_quality")
+    dense = rows[rows["method"] == "dense"].set_index([*SITE, "seed"])[column].rename("dense")
+    pruned = rows[rows["method"] != "dense"].join(dense, on=[*SITE, "seed"])
+    found = pruned.assign(value=pruned[column] - pruned["dense"]).dropna(subset="value")
+    if found.empty:
+        raise NotMeasuredError("no pruned SAE beside a dense one")
+    return found
+
+
+def log_ratio(name: str, rates: pd.DataFrame, floor: pd.Series) -> Contrast:
+    """ln(MNN / floor) at low sparsity, against ln 18."""
+    rates = rates[rates["sparsity"] <= LOW_SPARSITY].join(floor.rename("floor"), on=SITE)
+    rates = rates[(rates["floor"] > 0) & (rates["mnn"] > 0)]
+    if rates.empty:
+        raise NotMeasuredError("no condition up to 30 % sparsity with a floor above 0")
+    ratio = (rates["mnn"] / rates["floor"]).map(math.log)
+    return over_seeds(name, rates.assign(value=ratio), "above", math.log(SEED_FLOOR))
+
+
+def pairs(rates: pd.DataFrame, a: str, b: str) -> pd.Series:
+    """What a pair of seeds is called where it takes the place of a seed."""
+    return rates[a].astype(str) + "-" + rates[b].astype(str)
+
+
+def over_seeds(
+    name: str, rows: pd.DataFrame, side: Literal["above", "below"], limit: float
+) -> Contrast:
+    """The mean of `value` over runs and seeds, with both resampled."""
+    found = interval_over_conditions_and_seeds(rows.assign(condition=rows["run"]))
+    return Contrast(name, found.mean, found.low, found.high, side, limit, found.resampled)
+
+
+def not_empty(found: list[Found], otherwise: str) -> list[Found]:
+    """`found`, if it holds anything; else NotMeasuredError with the reason `otherwise`."""
+    if not found:
+        raise NotMeasuredError(otherwise)
+    return found
