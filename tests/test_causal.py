@@ -83,8 +83,8 @@ def test_every_number_equals_one_forward_pass_for_each(architecture, site, layer
 def test_a_random_direction_has_the_norm_of_the_latents_own(tiny_llama, monkeypatch):
     directions = {}
 
-    def spy(sae, kind, latent, seed):
-        directions[kind, latent] = original(sae, kind, latent, seed)
+    def spy(sae, sigma, kind, latent, seed):
+        directions[kind, latent] = original(sae, sigma, kind, latent, seed)
         return directions[kind, latent]
 
     from prunelens.analyses import ablation
@@ -96,10 +96,13 @@ def test_a_random_direction_has_the_norm_of_the_latents_own(tiny_llama, monkeypa
         sae.decoder_weight[12] *= 3
     found = ablations(tiny_llama, sae).kl
     own, other = directions["latent", 12], directions["random_direction", 12]
-    assert other.norm() == pytest.approx(3, rel=1e-5) == own.norm()
-    assert abs(torch.cosine_similarity(own, other, dim=0)) < 0.8
     place = ("resid_post", 1)
-    world = slow.World(tiny_llama, sae, *statistics_of(tiny_llama, *place), tokens(), *place)
+    mean, sigma = statistics_of(tiny_llama, *place)
+    torch.testing.assert_close(own, sae.decoder_weight[12].detach() * sigma)
+    assert other.norm() == pytest.approx(float(own.norm()), rel=1e-5)
+    assert abs(torch.cosine_similarity(own, other, dim=0)) < 0.8
+    world = slow.World(tiny_llama, sae, mean, sigma, tokens(), *place)
+    other = other / sigma
     rows = found[(found["kind"] == "random_direction") & (found["latent"] == 12)]
     assert len(rows) == 3 * PROMPTS + 2 * 3
     for row in rows.itertuples():

@@ -31,6 +31,7 @@ def rows(num_latents=100, models=("a", "b"), sparsities=(0.2, 0.4, 0.6), seed=0)
             "seed": s,
             "latent": np.arange(num_latents),
             "firing_rate": rate,
+            "firing_rate_first_half": rate,
             "init_retention": generator.uniform(0.5, 1, num_latents),
             "cosine_shared_init": np.where(survives, 0.75, 0.65),
             "mutual_shared_init": 1.0,
@@ -226,7 +227,7 @@ def test_one_condition_is_nan_with_a_reason_and_no_model():
     baseline = row_of(result, "persistence", features="init_retention")
     assert np.isfinite(baseline["auc"])
     assert np.isnan(baseline["auc_low"])
-    assert "two conditions" in baseline["reason"]
+    assert "needs 4 conditions" in baseline["reason"]
     held_out = row_of(result, "persistence", "held_out_condition", "init_retention")
     assert held_out["reason"] == "nothing to hold out: fewer than two conditions"
     with pytest.raises(UserError, match=r"persistence has no predictor.*sparsity is the same"):
@@ -236,8 +237,8 @@ def test_one_condition_is_nan_with_a_reason_and_no_model():
 def test_few_conditions_have_coefficients_without_intervals():
     result = quiet_fit(rows(models=("a",)))
     row = row_of(result, "persistence")
-    assert np.isfinite(row[["auc", "auc_low", "coef_log_rate"]].astype(float)).all()
-    assert row[["coef_log_rate_low", "coef_sparsity_high"]].isna().all()
+    assert np.isfinite(row[["auc", "coef_log_rate"]].astype(float)).all()
+    assert row[["auc_low", "coef_log_rate_low", "coef_sparsity_high"]].isna().all()
     assert "3 conditions; intervals of coefficients need 4" in row["reason"]
     prediction = predict_survival(result.models[-1], np.array([0.1]), 0.5)
     assert np.isfinite(prediction["probability"][0])
@@ -284,3 +285,14 @@ def quiet_fit(table, taus=()):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return fit_predictor(table, taus)
+
+
+def test_persistence_goes_by_the_first_half_and_the_arms_by_the_whole(table):
+    """What latents are told apart by must not share the noise of what they are judged by."""
+    useless = table.assign(firing_rate_first_half=0.1)
+    found = quiet_fit(useless, (0.7,))
+    assert "log_rate is the same" in row_of(found, "persistence")["reason"]
+    expected = row_of(quiet_fit(table, (0.7,)), "shared_init")["auc"]
+    assert row_of(found, "shared_init")["auc"] == expected
+    silent = table.assign(firing_rate_first_half=table["firing_rate"].where(table["latent"] > 9, 0))
+    assert row_of(quiet_fit(silent, (0.7,)), "persistence")["num_rows"] == 0.9 * len(table)

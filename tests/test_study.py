@@ -248,6 +248,57 @@ def test_an_sae_of_others_has_its_own_rows_and_its_l0_is_checked(data, finished,
         run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
 
 
+def test_a_renamed_folder_of_an_sae_keeps_its_results(data, finished, tmp_path):
+    """A name is no part of an identity, so what is stored must not depend on it."""
+    study, out, _ = finished
+    stage = next(iter(plan_study(study).runs[0].saes.values()))
+    source = out / "artifacts" / "sae" / stage.identity
+    subprocess.run(["cp", "-r", str(source), str(tmp_path / "before")], check=True)
+    data["questions"], data["sae"]["seeds"] = ["persistence", "transfer"], [0]
+    data["prunings"], more = data["prunings"][:1], data["prunings"][1:]
+    data["models"][0]["pretrained"] = [{"layer": 1, "folder": str(tmp_path / "before")}]
+    run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
+    (tmp_path / "before").rename(tmp_path / "after")
+    data["models"][0]["pretrained"] = [{"layer": 1, "folder": str(tmp_path / "after")}]
+    data["prunings"] += more
+    outcome = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
+    assert {r.status for r in outcome.results} == {"done"}
+    table = pd.read_csv(tmp_path / "s" / "tables" / "transfer.csv")
+    assert set(table["sae"]) == {"seed 0", "after"}
+    assert table.loc[table["method"] == "wanda", "verdict"].notna().all()
+
+
+def test_a_condition_may_have_other_seeds_than_the_first(data, tmp_path):
+    data["sae"]["seeds"] = [0, 1, 2]
+    data["prunings"] = [
+        {"criterion": "wanda", "scope": "row", "sparsities": [0.3], "seeds": [1, 2]}
+    ]
+    data["questions"] = ["survival"]
+    outcome = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
+    assert {r.status for r in outcome.results} == {"done"}
+    corrected = pd.read_csv(tmp_path / "s" / "tables" / "survival_corrected.csv")
+    assert set(corrected["arm"]) == {"shared", "cross"}
+    rates = pd.read_csv(tmp_path / "s" / "tables" / "survival.csv")
+    for arm in ("ceiling_shared", "floor_shared"):
+        assert set(rates.loc[rates["arm"] == arm, "init_a"]) == {0, 1}
+
+
+def test_a_failed_dense_transfer_costs_its_table_alone(data, tmp_path, monkeypatch):
+    real = local.make_stage
+
+    def broken(store, stage, **options):
+        if stage.name == "transfer" and stage.label.endswith("dense"):
+            raise UserError("transfer: no")
+        real(store, stage, **options)
+
+    monkeypatch.setattr(local, "make_stage", broken)
+    outcome = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
+    assert {r.reason.partition(": ")[2] for r in outcome.results} == {"transfer: no"}
+    tables = {path.stem for path in (tmp_path / "s" / "tables").iterdir()}
+    assert "transfer" not in tables
+    assert {"survival", "fragility", "causal", "claims"} <= tables
+
+
 def test_what_fails_over_all_runs_is_told_and_exits_as_failed(data, tmp_path, monkeypatch):
     def broken(_store, _stage, **_options):
         raise ZeroDivisionError("a bug of ours")

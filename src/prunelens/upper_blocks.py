@@ -204,6 +204,12 @@ class UpperBlocks:
     @torch.no_grad()
     def _refuse_if_inexact(self) -> None:
         """From the cache of one prompt, unchanged states must give the model's own logits."""
+        if not bool(self.states.isfinite().all()):
+            dtype = str(self._lm.model.dtype).removeprefix("torch.")
+            raise UserError(
+                f"activations: {self._lm.label} in {dtype} gives NaN or infinity at the site; set"
+                " models.dtype to bfloat16 or float32"
+            )
         outputs: list[Any] = []
         read = self._lm.blocks[-1].register_forward_hook(lambda *passed: outputs.append(passed[-1]))
         own = logits(self._lm, self._tokens[:1])[0].float()

@@ -88,21 +88,25 @@ def make_scene(
     reconstruction[:, :skip_first] = x[:, :skip_first].float()
     values[:, :skip_first] = 0
     directions = torch.stack(
-        [_direction(sae, kind, latent, seed) * sigma for kind, latent in columns]
+        [_direction(sae, sigma, kind, latent, seed) for kind, latent in columns]
     )
     original = States(x.float(), upper.baseline(x))
     replaced = States(reconstruction, upper.baseline(reconstruction.to(x.dtype)))
     return Scene(upper, original, replaced, values, directions.to(x.device))
 
 
-def _direction(sae: TopKSAE, kind: str, latent: int, seed: int) -> Tensor:
-    """The latent's feature vector, or a random one of its norm, in normalised space."""
-    own = sae.decoder_weight[latent].detach()
+def _direction(sae: TopKSAE, sigma: Tensor, kind: str, latent: int, seed: int) -> Tensor:
+    """The latent's feature vector in raw space, or a random one of the same norm there.
+
+    Isotropic in normalised space, as a feature vector would be without a feature; the norm is
+    equalised where the model sees it.
+    """
+    own = sae.decoder_weight[latent].detach() * sigma
     if kind == "latent":
         return own
     drawn = np.random.default_rng([seed, latent, 0]).standard_normal(sae.d_model)
-    drawn /= np.linalg.norm(drawn)
-    return torch.from_numpy(drawn).to(own) * torch.linalg.vector_norm(own)
+    other = torch.from_numpy(drawn).to(own) * sigma
+    return other * (torch.linalg.vector_norm(own) / torch.linalg.vector_norm(other))
 
 
 def where_it_matters(z: Float[Tensor, "prompts context columns"]) -> Items:

@@ -48,6 +48,12 @@ class Ablations(NamedTuple):
     """KL(original || SAE reconstruction) at the last position, in nats."""
 
 
+def nothing_ablated(num_prompts: int) -> Ablations:
+    """The result where there is no latent to ablate: no rows, and nothing known of the SAE."""
+    columns = ["latent", "kind", "protocol", "contexts", "prompt", "position", "kl", "fires_final"]
+    return Ablations(pd.DataFrame(columns=columns), np.full(num_prompts, np.nan))
+
+
 @torch.no_grad()
 def ablate(
     lm: LanguageModel,

@@ -85,7 +85,8 @@ CLAIMS: dict[int, Claim] = {
         "Firing rate and sparsity predict survival",
         "AUC in sample on survival (shared_init, tau 0.7) is above 0.5",
         lambda t: contrasts.predictive(t, "shared_init", "in_sample", "auc"),
-        "AUC within conditions held out, on persistence above 0.7, is above 0.5",
+        "ranked by the fit to the other conditions, AUC within each, on persistence above 0.7, is"
+        " above 0.5",
         lambda t: contrasts.predictive(t, "persistence", "held_out_condition", "auc_within"),
     ),
     8: Claim(
@@ -111,10 +112,10 @@ CLAIMS: dict[int, Claim] = {
     ),
     11: Claim(
         "Survival stands at least 18 times above the seed floor",
-        "survival (shared_init, tau 0.7, sparsity at most 30 %) over stability of dense seeds is"
-        " above 18",
+        "survival (shared_init, tau 0.7, sparsity at most 30 %) minus 18 times the stability of"
+        " dense seeds is above 0",
         contrasts.above_seed_floor,
-        "survival (shared_start) over that of a space with no feature in common is above 18",
+        "survival (shared_start) minus 18 times that of a space with nothing in common is above 0",
         contrasts.above_start_floor,
     ),
 }

@@ -1,18 +1,17 @@
 """What a contrast is, and how its rows are read from a study's tables.
 
-Rates and correlations have one value per condition and seed; their intervals resample both, crossed
-(`interval_over_conditions_and_seeds`).
+Rates and correlations have one value per condition and seed. The conditions are the study's own;
+what varies are the seeds, which are left out in turn (`jackknife_over_seeds`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, TypeVar
 
 import pandas as pd
 
-from prunelens.analyses.statistics import interval_over_conditions_and_seeds
+from prunelens.analyses.statistics import jackknife_over_seeds
 
 Found = TypeVar("Found")
 Tables = Mapping[str, pd.DataFrame]
@@ -66,6 +65,7 @@ def quintile_rows(tables: Tables, measure: str) -> pd.DataFrame:
 
 def wanda_minus_magnitude(rows: pd.DataFrame) -> pd.DataFrame:
     """`value` of Wanda minus magnitude per model, layer, sparsity (the unit `run`) and seed."""
+    rows = as_published(rows)
     wide = rows.pivot_table(index=[*SITE, "sparsity", "seed"], columns="method", values="value")
     if not {"wanda", "magnitude"} <= set(wide):
         raise NotMeasuredError("no sparsity with both Wanda and magnitude")
@@ -87,26 +87,42 @@ def minus_dense(tables: Tables, column: str) -> pd.DataFrame:
     return found
 
 
-def log_ratio(name: str, rates: pd.DataFrame, floor: pd.Series) -> Contrast:
-    """ln(MNN / floor) at low sparsity, against ln 18."""
-    rates = rates[rates["sparsity"] <= LOW_SPARSITY].join(floor.rename("floor"), on=SITE)
-    rates = rates[(rates["floor"] > 0) & (rates["mnn"] > 0)]
-    if rates.empty:
-        raise NotMeasuredError("no condition up to 30 % sparsity with a floor above 0")
-    ratio = (rates["mnn"] / rates["floor"]).map(math.log)
-    return over_seeds(name, rates.assign(value=ratio), "above", math.log(SEED_FLOOR))
+def as_published(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of every method the paper's form (magnitude global, Wanda by row), if it is there.
+
+    So that a study with more forms compares one with one.
+    """
+    condition = rows["run"].str.rsplit("/", n=1).str[-1]
+    published = condition.str.fullmatch(r"(magnitude-global|wanda-row)-[0-9.]+")
+    has_it = rows["method"].isin(rows.loc[published, "method"])
+    return rows[published | ~has_it]
 
 
-def pairs(rates: pd.DataFrame, a: str, b: str) -> pd.Series:
-    """What a pair of seeds is called where it takes the place of a seed."""
-    return rates[a].astype(str) + "-" + rates[b].astype(str)
+def above_floor(name: str, rates: pd.DataFrame, floor: pd.Series) -> Contrast:
+    """MNN minus 18 times the floor of that seed, at low sparsity: above 0."""
+    rates = rates[rates["sparsity"] <= LOW_SPARSITY].join(floor.rename("floor"), on=[*SITE, "seed"])
+    if rates.empty or rates["floor"].isna().all():
+        raise NotMeasuredError("no condition up to 30 % sparsity with a floor")
+    value = rates["mnn"] - SEED_FLOOR * rates["floor"]
+    return over_seeds(name, rates.assign(value=value), "above", 0.0)
 
 
 def over_seeds(
     name: str, rows: pd.DataFrame, side: Literal["above", "below"], limit: float
 ) -> Contrast:
-    """The mean of `value` over runs and seeds, with both resampled."""
-    found = interval_over_conditions_and_seeds(rows.assign(condition=rows["run"]))
+    """The mean of `value` over runs; `seed`, or the pair `seed_a` and `seed_b`, varies."""
+    columns = ["seed_a", "seed_b"] if "seed_a" in rows else ["seed"]
+    seeds = list(rows[columns].itertuples(index=False, name=None))
+    found = jackknife_over_seeds(rows.assign(condition=rows["run"], seeds=seeds))
+    return Contrast(name, found.mean, found.low, found.high, side, limit, found.resampled)
+
+
+def over_conditions(
+    name: str, rows: pd.DataFrame, side: Literal["above", "below"], limit: float
+) -> Contrast:
+    """The mean of `value` over runs where no seed enters: the conditions vary."""
+    rows = rows.assign(condition="all", seeds=[(run,) for run in rows["run"]])
+    found = jackknife_over_seeds(rows, unit="conditions")
     return Contrast(name, found.mean, found.low, found.high, side, limit, found.resampled)
 
 

@@ -1,7 +1,6 @@
 """The registered contrasts behind the claims: a study's tables in, numbers with intervals out.
 
-Rates and correlations have one value per condition and seed; their intervals resample both, crossed
-(`interval_over_conditions_and_seeds`). What the tables do not hold raises NotMeasuredError.
+What the tables do not hold raises NotMeasuredError. For the intervals see `contrast`.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ from prunelens.analyses.contrast import (
     Contrast,
     NotMeasuredError,
     Tables,
+    above_floor,
     arm_rows,
-    log_ratio,
+    as_published,
     minus_dense,
     not_empty,
+    over_conditions,
     over_seeds,
-    pairs,
     quintile_rows,
     rows_of,
     wanda_minus_magnitude,
@@ -45,6 +45,7 @@ def rare_minus_frequent(tables: Tables, measure: str) -> list[Contrast]:
     rates = quintile_rows(tables, measure).pivot_table(
         index=["run", "seed"], columns="quintile", values="survival_rate"
     )
+    rates = rates.reindex(columns=range(1, 6))  # a quintile may have no latent with a value
     difference = (rates[1] - rates[5]).rename("value").reset_index()
     return [over_seeds(f"Q1 - Q5 of {measure}", difference, "above", 0.0)]
 
@@ -79,17 +80,20 @@ def rare_at_half(tables: Tables, measure: str, limit: float) -> list[Contrast]:
 
 
 def above_seed_floor(tables: Tables) -> list[Contrast]:
-    """Claim 11 as published: survival over the agreement of dense seeds, as a logarithm."""
-    floor = rows_of(tables, "stability", method="dense", tau=TAU).groupby(SITE)["mnn"].mean()
+    """Claim 11 as published: survival against the agreement of dense seeds."""
+    pairs = rows_of(tables, "stability", method="dense", tau=TAU)
+    both = [pairs.assign(seed=pairs[side]) for side in ("seed_a", "seed_b")]
+    floor = pd.concat(both).groupby([*SITE, "seed"])["mnn"].mean()
     rates = arm_rows(tables, "shared_init").rename(columns={"init_a": "seed"})
-    return [log_ratio("ln(survival / stability of dense seeds)", rates, floor)]
+    return [above_floor("survival - 18 x stability of dense seeds", rates, floor)]
 
 
 def above_start_floor(tables: Tables) -> list[Contrast]:
     """Claim 11 against what the same start shows with no feature in common."""
-    floor = arm_rows(tables, "floor_shared").groupby(SITE)["mnn"].mean()
+    floor = arm_rows(tables, "floor_shared").rename(columns={"init_a": "seed"})
+    floor = floor.groupby([*SITE, "seed"])["mnn"].mean()
     rates = arm_rows(tables, "shared_start").rename(columns={"init_a": "seed"})
-    return [log_ratio("ln(survival / floor of a shared start)", rates, floor)]
+    return [above_floor("survival - 18 x floor of a shared start", rates, floor)]
 
 
 # --- perplexity -----------------------------------------------------------------------------------
@@ -97,13 +101,13 @@ def above_start_floor(tables: Tables) -> list[Contrast]:
 
 def wanda_nll(tables: Tables, window: Literal["shortest", "longest"]) -> list[Contrast]:
     """Claim 3: at every equal sparsity, the same windows read by both models."""
-    rows = rows_of(tables, "perplexity_windows")
-    lengths = rows["context_tokens"]
-    rows = rows[lengths == (lengths.min() if window == "shortest" else lengths.max())]
-    rows = rows.drop_duplicates(["model", "method", "scope", "sparsity", "window"])
+    rows = as_published(rows_of(tables, "perplexity_windows"))
+    lengths = rows.groupby("model")["context_tokens"]
+    wanted = lengths.transform("min" if window == "shortest" else "max")
+    rows = rows[rows["context_tokens"] == wanted]
     found = []
     for (model, sparsity), part in rows.groupby(["model", "sparsity"], sort=False):
-        by_method = part.pivot_table(index="window", columns="method", values="nll")
+        by_method = part.pivot_table(index="window", columns="method", values="nll")  # layers agree
         if {"wanda", "magnitude"} <= set(by_method):
             difference = (by_method["wanda"] - by_method["magnitude"]).to_numpy()
             low, high = interval_over_windows(difference)
@@ -207,9 +211,8 @@ def _equivalence(
 def seeds_as_published(tables: Tables) -> list[Contrast]:
     """Claim 6 as published."""
     rates = rows_of(tables, "stability", method="dense", tau=TAU)
-    rates = rates.assign(value=rates["mnn"], seed=pairs(rates, "seed_a", "seed_b"))
     return [
-        over_seeds("MNN between dense seeds", rates, "below", 0.5),
+        over_seeds("MNN between dense seeds", rates.assign(value=rates["mnn"]), "below", 0.5),
         _pattern(tables, "shared_init"),
     ]
 
@@ -219,9 +222,8 @@ def seeds_controlled(tables: Tables) -> list[Contrast]:
     rates = arm_rows(tables, "ceiling_cross")
     chance = arm_rows(tables, "chance").groupby(SITE)["mnn"].mean().rename("chance")
     rates = rates.join(chance, on=SITE)
-    rates = rates.assign(
-        value=rates["mnn"] - rates["chance"], seed=pairs(rates, "init_a", "init_b")
-    )
+    rates = rates.rename(columns={"init_a": "seed_a", "init_b": "seed_b"})
+    rates = rates.assign(value=rates["mnn"] - rates["chance"])
     return [
         over_seeds("MNN of other starts - chance", rates, "below", 0.5),
         _pattern(tables, "excess_isotropic"),
@@ -231,9 +233,11 @@ def seeds_controlled(tables: Tables) -> list[Contrast]:
 def predictive(
     tables: Tables, target: str, evaluation: str, auc: Literal["auc", "auc_within"]
 ) -> list[Contrast]:
-    """Claim 7: the AUC of firing rate and sparsity; `auc_within` compares latents of a condition.
+    """Claim 7: the AUC of firing rate and sparsity.
 
-    Pooled over conditions that were held out, an AUC is biased downwards (`clustered_auc`).
+    Pooled over conditions that were held out, an AUC is biased downwards (`clustered_auc`);
+    `auc_within` compares latents of one condition, where only the sign of the fit on firing rate
+    enters: whether the other conditions tell which way round it goes.
     """
     rows = rows_of(
         tables, "predictor", target=target, evaluation=evaluation, features="rate_sparsity"
@@ -261,11 +265,11 @@ def fvu_falls(tables: Tables) -> list[Contrast]:
 
 def activations_get_simpler(tables: Tables) -> list[Contrast]:
     """Claim 10 with a denominator that pruning cannot shrink, and with the reason it gives."""
-    ratio = minus_dense(tables, "participation_ratio").drop_duplicates("run").assign(seed="all")
+    ratio = minus_dense(tables, "participation_ratio").drop_duplicates("run")
     error = minus_dense(tables, "fvu_dense_var")
     return [
         over_seeds("fvu_dense_var, pruned - dense", error, "below", 0.0),
-        over_seeds("participation ratio, pruned - dense", ratio, "below", 0.0),
+        over_conditions("participation ratio, pruned - dense", ratio, "below", 0.0),
     ]
 
 
@@ -275,8 +279,9 @@ def _pattern(tables: Tables, measure: str) -> Contrast:
     rows = []
     for run, part in rates.groupby("run"):
         profiles = part.pivot_table(index="quintile", columns="seed", values="survival_rate")
+        profiles = profiles.reindex(range(1, 6))
         for a, b in itertools.combinations(profiles.columns, 2):
             value = exact_spearman(profiles[a].to_numpy(), profiles[b].to_numpy()).rho
-            rows.append({"run": run, "seed": f"{a}-{b}", "value": value})
+            rows.append({"run": run, "seed_a": a, "seed_b": b, "value": value})
     found = pd.DataFrame(not_empty(rows, "fewer than two seeds"))
     return over_seeds(f"correlation of {measure} by quintile between seeds", found, "above", 0.0)

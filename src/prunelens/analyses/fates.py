@@ -21,15 +21,16 @@ OWN = (
 def latent_fates(
     latents: Mapping[int, pd.DataFrame],
     matches: pd.DataFrame,
-    persistence: pd.DataFrame,
+    persistence: pd.DataFrame | None,
     seeds: Sequence[int],
 ) -> pd.DataFrame:
-    """One row per seed and latent of the dense SAEs, under one pruned condition.
+    """One row per seed and latent of the dense SAEs, under one condition.
 
     Args:
         latents: seed -> the dense SAE's latents, with the columns of OWN.
         matches: `Survival.latents` of the condition.
-        persistence: per-latent tables of `persistence`, with a column seed.
+        persistence: per-latent tables of `persistence`, with a column seed; None for the dense
+            condition, whose matches are those of the control arms.
         seeds: the condition's seeds, in the order of the study.
     Returns: seed, latent, the columns of OWN, alive; match_, cosine_ and mutual_ for every arm
         (NaN where that seed has no such arm); persistence and persistence_jaccard, silenced, and
@@ -39,15 +40,11 @@ def latent_fates(
     parts = []
     for seed in seeds:
         own = latents[seed].set_index("latent")[list(OWN)]
-        table = pd.concat(
-            [
-                own,
-                matches_by_latent(matches, seed, seeds),
-                persistence_by_latent(persistence, seed),
-                _fisher_z_by_latent(persistence, seed),
-            ],
-            axis=1,
-        )
+        columns = [own, matches_by_latent(matches, seed, seeds)]
+        if persistence is not None:
+            columns.append(persistence_by_latent(persistence, seed))
+            columns.append(_fisher_z_by_latent(persistence, seed))
+        table = pd.concat(columns, axis=1)
         table.insert(0, "seed", seed)
         table.insert(len(OWN) + 1, "alive", table["firing_rate"] > 0)
         mutual = [name for name in table if name.startswith("mutual_")]

@@ -4,15 +4,16 @@ The paper compares five firing-rate groups of latents by one measure that a shar
 Here every measure stands beside it: other arms, persistence, and what persistence loses beyond
 noise of equal size; each also latent by latent, and with `init_retention` held fixed.
 
-Both tables start from `fates`: one row per seed and dense latent of ONE pruned condition, with
+Both tables start from `fates`: one row per seed and dense latent of ONE condition, with
     seed, latent
     firing_rate              on the whole eval set; sorts latents for the arms, as in the paper
     firing_rate_first_half   sorts latents for persistence, which is measured on the second half,
                              so that no latent is chosen by the noise that it is judged by
     init_retention           cosine of the decoder row to its start
-    cosine_<arm>, mutual_<arm>   best match in `shared_init`, `shared_start`, `cross_init`; NaN
-                             where that seed has no such arm (those rows are left out of it)
-    persistence, persistence_z   Pearson correlation and its Fisher z; NaN = undefined
+    cosine_<arm>, mutual_<arm>   best match in the condition's arms (those of ARMS that are there);
+                             NaN where that seed has no such arm (those rows are left out of it)
+    persistence, persistence_z   Pearson correlation and its Fisher z; NaN = undefined; none of the
+                             three for the dense condition
     persistence_z_noise_isotropic, persistence_z_noise_shuffled
 """
 
@@ -33,7 +34,10 @@ from prunelens.analyses.statistics import (
     rank_correlations,
 )
 
-ARMS = ("shared_init", "shared_start", "cross_init")
+ARMS = (  # of a pruned condition, and of the dense one: what no pruning or a shared start shows
+    *("shared_init", "shared_start", "cross_init"),
+    *("ceiling_shared", "floor_shared", "ceiling_cross", "chance"),
+)
 NUM_QUINTILES = 5
 SMALLEST_P = 2 / 120  # rho = +-1: two of the 5! orders
 FAMILY = ["model", "layer", "measure", "tau"]  # Holm adjusts over the conditions within one
@@ -135,16 +139,17 @@ class _Measure(NamedTuple):
 
 
 def _measures(fates: pd.DataFrame, taus: Sequence[float]) -> list[_Measure]:
-    """The arms at every tau, persistence, and its excess over both noises."""
+    """The arms that there are at every tau, persistence, and its excess over both noises."""
     values: list[tuple[str, float, str, pd.Series]] = []
-    for arm in ARMS:
+    for arm in (arm for arm in ARMS if f"cosine_{arm}" in fates):
         cosine, mutual = fates[f"cosine_{arm}"], fates[f"mutual_{arm}"].eq(True)
         for tau in taus:
             matched = (mutual & (cosine >= tau)).astype(float).where(cosine.notna())
             values.append((arm, tau, "firing_rate", matched))
     half = "firing_rate_first_half"
-    values.append(("persistence", np.nan, half, fates["persistence"]))
-    for noise in ("isotropic", "shuffled"):
+    if "persistence" in fates:
+        values.append(("persistence", np.nan, half, fates["persistence"]))
+    for noise in ("isotropic", "shuffled") if "persistence" in fates else ():
         excess = fates["persistence_z"] - fates[f"persistence_z_noise_{noise}"]
         values.append((f"excess_{noise}", np.nan, half, excess))
     measures = []

@@ -6,8 +6,9 @@ seen, and the baseline that knows only how near a latent stayed to its start.
 
 Input: one row per pruned run, seed and alive dense latent, with columns model, condition (the run,
 so model x layer x pruning: no two layers share a name), sparsity, seed, latent, firing_rate (> 0),
-init_retention, cosine_shared_init, mutual_shared_init, persistence (NaN = undefined). A cluster is
-a condition; conditions of one model share their dense latents, which no interval accounts for.
+firing_rate_first_half (of the eval documents), init_retention, cosine_shared_init,
+mutual_shared_init, persistence (NaN = undefined). A cluster is a condition; conditions of one model
+share their dense latents, which no interval accounts for.
 """
 
 from __future__ import annotations
@@ -183,7 +184,9 @@ def _targets(rows: pd.DataFrame, taus: Sequence[float]) -> Iterator[tuple[str, f
         columns = ["sparsity", "firing_rate", "init_retention", "matched"]
         means = by_index[columns].mean().reset_index()
         yield "index_mean", tau, _data(means, means["matched"] > 0.5)
-    known = rows[rows["persistence"].notna()]
+    # Persistence is of the second half: what latents are told apart by must not share its noise.
+    first_half = rows.assign(firing_rate=rows["firing_rate_first_half"])
+    known = first_half[first_half["persistence"].notna() & (first_half["firing_rate"] > 0)]
     yield "persistence", np.nan, _data(known, known["persistence"] > PERSISTENT)
 
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from prunelens.analyses.refit import batches_for, first_equal
 from prunelens.config import Site
 from prunelens.model import LanguageModel, logits, replace_at_site
+from prunelens.perplexity import LOGITS_AT_ONCE
 from prunelens.sae.formats import GivenSae
-
-_LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**29}  # numbers of four bytes: 16 MB and 2 GB
 
 Rebuild = Callable[[Tensor], Tensor]
 """[tokens, d_model] activations to what takes their place."""
@@ -152,7 +151,7 @@ def _nll(
 ) -> Float[Tensor, "windows predictions"]:
     """-log p(next token) at all positions but the last; `replace` is asked per slice of windows."""
     lm, site, layer = where
-    limit = _LOGITS_AT_ONCE.get(lm.device.type, 2**22)
+    limit = LOGITS_AT_ONCE.get(lm.device.type, 2**22)
     per_batch = max(1, limit // (windows.shape[1] * lm.vocabulary_size))
     found = []
     for first in range(0, len(windows), per_batch):

@@ -15,6 +15,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
+WIDE = 110  # letters; a narrower terminal wraps lines, which reads better than cells cut short
+
 
 def print_json(content: Any) -> None:
     """JSON, indented."""
@@ -31,7 +33,8 @@ def print_table(rows: pd.DataFrame) -> None:
     table = Table(*rows.columns)
     for row in rows.itertuples(index=False):
         table.add_row(*(_cell(value) for value in row))
-    Console().print(table)
+    console = Console()
+    (console if console.width >= WIDE else Console(width=WIDE)).print(table)
 
 
 @contextlib.contextmanager

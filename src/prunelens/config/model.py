@@ -63,15 +63,18 @@ class ModelConfig(Frozen):
 
     @model_validator(mode="after")
     def _pretrained_fit(self) -> Self:
-        labels = [sae.label for sae in self.pretrained]
+        labels = [(sae.layer, sae.label) for sae in self.pretrained]
         for sae in self.pretrained:
             if sae.layer not in self.layers:
                 raise ValueError(
                     f"pretrained: {sae.label} is for layer {sae.layer}, which is not among layers"
                     f" {list(self.layers)}; add it or remove the SAE"
                 )
-            if labels.count(sae.label) > 1:
-                raise ValueError(f"pretrained: {sae.label} is listed twice; remove one")
+            if labels.count((sae.layer, sae.label)) > 1:
+                raise ValueError(
+                    f"pretrained: two SAEs of layer {sae.layer} are called {sae.label}; remove one"
+                    " or rename its folder"
+                )
         return self
 
     @property

@@ -19,7 +19,7 @@ def predictor_stage(plan: Plan, store: Store) -> Stage | None:
     parents = {
         run.name: run.stages["fates"]
         for run in plan.runs
-        if "fates" in run.stages and store.has(run.stages["fates"])
+        if run.pruning and "fates" in run.stages and store.has(run.stages["fates"])
     }
     if "predictor" not in plan.study.questions or not parents:
         return None

@@ -59,15 +59,7 @@ class LayerPlan:
             stages["persistence"] = self._persistence()
         if "transfer" in questions:
             stages |= self._transfer()
-        if {"fragility", "predictor", "causal"} & set(questions) and self._pruning:
-            stages["fates"] = self._fates(stages["survival"], stages["persistence"])
-            if "fragility" in questions:
-                stages["fragility"] = self._stage(
-                    "fragility", self._taus(), {"fates": stages["fates"]}
-                )
-            wanted = self._model.study.causal.conditions
-            if "causal" in questions and (wanted is None or self._pruning.label in wanted):
-                stages["causal"] = self._causal(stages["fates"])
+        stages |= self._about_fates(stages)
         return Run(
             self._name, self._model.label, self._layer, self._pruning, stages, dict(self.saes)
         )
@@ -108,10 +100,26 @@ class LayerPlan:
             stages[role] = self._model.transfer(self._layer, given, parents, label)
         return stages
 
-    def _fates(self, survival: Stage, persistence: Stage) -> Stage:
-        parents = {"survival": survival, "persistence": persistence}
+    def _about_fates(self, answers: Mapping[str, Stage]) -> dict[str, Stage]:
+        """RQ4 and RQ5; of the dense run only what its control arms say by firing rate."""
+        asked = set(self._model.study.questions) & {"fragility", "predictor", "causal"}
+        if self._pruning is None:
+            asked &= {"fragility"}
+        if not asked:
+            return {}
+        parents = {name: answers[name] for name in ("survival", "persistence") if name in answers}
         seeds = [sae.init_seed for sae in self._seeds()]
-        return self._stage("fates", {"seeds": seeds}, parents | self._dense_saes("sae"))
+        fates = self._stage("fates", {"seeds": seeds}, parents | self._dense_saes("sae"))
+        stages = {"fates": fates}
+        if "fragility" in asked:
+            stages["fragility"] = self._stage("fragility", self._taus(), {"fates": fates})
+        if "causal" in asked and self._is_ablated():
+            stages["causal"] = self._causal(fates)
+        return stages
+
+    def _is_ablated(self) -> bool:
+        wanted = self._model.study.causal.conditions
+        return self._pruning is not None and (wanted is None or self._pruning.label in wanted)
 
     def _causal(self, fates: Stage) -> Stage:
         """With the SAEs of the first seed, the paper's reference for all comparisons."""
@@ -165,10 +173,19 @@ class LayerPlan:
         return [Sae(seed, seed) for seed in self._model.study.seeds_of(self._pruning)]
 
     def _controls(self) -> Iterator[tuple[int, int]]:
-        """(s, t) for the first `control_seeds` seeds s, t being the next seed in the list."""
-        seeds = self._model.study.seeds_of(self._pruning)
-        for number in range(min(self._model.study.sae.control_seeds, len(seeds))):
-            yield seeds[number], seeds[(number + 1) % len(seeds)]
+        """(s, t) for the first `control_seeds` seeds s, t being the next seed in the list.
+
+        The dense condition has them for the first seeds of every condition, which need its
+        ceiling and floor.
+        """
+        study = self._model.study
+        seeds = study.seeds_of(self._pruning)
+        starts = seeds[: study.sae.control_seeds]
+        if self._pruning is None:
+            for pruning in study.conditions():
+                starts += study.seeds_of(pruning)[: study.sae.control_seeds]
+        for start in dict.fromkeys(starts):
+            yield start, seeds[(seeds.index(start) + 1) % len(seeds)]
 
     def _taus(self) -> dict[str, Any]:
         return {"taus": list(self._model.study.taus)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Literal
@@ -10,7 +11,7 @@ import pandas as pd
 from torch import Tensor
 
 from prunelens.activations import Statistics
-from prunelens.analyses.causal import Ablations, ablate
+from prunelens.analyses.causal import Ablations, ablate, nothing_ablated
 from prunelens.analyses.causal_groups import causal_summary, latent_groups
 from prunelens.analyses.transfer import DenseReference, transfer, transfer_verdicts
 from prunelens.sae.formats import GivenSae, own_sae
@@ -21,6 +22,7 @@ from prunelens.study.work import Work
 
 log = logging.getLogger(__name__)
 
+GIVEN = "given"  # an SAE of others inside its artifact, whose identity has no names
 EVAL = ("eval_first", "eval_second")
 GROUPINGS: tuple[Literal["cosine", "persistence"], ...] = ("cosine", "persistence")
 DEFAULT_NORM_MULTIPLE = 10.0  # `norm_filtered` filters also where the study keeps every token
@@ -36,9 +38,12 @@ def _transfer(work: Work) -> None:
     )
     evaluation, refit = load_windows(work, *EVAL), load_windows(work, "train")
     context = evaluation.shape[1]
+    saes = _given_saes(work)
+    if reference and work.config["pretrained"]:
+        saes = [dataclasses.replace(sae, name=GIVEN) for sae in saes]
     found = transfer(
         load_stage_model(work),
-        _given_saes(work),
+        saes,
         evaluation,
         refit[: max(1, config["refit_tokens"] // context)],
         site=config["site"],
@@ -49,10 +54,14 @@ def _transfer(work: Work) -> None:
         sigma=Statistics.load(work.parents["statistics"] / "statistics.safetensors").sigma,
         progress=work.progress,
     )
-    found.reference.save(work.out / "reference.safetensors")
     for note in found.notes:
         log.warning("%s", note)
-    rows = found.rows
+    reference, rows = found.reference, found.rows
+    if work.config["pretrained"]:
+        (l0,) = reference.refit_l0.values()
+        reference = reference._replace(refit_l0={GIVEN: l0})
+        rows = rows.assign(sae=GIVEN)
+    reference.save(work.out / "reference.safetensors")
     if dense_folder:
         rows = transfer_verdicts(pd.read_parquet(dense_folder / "transfer.parquet"), rows)
     rows.to_parquet(work.out / "transfer.parquet")
@@ -105,6 +114,8 @@ def _ablations(
     wanted = pd.concat(groups.values())
     if condition == "pruned":
         wanted = wanted[wanted["match_alive"]]
+    if wanted.empty:  # too few latents are alive or defined; the table says NaN
+        return nothing_ablated(len(prompts))
     random = wanted["group"] == "random_direction"
     found = ablate(
         load_stage_model(work, pruned=condition == "pruned"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from prunelens.analyses.predictor import predict_survival
@@ -15,7 +17,10 @@ from prunelens.study.run import open_study
 from prunelens.study.store import Store
 from prunelens.study.work import read_json
 
-TAU = 0.7
+log = logging.getLogger(__name__)
+
+TAU = 0.7  # of shared_init
+TARGETS = {"persistence": "firing_rate_first_half", "shared_init": "firing_rate"}  # and its rate
 
 
 def predict_latents(
@@ -47,13 +52,11 @@ def predict_latents(
     if seed is not None and seed not in seeds:
         raise UserError(f"--seed: {seed} is none of the study's sae.seeds {list(seeds)}")
     table = _latents(store, chosen, seeds[0] if seed is None else seed)
-    for target, tau in (("persistence", None), ("shared_init", TAU)):
-        found = predict_survival(
-            _model(plan, store, target, tau), table["firing_rate"].to_numpy(), sparsity
-        )
-        table[target] = found["probability"].to_numpy()
-        table[f"{target}_low"] = found["low"].to_numpy()
-        table[f"{target}_high"] = found["high"].to_numpy()
+    models = _models(plan, store)
+    for target, rate in TARGETS.items():
+        found = _predicted(models[target], table[rate].to_numpy(), sparsity)
+        table[[target, f"{target}_low", f"{target}_high"]] = found
+    table = table.drop(columns="firing_rate_first_half")
     table = table.sort_values(["persistence", "latent"], na_position="last", ignore_index=True)
     return table if latents is None else _only(table, latents)
 
@@ -71,19 +74,42 @@ def _latents(store: Store, run: Run, seed: int) -> pd.DataFrame:
     stage = run.saes[Sae(seed, seed)]
     if not store.has(stage):
         raise UserError(f"STUDY: the dense SAE of {run.name} is not there; run the study first")
-    return pd.read_parquet(store.read(stage) / "latents.parquet")[["latent", "firing_rate"]]
+    columns = ["latent", "firing_rate", "firing_rate_first_half"]
+    return pd.read_parquet(store.read(stage) / "latents.parquet")[columns]
 
 
-def _model(plan: Plan, store: Store, target: str, tau: float | None) -> dict:
+def _models(plan: Plan, store: Store) -> dict[str, dict]:
+    """The study's fits by target; at least one of them is usable."""
     stage = predictor_stage(plan, store)
     if stage is None or not store.has(stage):
         raise UserError(
             "STUDY: it has no predictor; run it with the question 'predictor' and some prunings"
         )
-    for model in read_json(store.read(stage) / "models.json"):
-        if model["target"] == target and model["tau"] == tau:
-            return model
-    raise UserError(f"taus: the study has no predictor at tau {tau}; add it to the study's taus")
+    fits = read_json(store.read(stage) / "models.json")
+    found = {fit["target"]: fit for fit in fits if fit["tau"] in (None, TAU)}
+    if "shared_init" not in found:
+        raise UserError(
+            f"taus: the study has no predictor at tau {TAU}; add it to the study's taus"
+        )
+    reasons = [found[target]["reason"] for target in TARGETS]
+    if all(found[target]["coefficients"] is None for target in TARGETS):
+        raise UserError(f"STUDY: its predictor could not be fitted ({reasons[0]}); prune more")
+    return found
+
+
+def _predicted(model: dict, rates: np.ndarray, sparsity: float) -> np.ndarray:
+    """[latents, 3]: probability, low, high; NaN where the target has no fit."""
+    if model["coefficients"] is None:
+        log.warning("%s could not be fitted: %s", model["target"], model["reason"])
+        return np.full((len(rates), 3), np.nan)
+    low, high = model["sparsities"]
+    if not low <= sparsity <= high:
+        log.warning(
+            "%s: the study pruned to between %g and %g; %g is an extrapolation",
+            *(model["target"], low, high, sparsity),
+        )
+    found = predict_survival(model, rates, sparsity)
+    return found[["probability", "low", "high"]].to_numpy()
 
 
 def _only(table: pd.DataFrame, latents: Sequence[int]) -> pd.DataFrame:

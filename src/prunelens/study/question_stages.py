@@ -99,10 +99,10 @@ def _fates(work: Work) -> None:
         for role, folder in work.parents.items()
         if role.startswith("sae-")
     }
-    matches, kept = (
-        pd.read_parquet(work.parents[role] / "latents.parquet")
-        for role in ("survival", "persistence")
-    )
+    matches = pd.read_parquet(work.parents["survival"] / "latents.parquet")
+    kept = None
+    if "persistence" in work.parents:
+        kept = pd.read_parquet(work.parents["persistence"] / "latents.parquet")
     found = latent_fates(dense, matches, kept, work.config["seeds"])
     found.to_parquet(work.out / "fates.parquet")
 

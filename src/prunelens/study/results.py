@@ -101,10 +101,12 @@ def _transfer(plan: Plan, store: Store) -> _Rows:
     """Our own SAEs, then those of others; a row that says so where there are none of those."""
     for run in plan.runs:
         roles = [role for role in run.stages if role.split(" ")[0] == "transfer"]
-        for role in roles:
-            if store.has(run.stages[role]):
-                yield run, pd.read_parquet(store.read(run.stages[role]) / "transfer.parquet")
-        if roles == ["transfer"]:
+        measured = [role for role in roles if store.has(run.stages[role])]
+        for role in measured:
+            table = pd.read_parquet(store.read(run.stages[role]) / "transfer.parquet")
+            label = role.removeprefix("transfer").lstrip()
+            yield run, table.assign(sae=label) if label else table
+        if measured and roles == ["transfer"]:
             reason = "no pretrained SAE is named for this model and layer (models.pretrained)"
             yield run, pd.DataFrame([{"sae": "pretrained", "reason": reason}])
 

@@ -5,15 +5,16 @@ seconds, and most stages need none of them.
 """
 
 from prunelens.analyses.statistics.intervals import (
-    CrossedInterval,
     Interval,
+    JackknifeInterval,
     PromptInterval,
     PromptTerm,
     fisher_z,
-    interval_over_conditions_and_seeds,
     interval_over_prompts,
     interval_over_seeds,
     interval_over_windows,
+    jackknife_over_seeds,
+    t_quantile,
 )
 from prunelens.analyses.statistics.prediction import (
     Auc,
@@ -21,7 +22,6 @@ from prunelens.analyses.statistics.prediction import (
     clustered_auc,
     clustered_covariance,
     fit_logistic,
-    t_quantile,
 )
 from prunelens.analyses.statistics.ranks import (
     Estimates,
@@ -35,10 +35,10 @@ from prunelens.analyses.statistics.ranks import (
 
 __all__ = [
     "Auc",
-    "CrossedInterval",
     "Estimates",
     "ExactTest",
     "Interval",
+    "JackknifeInterval",
     "LatentSample",
     "LogisticFit",
     "PromptInterval",
@@ -50,10 +50,10 @@ __all__ = [
     "fisher_z",
     "fit_logistic",
     "holm_adjusted",
-    "interval_over_conditions_and_seeds",
     "interval_over_prompts",
     "interval_over_seeds",
     "interval_over_windows",
+    "jackknife_over_seeds",
     "rank_correlations",
     "t_quantile",
 ]

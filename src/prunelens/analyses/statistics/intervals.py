@@ -1,4 +1,4 @@
-"""Intervals over seeds, over conditions and seeds crossed, over windows of text, over prompts."""
+"""Intervals over seeds, over windows of text, over prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 FEWEST_FOR_BOOTSTRAP = 5  # seeds; below, the honest summary is the range
 FEWEST_PROMPTS = 5
-FEWEST_VALUES = 3  # below, a bootstrap says nothing
+FEWEST_WINDOWS = 5
 DRAWS = 1000
 
 
@@ -57,52 +57,68 @@ def interval_over_seeds(
     return Interval(*span(values, 2.5, 97.5), "bootstrap")
 
 
-class CrossedInterval(NamedTuple):
-    """A mean over conditions and seeds with its interval."""
+class JackknifeInterval(NamedTuple):
+    """A mean over conditions with its interval over seeds."""
 
     mean: float
     low: float
     high: float
     resampled: str
-    """What was resampled."""
+    """What the interval accounts for, or why there is none."""
 
 
-def interval_over_conditions_and_seeds(
-    rows: pd.DataFrame, *, seed: int = 0, draws: int = 2000
-) -> CrossedInterval:
-    """Mean of `value` with a 95 % percentile bootstrap over conditions and seeds, crossed.
+def jackknife_over_seeds(rows: pd.DataFrame, *, unit: str = "seeds") -> JackknifeInterval:
+    """Mean over conditions (each the mean of its values), with a 95 % interval over seeds.
 
-    `rows` has columns value, condition and seed (any labels). Both factors are drawn with
-    replacement in every draw, and a value counts as often as its condition was drawn times as often
-    as its seed was: seeds are shared between conditions, so values are not independent. NaN values
-    are left out. Fewer than three known values have no interval (NaN).
+    The conditions are those of the study, not a sample; what varies are the seeds. Each is left out
+    in turn, with every value that rests on it in any condition, and Student's t with seeds - 1
+    degrees of freedom widens the spread of the pseudo-values: with one value per seed this is the
+    t interval of a mean, with pairs of seeds it is right as well, where treating pairs as
+    independent is not.
+
+    Args:
+        rows: value (NaN is left out), condition, and seeds: a tuple of those the value rests on.
+        unit: what `seeds` holds, for the description.
+    Returns: no interval (NaN) with fewer than two seeds, or where a condition rests on one.
     """
-    grid = rows[np.isfinite(rows["value"].to_numpy(float))]
-    names = [name for name in ("condition", "seed") if grid[name].nunique() > 1]
-    resampled = " and ".join(f"{name}s" for name in names) or "nothing"
-    if grid.empty:
-        return CrossedInterval(math.nan, math.nan, math.nan, resampled)
-    mean = float(grid["value"].mean())
-    if len(grid) < FEWEST_VALUES:
-        return CrossedInterval(mean, math.nan, math.nan, f"{resampled}: too few values")
-    generator = np.random.default_rng(seed)
-    weights = np.ones((draws, len(grid)))
-    for name in ("condition", "seed"):
-        codes, levels = pd.factorize(grid[name])
-        counts = generator.multinomial(len(levels), np.full(len(levels), 1 / len(levels)), draws)
-        weights *= counts[:, codes]
-    drawn = weights.sum(1) > 0
-    means = weights[drawn] @ grid["value"].to_numpy() / weights[drawn].sum(1)
-    return CrossedInterval(mean, *span(means, 2.5, 97.5), resampled)
+    known = rows[np.isfinite(rows["value"].to_numpy(float))]
+    if known.empty:
+        return JackknifeInterval(math.nan, math.nan, math.nan, f"no value to leave {unit} out of")
+    values, condition = known["value"].to_numpy(float), pd.factorize(known["condition"])[0]
+    names = sorted({name for group in known["seeds"] for name in group}, key=str)
+    uses = np.array([[name in group for group in known["seeds"]] for name in names])
+
+    def mean(kept: np.ndarray) -> float:
+        counts = np.bincount(condition, weights=kept)
+        with np.errstate(invalid="ignore"):
+            return float((np.bincount(condition, weights=kept * values) / counts).mean())
+
+    everything = mean(np.ones(len(values)))
+    without = np.array([mean(~used) for used in uses.astype(bool)])
+    if len(names) < 2 or np.isnan(without).any():
+        return JackknifeInterval(everything, math.nan, math.nan, f"too few {unit} to leave one out")
+    pseudo = len(names) * everything - (len(names) - 1) * without
+    half = t_quantile(len(names) - 1) * pseudo.std(ddof=1) / math.sqrt(len(names))
+    resampled = f"{unit}, left out in turn; t"
+    return JackknifeInterval(everything, everything - half, everything + half, resampled)
 
 
 def interval_over_windows(
     values: Float[np.ndarray, " windows"], *, seed: int = 0, draws: int = 2000
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap of a mean over windows of text; NaN with fewer than three."""
-    rows = pd.DataFrame({"value": values, "condition": np.arange(len(values)), "seed": 0})
-    found = interval_over_conditions_and_seeds(rows, seed=seed, draws=draws)
-    return found.low, found.high
+    """95 % percentile bootstrap of a mean over windows of text; NaN with fewer than five."""
+    if len(values) < FEWEST_WINDOWS:
+        return math.nan, math.nan
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(len(values), size=(draws, len(values)))
+    return span(values[drawn].mean(1), 2.5, 97.5)
+
+
+def t_quantile(degrees_of_freedom: int) -> float:
+    """97.5 % point of Student's t."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees_of_freedom, 0.975))
 
 
 class PromptTerm(NamedTuple):

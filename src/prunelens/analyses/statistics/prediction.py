@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 
 from prunelens.analyses.statistics.intervals import DRAWS, span
 
+FEWEST_CLUSTERS = 4  # below, a bootstrap of clusters has hardly any draws to choose from
+
 
 class LogisticFit(NamedTuple):
     """An unpenalised logistic regression."""
@@ -71,13 +73,6 @@ def clustered_covariance(
     return np.asarray(result.cov_params())
 
 
-def t_quantile(degrees_of_freedom: int) -> float:
-    """Half-width of a 95 % interval in standard errors."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(degrees_of_freedom, 0.975))
-
-
 def clustered_auc(
     y: Bool[np.ndarray, " rows"],
     scores: Float[np.ndarray, " rows"],
@@ -106,8 +101,9 @@ def clustered_auc(
         within = (weights @ np.diag(wins)) / (weights @ (positives * negatives))
     reason = "every condition has one class only" if np.isnan(within[0]) else ""
     spans = [span(values[1:], 2.5, 97.5) for values in (pooled, within)]
-    if len(positives) < 2:
-        reason, spans = "an interval of the AUC needs two conditions", [(np.nan, np.nan)] * 2
+    if len(positives) < FEWEST_CLUSTERS:
+        reason = f"an interval of the AUC needs {FEWEST_CLUSTERS} conditions"
+        spans = [(np.nan, np.nan)] * 2
     return Auc(float(pooled[0]), *spans[0], float(within[0]), *spans[1], reason)
 
 
