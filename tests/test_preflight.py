@@ -321,6 +321,20 @@ class Clock:
         self.now += units
 
 
+def test_what_does_not_grow_with_the_batch_is_not_multiplied(monkeypatch):
+    """Three seconds for a step, and one for each token: 4 and 7 are timed, 103 is told."""
+    times = {1: 4.0, 4: 7.0}
+    assert calibrate_module._seconds_at(100, times) == 103.0
+    assert calibrate_module._seconds_at(4, times) == 7.0
+    assert calibrate_module._seconds_at(8, {4: 7.0}) == 14.0
+
+
+def test_more_threads_than_cores_are_told(study):
+    many = study.model_copy(update={"threads_per_stage": 10_000})
+    notes = preflight(many, calibration_seconds=0).notes
+    assert any("threads_per_stage: 10000 is more than" in note for note in notes)
+
+
 def test_a_rate_grows_its_pieces_within_the_budget(monkeypatch):
     clock = Clock(monkeypatch)
     rate = calibrate_module._rate(clock.work, lambda n: 7.0 * n, [1, 4, 100], 60.0)

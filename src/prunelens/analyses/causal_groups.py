@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from prunelens.analyses.causal import Ablations
-from prunelens.analyses.statistics import PromptTerm, interval_over_prompts
+from prunelens.analyses.statistics import PromptInterval, PromptTerm, interval_over_prompts
 from prunelens.errors import UserError
 
 GROUPS = ("robust", "fragile", "matched", "random", "random_direction")
@@ -114,7 +114,7 @@ def causal_summary(
     return pd.DataFrame(rows)
 
 
-def _measures(parts: list[_Part], protocol: str, contexts: str, seed: int) -> dict[str, float]:
+def _measures(parts: list[_Part], protocol: str, contexts: str, seed: int) -> dict[str, Any]:
     """The columns with numbers of one row of `causal_summary`."""
     terms = [part.side.term(part.sign, part.group, protocol, contexts) for part in parts]
     found = interval_over_prompts(terms, seed=seed)
@@ -131,7 +131,14 @@ def _measures(parts: list[_Part], protocol: str, contexts: str, seed: int) -> di
         "num_prompts": min(int(term.counts.any(1).sum()) for term in terms),
         "firing_share": firing_share,
         "reconstruction_share": share,
+        "reason": _why_undefined(found),
     }
+
+
+def _why_undefined(found: PromptInterval) -> str:
+    if math.isnan(found.mean):
+        return "no latent of the group was measured"
+    return "too few prompts for an interval" if math.isnan(found.low) else ""
 
 
 class _Part(NamedTuple):

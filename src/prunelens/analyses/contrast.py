@@ -17,6 +17,7 @@ Found = TypeVar("Found")
 Tables = Mapping[str, pd.DataFrame]
 TAU = 0.7
 SITE = ["model", "layer"]
+QUESTIONS = {"fragility_by_seed": "fragility", "perplexity_windows": "perplexity"}  # by table
 LOW_SPARSITY = 0.3  # the paper's "low sparsity", where it compares survival with the seed floor
 SEED_FLOOR = 18  # the lower end of the paper's 18-29
 
@@ -42,7 +43,8 @@ class NotMeasuredError(Exception):
 def rows_of(tables: Tables, name: str, **where: object) -> pd.DataFrame:
     """The rows whose columns have those values; NotMeasuredError where there are none."""
     if name not in tables:
-        raise NotMeasuredError(f"the study has no {name}")
+        question = QUESTIONS.get(name, name)
+        raise NotMeasuredError(f"nothing on {question!r}: is it among the study's questions?")
     rows = tables[name]
     for column, value in where.items():
         rows = rows[rows[column] == value]

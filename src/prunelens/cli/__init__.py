@@ -50,6 +50,8 @@ def main() -> None:
     except UserError as error:
         _give_up(str(error))
     except UsageError as error:
+        if not error.format_message():  # no arguments: the help has been shown
+            sys.exit(2)
         _give_up(f"{error.format_message()}; see prunelens --help")
     except OSError as error:
         _give_up(f"{error.filename or 'file'}: {error.strerror or error}; check the path")

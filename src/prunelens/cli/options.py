@@ -29,7 +29,7 @@ Folder = Annotated[pathlib.Path, typer.Argument(metavar="DIR", help="A study's f
 Site = Annotated[str, typer.Option(help="resid_post, mlp_out or attn_out")]
 Criterion = Annotated[str, typer.Option(help="magnitude or wanda")]
 Scope = Annotated[str | None, typer.Option(help="global, matrix or row")]
-Sparsity = Annotated[float, typer.Option(help="share of the weights to zero")]
+Sparsity = Annotated[float, typer.Option(help="share of the weights to zero, 0 to 1")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
 
 
@@ -43,6 +43,7 @@ def single_step(
     settings: list[str] | None,
     layer: int | None = None,
     site: str = "resid_post",
+    corpus: dict[str, Any] | None = None,
 ) -> StudyConfig:
     """One model and one pruning, as a study that is checked like any other."""
     if not 0 <= sparsity < 1:
@@ -60,7 +61,11 @@ def single_step(
     }
     if layer is not None:
         models["layers"] = [layer]
-    data: dict[str, Any] = {"models": [models], "prunings": [pruning]}
+    data: dict[str, Any] = {
+        "models": [models],
+        "prunings": [pruning],
+        "corpus": dict(corpus or {}),
+    }
     return study_from_data(with_settings(data, parsed(settings)))
 
 

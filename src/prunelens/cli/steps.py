@@ -21,6 +21,12 @@ from prunelens.cli.options import (
 )
 from prunelens.cli.printing import print_json, print_table, progress_bar, records
 
+TEXT = {  # of `transfer`: enough for its sums, and there in any corpus
+    "train_tokens": 50_000,
+    "eval_tokens": 50_000,
+    "calibration_tokens": 50_000,
+}
+
 
 def prune(
     model: Annotated[str, typer.Argument(help="bundled, a hub id or a local folder.")],
@@ -88,7 +94,9 @@ def transfer(
     from prunelens.analyses.transfer import TRANSFER_RULE
     from prunelens.study.single import transfer_sae
 
-    config = single_step(model, dtype, criterion, scope, sparsity, None, settings, layer, site)
+    config = single_step(
+        model, dtype, criterion, scope, sparsity, None, settings, layer, site, TEXT
+    )
     with progress_bar("transfer", quiet=as_json) as progress:
         table = transfer_sae(
             sae,
@@ -107,3 +115,6 @@ def transfer(
     shown = ["condition", "positions", "refit", "fvu_dense_var", "l0", "ce_recovered", "verdict"]
     print_table(table[shown])
     print(TRANSFER_RULE)
+    answer = table.loc[table["positions"] == "norm_filtered", "verdict"]
+    answer = answer[answer != ""]
+    print(f"believe norm_filtered: {answer.iloc[0] if len(answer) else 'undefined, see --json'}")

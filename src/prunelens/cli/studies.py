@@ -58,7 +58,7 @@ def run(
         runs = {result.run.name: result.reason or "done" for result in outcome.results}
         print_json({"out": str(folder), "executed": outcome.num_executed, "runs": runs})
     elif not quiet:
-        print(f"{outcome.num_executed} stages executed; tables and figures are in {folder}")
+        print(f"{outcome.num_executed} stages executed; read {folder / 'report.html'}")
     raise typer.Exit(1 if failed or outcome.failures else 0)
 
 
@@ -123,7 +123,7 @@ def predict(
         str | None, typer.Option("--run", help="The dense run, if the study has several.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the dense SAE; default: the first.")] = None,
-    top: Annotated[int, typer.Option(help="How many of the most endangered to show.")] = 20,
+    top: Annotated[int, typer.Option(min=1, help="How many of the most endangered to show.")] = 20,
     as_json: AsJson = False,
 ) -> None:
     """Before pruning: how likely is each latent to survive, and which are most endangered?"""
@@ -138,5 +138,6 @@ def predict(
     print(
         "persistence: chance that the latent's activations keep a correlation above 0.7;"
         " shared_init: chance to be matched as published (inflated by the shared start)."
-        " Intervals: 95 %, of the fit, conditions as clusters."
+        " The study's pruning methods are pooled. Intervals: 95 %, of the fit, conditions as"
+        " clusters."
     )

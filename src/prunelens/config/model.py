@@ -22,6 +22,8 @@ class PretrainedSaeConfig(Frozen):
     """The SAE's id within the release, e.g. layer_12/width_16k/canonical."""
     folder: str | None = None
     """A local folder instead: one that prunelens or SAELens saved."""
+    name: str | None = Field(None, min_length=1)
+    """What tables call it; null: `release/sae_id`, or the folder's last part."""
     nominal_l0: float | None = Field(None, gt=0)
     """The L0 that its makers state; null: as the release, or the SAE's own k, says."""
 
@@ -35,7 +37,9 @@ class PretrainedSaeConfig(Frozen):
 
     @property
     def label(self) -> str:
-        """As in tables: `release/sae_id`, or the folder's last part."""
+        """As in tables."""
+        if self.name is not None:
+            return self.name
         if self.folder is not None:
             return self.folder.rstrip("/").split("/")[-1]
         return f"{self.release}/{self.sae_id}"

@@ -17,7 +17,7 @@ from prunelens.paper import published
 from prunelens.report.panels.causal import published_pairs
 from prunelens.report.panels.panel import Tables, at_tau
 from prunelens.report.panels.transfer import OWN
-from prunelens.report.published import beside_published
+from prunelens.report.published import beside_published, condition_of
 from prunelens.report.tables import write_if_changed
 
 SITE = ["run", "model", "layer", "method", "sparsity"]
@@ -90,10 +90,11 @@ def depth_table(tables: Tables) -> pd.DataFrame:
 def _perplexity(tables: Tables) -> pd.DataFrame:
     """Table 1; the published number stands beside the shortest window, as the paper's is 256."""
     columns = ["run", "model", "method", "scope", "pattern", "sparsity", "context_tokens"]
-    rows = tables["perplexity"]
-    rows = rows.drop_duplicates([*columns[1:], "corpus"])[[*columns, "perplexity"]]
+    rows = tables["perplexity"].assign(condition=condition_of(tables["perplexity"]["run"]))
+    rows = rows.drop_duplicates(["model", "condition", "context_tokens", "corpus"])  # not by layer
+    rows = rows[[*columns, "perplexity"]]
     rows = beside_published(rows.reset_index(drop=True), "perplexity")
-    shortest = rows["context_tokens"] == rows["context_tokens"].min()
+    shortest = rows["context_tokens"] == rows.groupby("model")["context_tokens"].transform("min")
     for name in ("paper_perplexity", "paper_note"):
         rows[name] = rows[name].where(shortest)
     return rows

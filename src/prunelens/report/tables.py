@@ -63,6 +63,7 @@ COLUMNS = {
     "causal": [
         *_CONDITION, "grouping", "group", "protocol", "contexts", "kl_mean", "ci_low", "ci_high",
         "num_latents", "num_prompts", "firing_share", "ablated_in", "reconstruction_share",
+        "reason",
     ],
     "claims": ["run", *CLAIM_COLUMNS],
 }  # fmt: skip

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from prunelens.config import Site
 from prunelens.errors import UserError
 from prunelens.sae.topk import TopKSAE
 
+PLACE_FILE = "place.json"  # site and layer that an SAE of ours was trained at
 L0_TOLERANCE = 2.0  # a dense L0 outside 1/2 to 2 x the nominal one is no longer the same SAE
 
 
@@ -118,7 +119,9 @@ def own_sae(folder: pathlib.Path, *, name: str, device: str = "cpu") -> GivenSae
             f"models.pretrained: {str(folder)!r} lacks normalisation.safetensors, without which"
             " raw activations cannot be encoded; give the SAE's folder in a study's artifacts"
         )
-    return given(sae, Statistics.load(path), name=name, nominal_l0=_measured_l0(folder, sae.k))
+    found = given(sae, Statistics.load(path), name=name, nominal_l0=_measured_l0(folder, sae.k))
+    place = folder / PLACE_FILE
+    return dataclasses.replace(found, **(_read(place) if place.exists() else {}))
 
 
 def given(
@@ -198,8 +201,17 @@ def _measured_l0(folder: pathlib.Path, k: int) -> float:
     if not path.exists():
         return float(k)
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["l0"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"models.pretrained: {path} cannot be read ({error}); make the SAE again"
-        ) from None
+        return float(_read(path)["l0"])
+    except (KeyError, TypeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _read(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
+    return UserError(f"models.pretrained: {path} cannot be read ({error}); make the SAE again")

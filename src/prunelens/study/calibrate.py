@@ -43,8 +43,8 @@ class Rate(NamedTuple):
     flops_per_second: float
     """In the operations of `study.cost`."""
     share_of_batch: float
-    """Size of what was timed, of the study's own batch. Below 1: that would have taken too long;
-    small batches are slower per token."""
+    """Size of what was timed, of the study's own batch. Below 1: that would have taken too long,
+    and the rate is extrapolated."""
 
 
 def calibrate(
@@ -82,20 +82,32 @@ def _rate(
     """Time growing sizes, as long as the next is likely to fit what is left of the budget.
 
     Every size runs once to warm up, then is timed; the largest is timed until the budget is spent,
-    and the fastest of its times counts.
+    and the fastest of its times counts. Where the full size does not fit, the line through the two
+    largest that do is followed to it: a step has costs that do not grow with the batch.
     """
     end = time.perf_counter() + budget
+    times: dict[int, float] = {}
     for number, size in enumerate(sizes):
         work(size)
-        best = _timed(work, size)
+        times[size] = _timed(work, size)
         last = number + 1 == len(sizes)
-        if last or 2.2 * best * sizes[number + 1] / size > end - time.perf_counter():
+        if last or 2.2 * times[size] * sizes[number + 1] / size > end - time.perf_counter():
             break
     for _ in range(REPEATS - 1):
-        if time.perf_counter() + best > end:
+        if time.perf_counter() + times[size] > end:
             break
-        best = min(best, _timed(work, size))
-    return Rate(flops(size) / best, size / sizes[-1])
+        times[size] = min(times[size], _timed(work, size))
+    return Rate(flops(sizes[-1]) / _seconds_at(sizes[-1], times), size / sizes[-1])
+
+
+def _seconds_at(size: int, times: dict[int, float]) -> float:
+    """What `size` takes, from what the sizes that were timed took."""
+    *before, (largest, seconds) = sorted(times.items())
+    if not before:
+        return seconds * size / largest
+    smaller, fewer = before[-1]
+    slope = max(0.0, (seconds - fewer) / (largest - smaller))
+    return seconds + slope * (size - largest)
 
 
 def _timed(work: Callable[[int], None], size: int) -> float:

@@ -219,6 +219,12 @@ def _notes(study: StudyConfig, rates: Mapping[str, Mapping[str, Rate]]) -> Itera
         yield (
             "causal: a latent is taken to fire in half of the prompts, on average from their middle"
         )
+    cores = os.cpu_count() or 1
+    if study.threads_per_stage > cores:
+        yield (
+            f"threads_per_stage: {study.threads_per_stage} is more than the {cores} cores here,"
+            f" which is many times slower; --set threads_per_stage={cores}"
+        )
     if not rates:
         yield "not calibrated: no hours"
         return
@@ -227,8 +233,8 @@ def _notes(study: StudyConfig, rates: Mapping[str, Mapping[str, Rate]]) -> Itera
         for kind, rate in kinds.items():
             if rate.share_of_batch < 1:
                 yield (
-                    f"{kind} of {model} was timed on {rate.share_of_batch:.0%} of a batch, which"
-                    " makes it look slower than it is"
+                    f"{kind} of {model} was timed on {rate.share_of_batch:.0%} of a batch and"
+                    " extrapolated: within a factor of two or so"
                 )
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from prunelens.activations import Activations, Statistics, random_rotation
 from prunelens.config import SaeConfig
+from prunelens.sae.formats import PLACE_FILE
 from prunelens.sae.quality import SaeQuality, evaluate_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.train import TrainedSae, train_sae
@@ -54,6 +55,8 @@ def make_sae(work: Work) -> None:
     Statistics(evaluation.mean.cpu(), evaluation.sigma.cpu()).save(
         work.out / "normalisation.safetensors"
     )
+    place = {name: work.stage.parents["activations"].config[name] for name in ("site", "layer")}
+    write_json(work.out / PLACE_FILE, place)
     pd.DataFrame(trained.log).to_parquet(work.out / "log.parquet")
     latents = {
         "latent": range(trained.sae.num_latents),
