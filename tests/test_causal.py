@@ -6,7 +6,7 @@ from tests.independent import causal as slow
 
 from conftest import ARCHITECTURES, VOCABULARY, tiny_language_model
 from prunelens.activations import Statistics
-from prunelens.analyses.causal import Ablations, ablate
+from prunelens.analyses.causal import Ablations, ablate, nothing_ablated
 from prunelens.analyses.causal_groups import causal_summary, latent_groups
 from prunelens.analyses.statistics import PromptTerm, interval_over_prompts
 from prunelens.errors import UserError
@@ -339,6 +339,17 @@ def test_summary_without_living_matches_or_with_few_prompts_is_undefined():
     assert (others["num_latents"] == 0).all()
     empty = causal_summary({"cosine": groups[:0]}, dense, pruned, seed=0)
     assert empty["kl_mean"].isna().all()
+
+
+def test_nothing_to_ablate_in_the_pruned_model_is_undefined_with_a_reason():
+    groups, dense, _, _ = summary()
+    table = causal_summary(
+        {"cosine": groups.assign(match_alive=False)}, dense, nothing_ablated(8), seed=0
+    ).set_index("ablated_in")
+    assert table.loc["pruned", "kl_mean"].isna().all()
+    assert (table.loc["pruned", "reason"] == "no latent of the group was measured").all()
+    assert table.loc["dense", "kl_mean"].notna().all()
+    assert (table.loc["dense", "reason"] == "").all()
 
 
 def test_interval_over_prompts_equals_a_loop_and_pairs_the_terms():

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from prunelens.activations import Statistics
 from prunelens.config import CorpusConfig, ModelConfig, PretrainedSaeConfig, PruningConfig
 from prunelens.errors import UserError
-from prunelens.sae.formats import check_l0
+from prunelens.sae.formats import check_fits, check_l0
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
 
@@ -220,6 +220,18 @@ def test_our_own_folder(tmp_path):
     assert local(tmp_path).nominal_l0 == K
     assert local(tmp_path, nominal_l0=7.5).nominal_l0 == 7.5
     assert local(tmp_path).name == tmp_path.name
+    assert local(tmp_path, name="mine").name == "mine"
+    (tmp_path / "place.json").write_text('{"site": "resid_post", "layer": 2}')
+    sae = local(tmp_path)
+    assert (sae.site, sae.layer) == ("resid_post", 2)
+    check_fits(sae, "m", d_model=D, site="resid_post", layer=2)
+    with pytest.raises(UserError, match=r"layer: 5, but .* was trained at layer 2"):
+        check_fits(sae, "m", d_model=D, site="resid_post", layer=5)
+    with pytest.raises(UserError, match=r"models.site: 'mlp_out', but .* at 'resid_post'"):
+        check_fits(sae, "m", d_model=D, site="mlp_out", layer=2)
+    (tmp_path / "place.json").write_text("{")
+    with pytest.raises(UserError, match=r"place.json cannot be read"):
+        local(tmp_path)
 
 
 @pytest.mark.parametrize(
