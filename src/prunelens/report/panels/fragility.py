@@ -16,6 +16,7 @@ from prunelens.report.panels.panel import (
     families,
     rows_of,
 )
+from prunelens.report.panels.survival import ARM_COLOURS, ARM_LABELS
 from prunelens.report.published import beside_published
 
 QUINTILES = ["Q1 rare", "Q2", "Q3", "Q4", "Q5 frequent"]
@@ -32,16 +33,17 @@ ZERO = Level("", 0.0, "#7f7f7f")
 
 def fragility(tables: Tables, site: Site) -> list[Panel]:
     """Paper's Figure 4; beside it the measures that share no start, and the noise control."""
+    published = _by_quintile(
+        tables,
+        site,
+        "shared_init",
+        "paper",
+        "survival by firing rate, and of the start alone",
+        f"MNN rate to dense, tau {PRIMARY_TAU}",
+        (-0.02, 1.02),
+    )
     return [
-        _by_quintile(
-            tables,
-            site,
-            "shared_init",
-            "paper",
-            "survival by firing rate",
-            f"MNN rate to dense, tau {PRIMARY_TAU}",
-            (-0.02, 1.02),
-        ),
+        published._replace(points=[*published.points, *_of_the_start(tables, site)]),
         _by_quintile(
             tables,
             site,
@@ -114,6 +116,20 @@ def _by_quintile(
         categories=QUINTILES,
         caption=f"{title.capitalize()}, from the rarest fifth of the latents to the most frequent.",
     )
+
+
+def _of_the_start(tables: Tables, site: Site) -> list[Points]:
+    """The same without pruning, and in a space with no feature in common: what a start makes."""
+    points = []
+    for arm in ("ceiling_shared", "floor_shared"):
+        rows = at_tau(rows_of(tables, "fragility", site, measure=arm))
+        rows = rows.dropna(subset="survival_rate").sort_values("quintile")
+        places = [QUINTILES[int(quintile) - 1] for quintile in rows["quintile"]]
+        rates = list(rows["survival_rate"])
+        points.append(
+            Points(ARM_LABELS[arm], places, rates, colour=ARM_COLOURS[arm], line="dashed")
+        )
+    return [series for series in points if series.y]
 
 
 def _quintile_points(rows: pd.DataFrame, *, with_published: bool = True) -> list[Points]:
