@@ -3,7 +3,6 @@ import torch
 from safetensors.torch import load_file
 
 from prunelens.activations import (
-    FORWARD_TOKENS,
     Activations,
     Statistics,
     capture,
@@ -15,7 +14,7 @@ from prunelens.activations import (
 )
 from prunelens.config import ActivationConfig
 from prunelens.errors import UserError
-from prunelens.model import run_to_site
+from prunelens.model import FORWARD_TOKENS, run_to_site
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def test_latents_with_the_same_activation_and_direction_matter_the_same(tiny_lla
 
 def test_batches_and_other_latents_do_not_change_a_result(tiny_llama, monkeypatch):
     alone = ablations(tiny_llama, latents=[12], random_direction_latents=[24]).kl
-    monkeypatch.setattr("prunelens.upper_blocks.FORWARD_TOKENS", {"cpu": 30})
+    monkeypatch.setattr("prunelens.model.FORWARD_TOKENS", {"cpu": 30})
     shares = []
     found = ablations(tiny_llama, progress=shares.append)
     key = ["latent", "kind", "protocol", "contexts", "prompt", "position"]

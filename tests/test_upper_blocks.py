@@ -78,7 +78,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_batches_hold_every_item_once_and_stay_within_the_limits(monkeypatch):
-    monkeypatch.setattr("prunelens.upper_blocks.FORWARD_TOKENS", {"cpu": 64})
+    monkeypatch.setattr("prunelens.model.FORWARD_TOKENS", {"cpu": 64})
     monkeypatch.setattr("prunelens.upper_blocks.CACHED_TOKENS", {"cpu": 5 * CONTEXT})
     lm = tiny_language_model("llama")
     upper = UpperBlocks(lm, prompts(), site="resid_post", layer=0)

@@ -35,19 +35,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
+    "FORWARD_TOKENS",
     "LanguageModel",
     "ModelShape",
     "as_language_model",
+    "forward_tokens",
     "load_model",
     "load_tokenizer",
     "logits",
     "model_fingerprint",
     "model_shape",
     "replace_at_site",
+    "run_in_batches",
     "run_to_site",
     "site_module",
     "usable_device",
 ]
+
+# Tokens per forward pass. On a CPU 2,048 ran 1.5 times faster than 8,192: they stay in the cache.
+FORWARD_TOKENS = {"cpu": 2048, "cuda": 16_384}
 
 # Names of sublayers and of the norms on their output, over the architectures of transformers.
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
@@ -174,6 +180,19 @@ def run_to_site(
     finally:
         handle.remove()
     raise AssertionError("the site's module is part of the forward pass")
+
+
+def run_in_batches(
+    lm: LanguageModel, tokens: Int[Tensor, "windows context"], site: Site, layer: int
+) -> Float[Tensor, "windows context d_model"]:
+    """`run_to_site` on any number of windows; stays on the model's device."""
+    at_once = max(1, forward_tokens(lm.device.type) // tokens.shape[1])
+    return torch.cat([run_to_site(lm, part, site, layer) for part in tokens.split(at_once)])
+
+
+def forward_tokens(device_type: str) -> int:
+    """How many tokens one forward pass is given."""
+    return FORWARD_TOKENS["cpu" if device_type == "cpu" else "cuda"]
 
 
 @torch.no_grad()

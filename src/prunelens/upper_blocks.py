@@ -20,10 +20,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from prunelens.config import Site
 from prunelens.errors import UserError
-from prunelens.model import LanguageModel, logits, run_to_site, site_module
+from prunelens.model import LanguageModel, forward_tokens, logits, run_in_batches, site_module
 
-# Positions per forward pass, and keys per block that they attend to (about items x context).
-FORWARD_TOKENS = {"cpu": 2048, "cuda": 16_384}
+# Keys per block that one forward pass attends to (about items x context).
 CACHED_TOKENS = {"cpu": 2**15, "cuda": 2**18}
 
 
@@ -244,14 +243,6 @@ class UpperBlocks:
         return max(float(part.abs().max()) for part in found)
 
 
-def run_in_batches(
-    lm: LanguageModel, tokens: Int[Tensor, "prompts context"], site: Site, layer: int
-) -> Float[Tensor, "prompts context d_model"]:
-    """`run_to_site` on any number of prompts; stays on the model's device."""
-    at_once = max(1, _limits(lm)[0] // tokens.shape[1])
-    return torch.cat([run_to_site(lm, part, site, layer) for part in tokens.split(at_once)])
-
-
 class _Known(DynamicLayer):
     """The cache of a block that is skipped: its length, from which the model makes its masks."""
 
@@ -315,7 +306,7 @@ def _with_hidden(output: Any, states: Tensor) -> Any:
 def _limits(lm: LanguageModel) -> tuple[int, int]:
     """Positions per forward pass and keys per block for the model's device."""
     kind = "cpu" if lm.device.type == "cpu" else "cuda"
-    return FORWARD_TOKENS[kind], CACHED_TOKENS[kind]
+    return forward_tokens(kind), CACHED_TOKENS[kind]
 
 
 def _rows(count: int, at_once: int) -> Iterator[slice]:

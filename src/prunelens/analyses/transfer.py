@@ -20,14 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prunelens.activations import FORWARD_TOKENS
 from prunelens.analyses.positions import POSITIONS, members_of, norm_limit, token_norms
 from prunelens.analyses.recovered import CrossEntropies, Mended, cross_entropies
 from prunelens.analyses.refit import Errors, Moments, Refitted, refit
 from prunelens.analyses.verdict import TRANSFER_RULE, transfer_verdicts
 from prunelens.config import Site
 from prunelens.errors import UserError
-from prunelens.model import LanguageModel, run_to_site
+from prunelens.model import LanguageModel, forward_tokens, run_to_site
 from prunelens.sae.formats import GivenSae, check_fits, check_l0
 
 __all__ = [
@@ -298,7 +297,7 @@ class _Progress:
 def _states(
     lm: LanguageModel, site: Site, layer: int, windows: Tensor, done: _Progress
 ) -> Iterator[Float[Tensor, "batch context d_model"]]:
-    per_batch = max(1, FORWARD_TOKENS.get(lm.device.type, 16_384) // windows.shape[1])
+    per_batch = max(1, forward_tokens(lm.device.type) // windows.shape[1])
     for batch in windows.split(per_batch):
         states = run_to_site(lm, batch, site, layer)
         if not bool(states.isfinite().all()):

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prunelens.activations import FORWARD_TOKENS, STORAGE
+from prunelens.activations import STORAGE
 from prunelens.checkpoint import model_shape, text_config
 from prunelens.config import ModelConfig, StudyConfig
 from prunelens.match import match_dictionaries
-from prunelens.model import LanguageModel, as_language_model, run_to_site
+from prunelens.model import LanguageModel, as_language_model, forward_tokens, run_to_site
 from prunelens.sae.train import Training
 from prunelens.study.cost import (
     KINDS,
@@ -30,7 +30,6 @@ from prunelens.study.cost import (
     sae_size,
     training_flops,
 )
-from prunelens.study.footprint import GPU_FORWARD_TOKENS
 
 REPEATS = 5  # of the full size, at most
 VOCABULARY = 128  # of the block that is timed; embeddings are looked up, not multiplied
@@ -121,7 +120,7 @@ def _forward_rate(study: StudyConfig, model: ModelConfig, device: str, budget: f
     context = study.corpus.context_tokens
     lm = _one_block(model, device)
     shape = model_shape(model)
-    most = max(1, FORWARD_TOKENS.get(lm.device.type, GPU_FORWARD_TOKENS) // context)
+    most = max(1, forward_tokens(lm.device.type) // context)
     generator = torch.Generator().manual_seed(0)
     tokens: Int[Tensor, "windows context"] = torch.randint(
         VOCABULARY, (most, context), generator=generator

@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 import torch
 
-from prunelens.activations import FORWARD_TOKENS, STORAGE
+from prunelens.activations import STORAGE
 from prunelens.checkpoint import ModelShape, is_local
 from prunelens.config import ModelConfig, StudyConfig
+from prunelens.model import forward_tokens
 from prunelens.perplexity import LOGITS_AT_ONCE
 from prunelens.study.cost import sae_size
 from prunelens.study.store import Stage
 
 FLOAT = 4
-GPU_FORWARD_TOKENS = 16_384
 PROCESS_BYTES = 700e6  # a process with torch and transformers
 GPU_CONTEXT_BYTES = 600e6  # what CUDA and its libraries take
 
@@ -109,7 +109,7 @@ def _model_memory(study: StudyConfig, model: ModelConfig, shape: ModelShape, dev
     kind = device.partition(":")[0]
     itemsize = getattr(torch, model.dtype).itemsize
     weights = shape.parameters * itemsize
-    tokens = max(FORWARD_TOKENS.get(kind, GPU_FORWARD_TOKENS), study.corpus.context_tokens)
+    tokens = max(forward_tokens(kind), study.corpus.context_tokens)
     widths = shape.linear_weights / shape.num_blocks / shape.d_model  # of all layers of a block
     longest = min(
         max(study.perplexity.context_tokens), shape.max_context_tokens or 10**9

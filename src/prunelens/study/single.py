@@ -115,13 +115,7 @@ def transfer_sae(
         raise UserError(f"--layer: the files of {sae!r} do not say which layer it is for; give it")
     lm = load_model(model, device=device)
     check_fits(given, lm.label, d_model=lm.d_model, site=model.site, layer=layer)
-    # Of train only what is refitted on is read.
-    least = max(sizes.refit_tokens, corpus.context_tokens)
-    corpus = corpus.model_copy(update={"train_tokens": min(corpus.train_tokens, least)})
-    only = ["train", "eval_first", "eval_second"]
-    if pruning is not None and pruning.criterion == "wanda":
-        only.append("calibration")
-    splits = split_tokens(corpus, lm.tokenizer, only=only)
+    splits = _text_for_transfer(lm, corpus, pruning, sizes)
     width = corpus.context_tokens
 
     def measure(lm: LanguageModel, dense: DenseReference | None, before: float) -> Transfer:
@@ -152,6 +146,18 @@ def transfer_sae(
     tables = [table.assign(condition=name) for name, table in parts]
     result = pd.concat(tables, ignore_index=True)
     return result[["condition", *unpruned.rows.columns]]
+
+
+def _text_for_transfer(
+    lm: LanguageModel, corpus: CorpusConfig, pruning: PruningConfig | None, sizes: TransferConfig
+) -> TokenSplits:
+    """Of train only what is refitted on, calibration only where the criterion asks for it."""
+    least = max(sizes.refit_tokens, corpus.context_tokens)
+    corpus = corpus.model_copy(update={"train_tokens": min(corpus.train_tokens, least)})
+    only = ["train", "eval_first", "eval_second"]
+    if pruning is not None and pruning.criterion == "wanda":
+        only.append("calibration")
+    return split_tokens(corpus, lm.tokenizer, only=only)
 
 
 def _named(sae: str) -> PretrainedSaeConfig:
