@@ -184,6 +184,11 @@ def test_fates_fragility_and_transfer_say_the_same_as_the_tables_they_come_from(
         & (fragility["quintile"] == 1)
     ].iloc[0]
     assert row["survival_rate"] == pytest.approx(np.mean(means))
+    by_run = fragility.groupby("method")["measure"].agg(set)
+    controls = {"ceiling_shared", "floor_shared", "ceiling_cross", "chance"}
+    assert by_run["dense"] == controls
+    arms = {"shared_init", "shared_start", "cross_init"}
+    assert by_run["wanda"] == arms | {"persistence", "excess_isotropic", "excess_shuffled"}
 
     transfer = pd.read_csv(out / "tables" / "transfer.csv")
     quality = pd.read_csv(out / "tables" / "sae_quality.csv")
