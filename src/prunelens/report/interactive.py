@@ -24,7 +24,7 @@ def plotly_figure(panel: Panel) -> dict[str, Any]:
     below = _label_height(panel) + LEGEND_ROW * num_named + 45
     layout: dict[str, Any] = {
         "height": PLOT_HEIGHT + below,
-        "margin": {"l": 54, "r": 8, "t": 8, "b": below},
+        "margin": {"l": 54, "r": 30, "t": 16, "b": below},
         "xaxis": {"title": {"text": panel.x_label}, "automargin": True, "zeroline": False},
         "yaxis": {"title": {"text": panel.y_label}, "automargin": True, "zeroline": False},
         "legend": {
@@ -84,7 +84,7 @@ def _traces(panel: Panel, points: Points) -> list[dict[str, Any]]:
     if points.words:
         trace |= {
             "mode": f"{mode}+text", "text": [_text(word) for word in points.words],
-            "textposition": "top center", "textfont": {"size": 10},
+            "textposition": "top center", "textfont": {"size": 10}, "cliponaxis": False,
         }  # fmt: skip
     return [trace]
 
