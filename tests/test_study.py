@@ -470,6 +470,16 @@ def test_identities_ignore_paths_and_devices_and_cover_the_model(data, checkpoin
     assert not plan_study(study_from_data(data)).targets().keys() & here
 
 
+def test_what_an_sae_of_others_is_called_enters_no_identity(data):
+    given = {"layer": 1, "release": "r", "sae_id": "s"}
+    data["models"][0]["pretrained"] = [given]
+    plain = plan_study(study_from_data(data)).targets().keys()
+    data["models"][0]["pretrained"] = [given | {"name": "mine"}]
+    assert plan_study(study_from_data(data)).targets().keys() == plain
+    data["models"][0]["pretrained"] = [given | {"sae_id": "other"}]
+    assert plan_study(study_from_data(data)).targets().keys() != plain
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -58,9 +58,11 @@ class Sources:
         return fingerprint(corpus) if self._resolve else _unresolved(name, corpus)
 
     def sae(self, sae: PretrainedSaeConfig) -> str:
-        """An SAE of others: a folder's content, or its name in SAELens' registry."""
-        if sae.folder is None or not self._resolve:
-            return sae.label
+        """An SAE of others: a folder's content, or its place in SAELens' registry."""
+        if sae.folder is None:
+            return f"{sae.release}/{sae.sae_id}"
+        if not self._resolve:
+            return f"unresolved {sae.folder}"
         folder = pathlib.Path(sae.folder).expanduser()
         if not folder.is_dir():
             raise UserError(
