@@ -49,8 +49,11 @@ def test_arms_compare_what_methods_say():
         *control_arms(dense, [dictionary(0, 1)], [dictionary(0, 1)], dense),
     ]
     found = {}
-    for arm, a, b in named:
-        found.setdefault(arm, set()).add((a.init_seed, a.data_seed, b.init_seed, b.data_seed))
+    for comparison in named:
+        a, b = comparison.a, comparison.b
+        found.setdefault(comparison.arm, set()).add(
+            (a.init_seed, a.data_seed, b.init_seed, b.data_seed)
+        )
     ordered = {(s, s, t, t) for s, t in itertools.permutations(seeds, 2)}
     assert found == {
         "shared_init": {(s, s, s, s) for s in seeds},

@@ -29,7 +29,27 @@ from prunelens.study_file import read_study
         ),
         (
             {"prunings": [{"criterion": "wand", "scope": "row", "sparsities": [0.5]}]},
-            "'magnitude' or 'wanda' (got 'wand')",
+            "'magnitude', 'wanda' or 'planted' (got 'wand')",
+        ),
+        (
+            {"prunings": [{"criterion": "planted", "scope": "row", "sparsities": [0.3]}]},
+            "'row' does not go with criterion 'planted'",
+        ),
+        (
+            {"prunings": [{"criterion": "planted", "scope": "by_rate", "sparsities": [0.3]}]},
+            "no language model has those",
+        ),
+        (
+            {"models": [{"name": "planted", "layers": [0]}]},
+            "'transfer' needs a language model",
+        ),
+        (
+            {"sufficiency": {"condition": "wanda-row-0.50"}},
+            "sufficiency.condition: 'wanda-row-0.50' is none of the prunings",
+        ),
+        (
+            {"questions": ["warm_start"]},
+            "'warm_start' is answered from 'survival'",
         ),
         (
             {"prunings": [{"criterion": "wanda", "scope": "row", "sparsities": [0.5, 0.5]}]},

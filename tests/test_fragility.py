@@ -4,7 +4,8 @@ import pytest
 from tests.independent import statistics as slow
 
 from prunelens.analyses.fragility import (
-    ARMS,
+    MATCHED,
+    UNMATCHED,
     fragility_tests,
     holm,
     quintiles,
@@ -28,7 +29,7 @@ def fates(num_latents=60, seeds=(0, 1, 2), seed=0):
             "firing_rate_first_half": np.round(rate * generator.uniform(0.5, 1, num_latents), 2),
             "init_retention": generator.uniform(0.3, 1, num_latents) - rate,
         }
-        for arm in ARMS:
+        for arm in MATCHED:
             absent = arm == "shared_start" and s != 0
             cosine = 0.9 - 2 * rate + 0.2 * generator.normal(size=num_latents)
             columns[f"cosine_{arm}"] = np.nan if absent else cosine
@@ -38,20 +39,26 @@ def fates(num_latents=60, seeds=(0, 1, 2), seed=0):
         columns |= {"persistence": np.tanh(z), "persistence_z": z}
         for noise in ("isotropic", "shuffled"):
             columns[f"persistence_z_noise_{noise}"] = z - generator.normal(size=num_latents)
-        parts.append(pd.DataFrame(columns).astype({f"mutual_{arm}": float for arm in ARMS}))
+            columns[f"persistence_noise_{noise}"] = generator.uniform(0, 1, num_latents)
+        columns["scaling"] = 1 - rate + 0.1 * generator.normal(size=num_latents)
+        parts.append(pd.DataFrame(columns).astype({f"mutual_{arm}": float for arm in MATCHED}))
     return pd.concat(parts, ignore_index=True)
 
 
 def rate_and_value(row, measure, tau):
     """From the definitions, for one latent: (rate that sorts, value or None)."""
-    if measure in ARMS:
+    if measure in MATCHED:
         if np.isnan(row[f"cosine_{measure}"]):
             return row["firing_rate"], None
         hit = row[f"mutual_{measure}"] == 1 and row[f"cosine_{measure}"] >= tau
         return row["firing_rate"], float(hit)
-    value = row["persistence"]
-    if measure != "persistence":
-        value = row["persistence_z"] - row[f"persistence_z_noise_{measure.split('_')[1]}"]
+    kind, _, noise = measure.partition("_")
+    value = row[kind] if kind in ("persistence", "scaling") else None
+    if kind == "excess":
+        value = row["persistence_z"] - row[f"persistence_z_noise_{noise}"]
+    if kind == "relative":
+        left = row[f"persistence_noise_{noise}"]
+        value = np.nan if left < 0.1 else min(max(row["persistence"] / left, 0), 1)
     return row["firing_rate_first_half"], None if np.isnan(value) else value
 
 
@@ -83,7 +90,7 @@ def slow_quintiles(table, measure, tau):
 def test_quintiles_equal_the_slow_definition_for_every_measure():
     table = fates()
     found = quintiles(table, TAUS)
-    assert len(found) == 5 * (len(ARMS) * 2 + 3)
+    assert len(found) == 5 * (len(MATCHED) * 2 + len(UNMATCHED))
     for (measure, tau), part in found.groupby(["measure", "tau"], dropna=False):
         expected = slow_quintiles(table, measure, tau)
         for row in part.itertuples():
@@ -132,7 +139,7 @@ def test_a_strict_order_has_two_of_120_and_rounding_makes_no_order():
 def test_rank_correlations_equal_hand_counted_ones():
     table = fates()
     found = fragility_tests(table, TAUS, draws=20).set_index(["measure", "tau"])
-    assert len(found) == len(ARMS) * 2 + 3
+    assert len(found) == len(MATCHED) * 2 + len(UNMATCHED)
     for (measure, tau), row in found.iterrows():
         raw, partial = [], []
         for entries in alive_latents(table, measure, tau).values():
@@ -212,7 +219,7 @@ def test_undefined_is_nan_with_a_reason():
     assert np.isfinite(half_known["latent_rho"])
     assert half_known["reason"] == "latents: firing rate or value is constant in seed 1"
     few = quintiles(table[table["latent"] < 3], (0.7,))
-    assert len(few) == 5 * (len(ARMS) + 3)
+    assert len(few) == 5 * (len(MATCHED) + len(UNMATCHED))
     assert (few["survival_rate"].isna() == (few["num_latents"] == 0)).all()
     assert few["survival_rate"].isna().any()
     dead = table.assign(firing_rate=0.0, firing_rate_first_half=0.0)

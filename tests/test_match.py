@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.independent import matching
 
 from prunelens import match as module
-from prunelens.match import match_dictionaries, match_rates
+from prunelens.match import match_dictionaries, match_rates, match_similarities
 
 TAUS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -38,7 +38,7 @@ def test_equals_brute_force_ties_included(monkeypatch, seed, block, limit):
         assert rates.one_way_reverse == matching.one_way(c.T, tau)
     pairs = matching.greedy_pairs(c, 0.5)
     expected = np.array([c[i, pairs[i]] if i in pairs else np.nan for i in range(len(a))])
-    np.testing.assert_array_equal(found.greedy_cosine_a, expected.astype(np.float32))
+    np.testing.assert_array_equal(found.greedy_similarity_a, expected.astype(np.float32))
 
 
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 40), st.sampled_from([2, 3, 16]))
@@ -71,7 +71,7 @@ def test_many_candidates_are_visited_in_bands_with_the_same_result(monkeypatch):
     monkeypatch.setattr(module, "MAX_PAIRS", 500)
     monkeypatch.setattr(module, "BLOCK_ROWS", 200)
     banded = match_dictionaries(a, b)
-    np.testing.assert_array_equal(whole.greedy_cosine_a, banded.greedy_cosine_a)
+    np.testing.assert_array_equal(whole.greedy_similarity_a, banded.greedy_similarity_a)
 
 
 def test_a_row_of_zeros_matches_nothing():
@@ -84,3 +84,21 @@ def test_a_tau_below_what_was_sought_is_our_bug():
     found = match_dictionaries(torch.eye(3), torch.eye(3), lowest_tau=0.7)
     with pytest.raises(AssertionError, match="not sought"):
         match_rates(found, 0.6)
+
+
+@pytest.mark.parametrize(("block", "limit"), [(1024, 10**6), (5, 7)])
+def test_any_similarity_can_be_matched(monkeypatch, block, limit):
+    """Not symmetric, negative values, many ties; asked for block by block, again where need be."""
+    monkeypatch.setattr(module, "BLOCK_ROWS", block)
+    monkeypatch.setattr(module, "MAX_PAIRS", limit)
+    c = np.random.default_rng(0).integers(-4, 5, (23, 31)) / 4
+    table = torch.from_numpy(c.astype(np.float32))
+    found = match_similarities(lambda first, last: table[first:last], 23, 31, lowest_tau=0.5)
+    np.testing.assert_array_equal(found.best_in_b, c.argmax(1))
+    np.testing.assert_array_equal(found.similarity_a, c.max(1))
+    np.testing.assert_array_equal(found.best_in_a, c.argmax(0))
+    np.testing.assert_array_equal(found.similarity_b, c.max(0))
+    for tau in TAUS:
+        rates = match_rates(found, tau)
+        assert rates.mnn == matching.mnn(c, tau)
+        assert rates.greedy == len(matching.greedy_pairs(c, tau)) / 23

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -6,8 +7,9 @@ import torch
 from prunelens.config import SaeConfig
 from prunelens.errors import UserError
 from prunelens.sae import TopKSAE, evaluate_sae, train_sae
+from prunelens.sae.order import TokenOrder, derived_generator
 from prunelens.sae.resample import draw_by_weight, restart_dead
-from prunelens.sae.train import TokenOrder, derived_generator
+from prunelens.sae.train import Training
 from test_sae import InMemory, inputs
 
 SMALL = SaeConfig(
@@ -46,6 +48,18 @@ def train(data, config=SMALL, *, init_seed=0, data_seed=0, **options):
     return train_sae(data, config, init_seed=init_seed, data_seed=data_seed, **options)
 
 
+@pytest.fixture(scope="module")
+def straight():
+    """A training that nothing interrupts."""
+    return train(clustered())
+
+
+@pytest.fixture(scope="module")
+def warm_start():
+    """An SAE trained on other data from another start."""
+    return train(InMemory(inputs(600)), init_seed=5).sae
+
+
 def assert_same(a, b):
     for ours, theirs in zip(a.sae.weights, b.sae.weights, strict=True):
         assert torch.equal(ours, theirs)
@@ -60,7 +74,7 @@ def test_a_planted_dictionary_is_recovered():
     on = torch.rand(6000, 16, generator=generator) < 0.1
     raw = (on * (0.5 + torch.rand(6000, 16, generator=generator))) @ planted
     data = InMemory(raw, mean=torch.zeros(16), sigma=torch.full((16,), 0.2))
-    config = SaeConfig(expansion=2, k=3, steps=700, batch_tokens=256, learning_rate=5e-3)
+    config = SaeConfig(expansion=2, k=3, steps=200, batch_tokens=256, learning_rate=2e-2)
     trained = train(data, config)
     best = (planted @ trained.sae.decoder_weight.detach().T).amax(1)
     assert (best > 0.95).float().mean() > 0.9
@@ -103,9 +117,8 @@ def test_one_epoch_visits_every_token_once_and_batches_cross_epochs():
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 6, 8, 9, 15, 16, 17, 35, 39])
-def test_a_killed_training_resumes_to_the_same_bits(tmp_path, stop_at):
+def test_a_killed_training_resumes_to_the_same_bits(tmp_path, straight, stop_at):
     checkpoint = tmp_path / "checkpoint.safetensors"
-    straight = train(clustered())
     assert straight.resampled.any()
 
     def stop(step):
@@ -122,16 +135,17 @@ def test_a_killed_training_resumes_to_the_same_bits(tmp_path, stop_at):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
-def test_checkpoints_change_nothing(tmp_path):
-    sparse = SMALL.model_copy(update={"checkpoint_every": 1000})
-    path = tmp_path / "checkpoint.safetensors"
-    assert_same(train(clustered(), checkpoint=path), train(clustered(), sparse))
+def test_checkpoints_change_nothing(tmp_path, straight):
+    often = train(clustered(), checkpoint=tmp_path / "checkpoint.safetensors")
+    assert_same(often, straight)
+    sparse = SMALL.model_copy(update={"checkpoint_every": 1000, "warm_steps": 3})
+    assert_same(train(clustered(), sparse), straight)
 
 
-def test_a_checkpoint_of_another_training_or_a_damaged_one_is_refused(tmp_path):
+def test_a_checkpoint_of_another_training_or_a_damaged_one_is_refused(tmp_path, warm_start):
     path = tmp_path / "checkpoint.safetensors"
     train(clustered(), checkpoint=path)
-    for options in ({"init_seed": 1}, {"data_seed": 1}):
+    for options in ({"init_seed": 1}, {"data_seed": 1}, {"start": warm_start}):
         with pytest.raises(UserError, match="another training"):
             train(clustered(), checkpoint=path, **options)
     with pytest.raises(UserError, match="another training"):
@@ -156,6 +170,133 @@ def test_dead_latents_restart_and_are_flagged():
     assert not torch.allclose(trained.init_retention[restarted], from_start[restarted])
     checks = {entry.step: entry.num_dead for entry in trained.log}
     assert checks[8] > 0
+
+
+# ---- warm starts ----
+
+
+def test_a_warm_start_is_copied_and_nothing_else_fixes_the_initial_weights(warm_start):
+    before, seen = [w.detach().clone() for w in warm_start.weights], []
+
+    def remember(_step, sae):
+        seen.extend(w.detach().clone() for w in sae.weights)
+
+    trained = train(clustered(), start=warm_start, observe={0: remember})
+    assert_same(trained, train(clustered(), start=warm_start, init_seed=7))
+    for now, then, initial in zip(warm_start.weights, before, seen, strict=True):
+        assert torch.equal(now, then)
+        assert torch.equal(initial, then)
+    assert not torch.equal(trained.sae.decoder_weight, warm_start.decoder_weight)
+
+
+def test_retention_of_a_warm_start_is_to_the_given_weights(warm_start):
+    trained = train(clustered(), start=warm_start)
+    untouched = ~trained.resampled
+    assert untouched.any()
+    rows = trained.sae.decoder_weight.detach()[untouched]
+    given = torch.cosine_similarity(rows, warm_start.decoder_weight.detach()[untouched], dim=1)
+    torch.testing.assert_close(trained.init_retention[untouched], given)
+    assert given.min() > 0.9
+    assert given.max() < 1
+
+
+def test_a_start_that_explains_everything_stays_as_it_is():
+    """Inputs of whole numbers along the axes: every error is exactly 0, so every gradient is."""
+    start = TopKSAE(6, 12, 2)
+    with torch.no_grad():
+        for weight in (start.encoder_weight, start.decoder_weight):
+            weight.copy_(torch.cat([torch.eye(6), -torch.eye(6)]))
+    generator = torch.Generator().manual_seed(2)
+    on = torch.rand(400, 6, generator=generator).topk(2).indices
+    whole = torch.randint(1, 9, (400, 2), generator=generator)
+    raw = torch.zeros(400, 6).scatter(1, on, whole.float())
+    data = InMemory(raw, mean=torch.zeros(6), sigma=torch.ones(6))
+    config = SMALL.model_copy(update={"expansion": 2, "k": 2})
+    trained = train(data, config, start=start)
+    for now, then in zip(trained.sae.weights, start.weights, strict=True):
+        assert torch.equal(now, then)
+    assert torch.equal(trained.init_retention, torch.ones(12))
+    assert not trained.resampled.any()
+
+
+@pytest.mark.parametrize("stop_at", [6, 17])
+def test_a_killed_warm_training_resumes_to_the_same_bits(tmp_path, warm_start, stop_at):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+
+    def stop(step):
+        if step == stop_at:
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        train(clustered(), start=warm_start, checkpoint=checkpoint, progress=stop)
+    other = copy.deepcopy(warm_start)
+    with torch.no_grad():
+        other.encoder_bias[3] += 1e-6
+    for start in (None, other):
+        with pytest.raises(UserError, match="another training"):
+            train(clustered(), start=start, checkpoint=checkpoint)
+    resumed = train(clustered(), start=warm_start, checkpoint=checkpoint)
+    assert_same(train(clustered(), start=warm_start), resumed)
+
+
+def test_a_start_that_does_not_fit_is_one_line():
+    def refused(start, message):
+        with pytest.raises(UserError, match=message) as error:
+            train(clustered(), start=start)
+        assert "\n" not in str(error.value)
+
+    for shape in ((11, 48, 3), (12, 24, 3), (12, 48, 4)):
+        d_model, latents, k = shape
+        start = TopKSAE.initialise(*shape, init_seed=0)
+        refused(start, rf"^start: .* d_model {d_model}, {latents} latents and k {k}, but .* k 3;")
+    for factor in (0.0, 2.0, math.nan):
+        start = TopKSAE.initialise(12, 48, 3, init_seed=0)
+        with torch.no_grad():
+            start.decoder_weight[5] *= factor
+        refused(start, r"^start: decoder row 5 has norm")
+
+
+def test_the_log_follows_retention():
+    seen = {}
+
+    def remember(step, sae):
+        seen[step] = sae.decoder_weight.detach().clone()
+
+    config = SMALL.model_copy(update={"resample_every": 20})
+    trained = train(clustered(), config, observe=dict.fromkeys((0, 7, 14, 20), remember))
+    log = {entry.step: entry.mean_init_retention for entry in trained.log}
+    cosines = {
+        step: torch.cosine_similarity(rows.double(), seen[0].double(), dim=1)
+        for step, rows in seen.items()
+    }
+    for step in (7, 14):
+        assert log[step] == pytest.approx(float(cosines[step].mean()), rel=1e-12)
+    assert 1 > log[7] > log[14]
+    assert trained.resampled.any()
+    cosines[20][trained.resampled] = 1.0  # what the observer sees has just restarted
+    assert log[20] == pytest.approx(float(cosines[20].mean()), rel=1e-12)
+    assert log[40] == pytest.approx(float(trained.init_retention.mean()))
+
+
+def test_an_observed_step_is_in_the_log(tmp_path):
+    path, config = tmp_path / "checkpoint", SMALL.model_copy(update={"steps": 1000})
+
+    def stop(step):
+        if step == 5:
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        train(
+            clustered(), config, checkpoint=path, progress=stop, observe={3: lambda step, sae: None}
+        )
+    training = Training(clustered(), config, init_seed=0, data_seed=0)
+    training.load(path)
+    assert [entry.step for entry in training.log] == [1, 3]
+
+
+def test_observing_changes_nothing_but_the_log(straight):
+    observed = train(clustered(), observe={13: lambda step, sae: None})
+    assert_same(observed._replace(log=straight.log), straight)
 
 
 def test_no_restart_in_the_last_quarter():

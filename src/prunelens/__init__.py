@@ -6,7 +6,10 @@ The public API on one page; importing it loads nothing heavy, names load on firs
     model     load_model, run_to_site, replace_at_site, measure_perplexity
     prune     prune_model, input_norms, apply_masks, save_checkpoint
     SAEs      capture, Activations, statistics, TopKSAE, train_sae, evaluate_sae
+              export_sae
     compare   match_dictionaries, match_rates, seed_stability, survival, persistence
+    identity  activation_matching, latent_series, latent_scaling, subspace_overlaps
+    trust     sufficiency, survival_by_step, dense_world, pruned_world, grades, run_selftest
     transfer  load_given_sae, transfer, transfer_verdicts, transfer_sae
     fragility latent_fates, quintiles, fragility_tests, fit_predictor, predict_survival
     causal    latent_groups, ablate, causal_summary, UpperBlocks
@@ -21,14 +24,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunelens.activations import Activations, Statistics, capture, statistics
+    from prunelens.analyses.activation_matching import activation_matching, latent_series
     from prunelens.analyses.causal import ablate
     from prunelens.analyses.causal_groups import causal_summary, latent_groups
     from prunelens.analyses.claims import judge_claims
     from prunelens.analyses.fates import latent_fates
     from prunelens.analyses.fragility import fragility_tests, quintiles
+    from prunelens.analyses.grades import grades
     from prunelens.analyses.persistence import persistence, persistence_summary
     from prunelens.analyses.predictor import fit_predictor, predict_survival
+    from prunelens.analyses.scaling import latent_scaling, scaling_summary
     from prunelens.analyses.stability import seed_stability
+    from prunelens.analyses.subspace import subspace_overlaps
+    from prunelens.analyses.sufficiency import sufficiency, survival_by_step
     from prunelens.analyses.survival import corrected_survival, survival
     from prunelens.analyses.transfer import transfer, transfer_verdicts
     from prunelens.config import (
@@ -40,6 +48,7 @@ if TYPE_CHECKING:
         PruningConfig,
         SaeConfig,
         StudyConfig,
+        SufficiencyConfig,
         TransferConfig,
         study_from_data,
     )
@@ -49,10 +58,13 @@ if TYPE_CHECKING:
     from prunelens.model import LanguageModel, load_model, replace_at_site, run_to_site
     from prunelens.paper import published
     from prunelens.perplexity import measure_perplexity
+    from prunelens.planted import dense_world, pruned_world, world_activations
     from prunelens.prune.apply import apply_masks, prune_model
     from prunelens.prune.calibrate import input_norms
     from prunelens.prune.checkpoint import save_checkpoint
+    from prunelens.report.selftest import run_selftest
     from prunelens.report.write import run_and_report, write_report
+    from prunelens.sae.export import export_sae
     from prunelens.sae.formats import GivenSae, own_sae
     from prunelens.sae.pretrained import load_given_sae
     from prunelens.sae.quality import evaluate_sae
@@ -72,6 +84,10 @@ _HOMES = {
         "capture",
         "statistics",
     ),
+    "prunelens.analyses.activation_matching": (
+        "activation_matching",
+        "latent_series",
+    ),
     "prunelens.analyses.causal": ("ablate",),
     "prunelens.analyses.causal_groups": (
         "causal_summary",
@@ -83,6 +99,7 @@ _HOMES = {
         "fragility_tests",
         "quintiles",
     ),
+    "prunelens.analyses.grades": ("grades",),
     "prunelens.analyses.persistence": (
         "persistence",
         "persistence_summary",
@@ -91,7 +108,16 @@ _HOMES = {
         "fit_predictor",
         "predict_survival",
     ),
+    "prunelens.analyses.scaling": (
+        "latent_scaling",
+        "scaling_summary",
+    ),
     "prunelens.analyses.stability": ("seed_stability",),
+    "prunelens.analyses.subspace": ("subspace_overlaps",),
+    "prunelens.analyses.sufficiency": (
+        "sufficiency",
+        "survival_by_step",
+    ),
     "prunelens.analyses.survival": (
         "corrected_survival",
         "survival",
@@ -109,6 +135,7 @@ _HOMES = {
         "PruningConfig",
         "SaeConfig",
         "StudyConfig",
+        "SufficiencyConfig",
         "TransferConfig",
         "study_from_data",
     ),
@@ -129,16 +156,23 @@ _HOMES = {
     ),
     "prunelens.paper": ("published",),
     "prunelens.perplexity": ("measure_perplexity",),
+    "prunelens.planted": (
+        "dense_world",
+        "pruned_world",
+        "world_activations",
+    ),
     "prunelens.prune.apply": (
         "apply_masks",
         "prune_model",
     ),
     "prunelens.prune.calibrate": ("input_norms",),
     "prunelens.prune.checkpoint": ("save_checkpoint",),
+    "prunelens.report.selftest": ("run_selftest",),
     "prunelens.report.write": (
         "run_and_report",
         "write_report",
     ),
+    "prunelens.sae.export": ("export_sae",),
     "prunelens.sae.formats": (
         "GivenSae",
         "own_sae",

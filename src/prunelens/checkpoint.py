@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from prunelens import hub
+from prunelens import hub, planted
 from prunelens.config import ModelConfig
 from prunelens.errors import UserError
 from prunelens.paper import shipped_shape
@@ -98,7 +98,12 @@ class ModelShape(NamedTuple):
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
-    """Width, depth, vocabulary and weights from the config. Raises UserError as `load_weights`."""
+    """Width, depth, vocabulary and weights from the config. Raises UserError as `load_weights`.
+
+    The planted world has a width and nothing else.
+    """
+    if config.is_planted:
+        return ModelShape(planted.D_MODEL, 1, 1, None, 0, 0, 0)
     from transformers import AutoModelForCausalLM
 
     text = text_config(config)

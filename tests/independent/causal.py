@@ -8,9 +8,9 @@ from prunelens.model import logits, replace_at_site, run_to_site
 
 
 class World:
-    """A model with its SAE, prompt by prompt. `weights` as the four parameters of the SAE."""
+    """A model with its SAE, prompt by prompt; the first `skip_first` positions stay as they are."""
 
-    def __init__(self, lm, sae, mean, sigma, tokens, site, layer):
+    def __init__(self, lm, sae, mean, sigma, tokens, site, layer, skip_first=0):
         self.lm, self.tokens, self.place = lm, tokens, (site, layer)
         weights = [part.detach().double().numpy() for part in sae.weights]
         self.encoder, self.encoder_bias, self.decoder, self.decoder_bias = weights
@@ -20,9 +20,11 @@ class World:
         for x in self.x:
             x_hat = (x - self.mean) / self.sigma
             z = slow_sae.encode(x_hat, self.encoder, self.encoder_bias, sae.k)
-            self.z.append(z)
             x_rec = slow_sae.decode(z, self.decoder, self.decoder_bias)
-            self.reconstruction.append(self.sigma * x_rec + self.mean)
+            restored = self.sigma * x_rec + self.mean
+            z[:skip_first], restored[:skip_first] = 0, x[:skip_first]
+            self.z.append(z)
+            self.reconstruction.append(restored)
 
     def final(self, protocol, latent, prompt, direction=None):
         """KL at the last position, the latent gone at every position."""
@@ -46,11 +48,12 @@ class World:
 
     def _kl(self, protocol, prompt, gone, position):
         own = logits(self.lm, self.tokens[prompt][None])[0, position]
-        with_sae = self._logits(prompt, self.reconstruction[prompt])[position]
         if protocol == "error_preserving":
             return kl(own, self._logits(prompt, self.x[prompt] - gone)[position])
         without = self._logits(prompt, self.reconstruction[prompt] - gone)[position]
-        return kl(own if protocol == "paper" else with_sae, without)
+        if protocol == "paper":
+            return kl(own, without)
+        return kl(self._logits(prompt, self.reconstruction[prompt])[position], without)
 
     def _logits(self, prompt, states):
         new = torch.from_numpy(states).float()[None]

@@ -27,10 +27,17 @@ def decode(z, decoder_weight, decoder_bias):
 
 
 def fvu(x, x_rec):
-    """Sum of squared errors over sum of squared distances from the mean, over all tokens."""
-    mean = x.mean(0)
-    error = sum(float((a - b) @ (a - b)) for a, b in zip(x, x_rec, strict=True))
-    return error / variance(x, mean)
+    """Sum of squared errors over sum of squared distances from the mean, over all tokens.
+
+    NaN where no token differs from another.
+    """
+    spread = variance(x, x.mean(0)) if (x != x[0]).any() else 0.0
+    return squared_error(x, x_rec) / spread if spread > 0 else np.nan
+
+
+def squared_error(x, x_rec):
+    """Sum over tokens of |x - x_rec|^2."""
+    return sum(float((a - b) @ (a - b)) for a, b in zip(x, x_rec, strict=True))
 
 
 def variance(x, mean=None):
@@ -51,4 +58,4 @@ def mean_activation(z):
 
 def loss(x_hat, x_rec):
     """Mean over tokens of the squared error summed over d."""
-    return sum(float((a - b) @ (a - b)) for a, b in zip(x_hat, x_rec, strict=True)) / len(x_hat)
+    return squared_error(x_hat, x_rec) / len(x_hat)

@@ -40,8 +40,8 @@ CLAIMS: dict[int, Claim] = {
         "Rare latents survive pruning better than frequent ones",
         "survival (shared_init, tau 0.7) of Q1 minus Q5 is above 0",
         lambda t: contrasts.rare_minus_frequent(t, "shared_init"),
-        "persistence beyond isotropic noise (Fisher z) of Q1 minus Q5 is above 0",
-        lambda t: contrasts.rare_minus_frequent(t, "excess_isotropic"),
+        "persistence relative to shuffled noise of Q1 minus Q5 is above 0",
+        lambda t: contrasts.rare_minus_frequent(t, "relative_shuffled"),
     ),
     2: Claim(
         "Wanda preserves more features than magnitude pruning at equal sparsity",
@@ -77,7 +77,7 @@ CLAIMS: dict[int, Claim] = {
         "MNN between dense seeds (tau 0.7) is below 0.5, and survival by quintile correlates"
         " above 0 between seeds",
         contrasts.seeds_as_published,
-        "MNN of other starts beyond chance is below 0.5, and persistence beyond noise by"
+        "MNN of other starts beyond chance is below 0.5, and persistence relative to noise by"
         " quintile correlates above 0 between seeds",
         contrasts.seeds_controlled,
     ),

@@ -226,7 +226,7 @@ def seeds_controlled(tables: Tables) -> list[Contrast]:
     rates = rates.assign(value=rates["mnn"] - rates["chance"])
     return [
         over_seeds("MNN of other starts - chance", rates, "below", 0.5),
-        _pattern(tables, "excess_isotropic"),
+        _pattern(tables, "relative_shuffled"),
     ]
 
 

@@ -21,19 +21,27 @@ OWN = (
 def latent_fates(
     latents: Mapping[int, pd.DataFrame],
     matches: pd.DataFrame,
-    persistence: pd.DataFrame | None,
     seeds: Sequence[int],
+    *,
+    persistence: pd.DataFrame | None = None,
+    activation_matching: pd.DataFrame | None = None,
+    subspace: pd.DataFrame | None = None,
+    scaling: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """One row per seed and latent of the dense SAEs, under one condition.
 
     Args:
         latents: seed -> the dense SAE's latents, with the columns of OWN.
         matches: `Survival.latents` of the condition.
-        persistence: per-latent tables of `persistence`, with a column seed; None for the dense
-            condition, whose matches are those of the control arms.
         seeds: the condition's seeds, in the order of the study.
+        persistence, scaling: per-latent tables of `persistence` and `latent_scaling`, with a column
+            seed; None for the dense condition, whose matches are those of the control arms.
+        activation_matching, subspace: `ActivationMatching.latents`, `subspace_overlaps`. What was
+            not asked is None and has no columns.
     Returns: seed, latent, the columns of OWN, alive; match_, cosine_ and mutual_ for every arm
-        (NaN where that seed has no such arm); persistence and persistence_jaccard, silenced, and
+        (NaN where that seed has no such arm), activation_match_, activation_correlation_,
+        activation_mutual_ and subspace_ likewise; scaling, scaling_noise_isotropic and
+        scaling_unpaired; persistence and persistence_jaccard, silenced, and
         Fisher's z of the correlation with pruned activations and with either noise (persistence_z,
         persistence_z_noise_isotropic, persistence_z_noise_shuffled).
     """
@@ -41,13 +49,19 @@ def latent_fates(
     for seed in seeds:
         own = latents[seed].set_index("latent")[list(OWN)]
         columns = [own, matches_by_latent(matches, seed, seeds)]
+        if activation_matching is not None:
+            columns.append(activation_by_latent(activation_matching, seed, seeds))
+        if subspace is not None:
+            columns.append(subspace_by_latent(subspace, seed, seeds))
+        if scaling is not None:
+            columns.append(scaling_by_latent(scaling, seed))
         if persistence is not None:
             columns.append(persistence_by_latent(persistence, seed))
             columns.append(_fisher_z_by_latent(persistence, seed))
         table = pd.concat(columns, axis=1)
         table.insert(0, "seed", seed)
         table.insert(len(OWN) + 1, "alive", table["firing_rate"] > 0)
-        mutual = [name for name in table if name.startswith("mutual_")]
+        mutual = [name for name in table if "mutual_" in name]
         parts.append(table.astype(dict.fromkeys(mutual, float)).reset_index(names="latent"))
     return pd.concat(parts, ignore_index=True)
 
@@ -57,13 +71,32 @@ def matches_by_latent(matches: pd.DataFrame, seed: int, seeds: Sequence[int]) ->
 
     Arms over pairs of starts are shown against the next seed in the list.
     """
-    following = seeds[(list(seeds).index(seed) + 1) % len(seeds)]
+    names = {"match": "match", "cosine": "cosine", "mutual": "mutual"}
+    return _by_arm(matches, seed, seeds, names)
+
+
+def activation_by_latent(matching: pd.DataFrame, seed: int, seeds: Sequence[int]) -> pd.DataFrame:
+    """The same for matching by activations."""
+    return _by_arm(
+        matching,
+        seed,
+        seeds,
+        {name: f"activation_{name}" for name in ("match", "correlation", "mutual")},
+    )
+
+
+def subspace_by_latent(subspace: pd.DataFrame, seed: int, seeds: Sequence[int]) -> pd.DataFrame:
+    """The same for overlap with the span of the nearest directions."""
+    return _by_arm(subspace, seed, seeds, {"overlap": "subspace"})
+
+
+def scaling_by_latent(scaling: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Scaling on pruned activations and under the controls, by latent."""
     columns = {}
-    for arm, part in matches[matches["init_a"] == seed].groupby("arm"):
-        shares_start = part["init_b"] == seed
-        chosen = part[shares_start | (part["init_b"] == following)].set_index("latent")
-        for column in ("match", "cosine", "mutual"):
-            columns[f"{column}_{arm}"] = chosen[column]
+    for source, part in scaling[scaling["seed"] == seed].groupby("source"):
+        if source != "dense":  # 1 by definition
+            name = "scaling" if source == "pruned" else f"scaling_{source}"
+            columns[name] = part.set_index("latent")["scaling"]
     return pd.DataFrame(columns)
 
 
@@ -77,6 +110,20 @@ def persistence_by_latent(persistence: pd.DataFrame, seed: int) -> pd.DataFrame:
         if source == "pruned":
             columns["persistence_jaccard"] = by_latent["jaccard"]
             columns["silenced"] = by_latent["silenced"]
+    return pd.DataFrame(columns)
+
+
+def _by_arm(
+    table: pd.DataFrame, seed: int, seeds: Sequence[int], names: Mapping[str, str]
+) -> pd.DataFrame:
+    """Columns of every arm, renamed, of the dense SAE of `seed`."""
+    following = seeds[(list(seeds).index(seed) + 1) % len(seeds)]
+    columns = {}
+    for arm, part in table[table["init_a"] == seed].groupby("arm"):
+        shares_start = part["init_b"] == seed
+        chosen = part[shares_start | (part["init_b"] == following)].set_index("latent")
+        for column, name in names.items():
+            columns[f"{name}_{arm}"] = chosen[column]
     return pd.DataFrame(columns)
 
 

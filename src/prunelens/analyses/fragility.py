@@ -10,11 +10,12 @@ Both tables start from `fates`: one row per seed and dense latent of ONE conditi
     firing_rate_first_half   sorts latents for persistence, which is measured on the second half,
                              so that no latent is chosen by the noise that it is judged by
     init_retention           cosine of the decoder row to its start
-    cosine_<arm>, mutual_<arm>   best match in the condition's arms (those of ARMS that are there);
+    cosine_<arm>, mutual_<arm>   best match in the arms of MATCHED that the condition has;
                              NaN where that seed has no such arm (those rows are left out of it)
     persistence, persistence_z   Pearson correlation and its Fisher z; NaN = undefined; none of the
                              three for the dense condition
-    persistence_z_noise_isotropic, persistence_z_noise_shuffled
+    persistence_noise_isotropic, persistence_noise_shuffled, and persistence_z_ of both
+    scaling                  see `analyses.scaling`
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from prunelens.analyses.measures import latent_measures
 from prunelens.analyses.statistics import (
     LatentSample,
     RankCorrelations,
@@ -34,9 +36,13 @@ from prunelens.analyses.statistics import (
     rank_correlations,
 )
 
-ARMS = (  # of a pruned condition, and of the dense one: what no pruning or a shared start shows
+MATCHED = (  # arms at every tau; of the dense run, what no pruning or a shared start shows
     *("shared_init", "shared_start", "cross_init"),
     *("ceiling_shared", "floor_shared", "ceiling_cross", "chance"),
+)
+UNMATCHED = (
+    *("persistence", "excess_isotropic", "excess_shuffled"),
+    *("relative_isotropic", "relative_shuffled", "scaling"),
 )
 NUM_QUINTILES = 5
 SMALLEST_P = 2 / 120  # rho = +-1: two of the 5! orders
@@ -52,7 +58,8 @@ def quintiles(fates: pd.DataFrame, taus: Sequence[float]) -> pd.DataFrame:
     Returns: measure, tau (NaN for persistence), quintile (1 rare .. 5 frequent), firing_rate and
         survival_rate (of the latents with a value; NaN without any), num_latents (over all seeds).
         survival_rate is a share for an arm, for `persistence` a mean correlation, for `excess_*` a
-        mean difference in Fisher z (below 0: harm particular to pruning).
+        mean difference in Fisher z (below 0: harm particular to pruning), for `relative_*` the mean
+        share of what noise leaves, for `scaling` the mean share of the direction that remains.
     Source: paper §4.5 and Table 3; methods §7 RQ4.
     """
     return pd.concat([_over_seeds(fates, m) for m in _measures(fates, taus)], ignore_index=True)
@@ -139,24 +146,18 @@ class _Measure(NamedTuple):
 
 
 def _measures(fates: pd.DataFrame, taus: Sequence[float]) -> list[_Measure]:
-    """The arms that there are at every tau, persistence, and its excess over both noises."""
-    values: list[tuple[str, float, str, pd.Series]] = []
-    for arm in (arm for arm in ARMS if f"cosine_{arm}" in fates):
-        cosine, mutual = fates[f"cosine_{arm}"], fates[f"mutual_{arm}"].eq(True)
-        for tau in taus:
-            matched = (mutual & (cosine >= tau)).astype(float).where(cosine.notna())
-            values.append((arm, tau, "firing_rate", matched))
-    half = "firing_rate_first_half"
-    if "persistence" in fates:
-        values.append(("persistence", np.nan, half, fates["persistence"]))
-    for noise in ("isotropic", "shuffled") if "persistence" in fates else ():
-        excess = fates["persistence_z"] - fates[f"persistence_z_noise_{noise}"]
-        values.append((f"excess_{noise}", np.nan, half, excess))
+    """The arms that there are at every tau, and what needs no second dictionary."""
+    found = latent_measures(fates)
     measures = []
-    for name, tau, column, value in values:
+    for name in (name for name in (*MATCHED, *UNMATCHED) if name in found):
+        value, mutual, column = found[name]
         rate = fates[column].to_numpy(dtype=float)
-        defined = np.where(rate > 0, value.to_numpy(dtype=float), np.nan)
-        measures.append(_Measure(name, float(tau), rate, defined))
+        for tau in [np.nan] if mutual is None else taus:
+            shown = value
+            if mutual is not None:
+                shown = np.where(np.isnan(value), np.nan, mutual & (value >= tau))
+            defined = np.where(rate > 0, shown, np.nan)
+            measures.append(_Measure(name, float(tau), rate, defined))
     return measures
 
 

@@ -15,12 +15,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from prunelens.analyses.noise import isotropic_noise_like, other_token
 from prunelens.analyses.statistics import fisher_z
 from prunelens.sae.topk import SparseLatents, TopKSAE
 
 SOURCES = ("pruned", "noise_isotropic", "noise_shuffled")
 NOISE_DRAWS = 3
 FEWEST_FIRINGS = 10  # dense firings below which a correlation says nothing
+SMALLEST_LEFT = 0.1  # correlation under noise below which nothing can be said relative to it
 BATCH_TOKENS = 2048
 
 
@@ -58,7 +60,7 @@ def persistence(
     Source: methods §7, same-dictionary persistence.
     """
     noise = [torch.Generator().manual_seed(1000 * seed + draw) for draw in range(NOISE_DRAWS)]
-    partners = [tokens[_another(len(tokens), generator)] for generator in noise]
+    partners = [tokens[other_token(len(tokens), generator)] for generator in noise]
     draws = {"pruned": 1, "noise_isotropic": NOISE_DRAWS, "noise_shuffled": NOISE_DRAWS}
     sums = {source: [_Sums(sae.num_latents) for _ in range(n)] for source, n in draws.items()}
     for start in range(0, len(tokens), BATCH_TOKENS):
@@ -68,7 +70,7 @@ def persistence(
         before = _Fired(sae.encode(x), len(x))
         sums["pruned"][0].add(before, sae.encode(x + difference))
         for draw in range(NOISE_DRAWS):
-            isotropic = _with_norm_of(difference, noise[draw])
+            isotropic = isotropic_noise_like(difference, noise[draw])
             sums["noise_isotropic"][draw].add(before, sae.encode(x + isotropic))
             other = partners[draw][batch]
             shuffled = pruned.rows(other) - dense.rows(other)
@@ -82,16 +84,20 @@ def persistence_summary(latents: pd.DataFrame) -> pd.DataFrame:
     """One row per source from the per-latent table (columns of tables/persistence.csv).
 
     `excess_z` of a noise row is the mean over latents of Fisher z (pruned) - z (that noise): below
-    0 is harm particular to pruning. NaN for the pruned row, which has nothing to exceed.
+    0 is harm particular to pruning; `mean_relative` that of `relative_to_noise`: below 1 is. Both
+    are NaN for the pruned row, which has nothing to be held against.
     """
     by_source = {source: latents[latents["source"] == source] for source in SOURCES}
     pruned_z = by_source["pruned"]["fisher_z"].to_numpy()
+    pruned = by_source["pruned"]["correlation"]
     rows = []
     for source, part in by_source.items():
         known = part["correlation"].notna()
-        excess = np.nan
+        excess = relative = np.nan
         if source != "pruned" and known.any():
             excess = float(np.nanmean(pruned_z - part["fisher_z"].to_numpy()))
+            noise = part["correlation"].set_axis(pruned.index)
+            relative = float(relative_to_noise(pruned, noise).mean())
         rows.append(
             {
                 "source": source,
@@ -101,9 +107,23 @@ def persistence_summary(latents: pd.DataFrame) -> pd.DataFrame:
                 "num_silenced": int(part["silenced"].sum()),
                 "num_undefined": int((~known).sum()),
                 "excess_z": excess,
+                "mean_relative": relative,
             }
         )
     return pd.DataFrame(rows)
+
+
+def relative_to_noise(pruned: pd.Series, noise: pd.Series) -> pd.Series:
+    """Persistence as a share of what noise of equal size leaves, between 0 and 1.
+
+    Noise lowers the correlation of a rare latent more than that of a frequent one, whatever became
+    of its feature. Dividing by it is the classical correction for attenuation (Spearman 1904); a
+    difference, on whatever scale, leaves lost latents (whose correlation is 0 at any rate) further
+    below noise the more often they fire. Clipped at 1: who fares better than under noise has lost
+    nothing. NaN where either is, or where noise leaves less than SMALLEST_LEFT.
+    """
+    left = noise.where(noise >= SMALLEST_LEFT)
+    return (pruned / left).clip(0, 1)
 
 
 class _Fired(NamedTuple):
@@ -185,18 +205,3 @@ def _table(source: str, sums: list[_Sums]) -> pd.DataFrame:
             "silenced": np.all([part.silenced() for part in sums], axis=0),
         }
     )
-
-
-def _another(num_tokens: int, generator: torch.Generator) -> Tensor:
-    """For every token a different one: a random single cycle through all of them."""
-    cycle = torch.randperm(num_tokens, generator=generator)
-    partner = torch.empty_like(cycle)
-    partner[cycle] = cycle.roll(-1)
-    return partner
-
-
-def _with_norm_of(difference: Tensor, generator: torch.Generator) -> Tensor:
-    """Random directions, isotropic, each with the norm of that token's difference."""
-    noise = torch.randn(difference.shape, generator=generator).to(difference.device)
-    size = difference.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
-    return noise * size

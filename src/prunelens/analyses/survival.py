@@ -7,9 +7,10 @@ what that number is worth: the most that could be seen (ceilings), what a shared
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,24 @@ COORDINATES = ("normalised", "raw")
 CORRECTIONS = {  # corrected arm: (measured arm, its floor, its ceiling)
     "shared": ("shared_start", "floor_shared", "ceiling_shared"),
     "cross": ("cross_init", "chance", "ceiling_cross"),
+    "warm": ("warm_start", "floor_warm", "ceiling_warm"),
 }
+
+
+@runtime_checkable
+class Started(Protocol):
+    """What an arm needs to know of the SAEs that it compares."""
+
+    @property
+    def init_seed(self) -> int:
+        """Of the random start that it, or the SAE that it began from, was made of."""
+
+    @property
+    def data_seed(self) -> int:
+        """Of the order of its tokens."""
+
+
+StartedT = TypeVar("StartedT", bound=Started)
 
 
 class Dictionary(NamedTuple):
@@ -38,12 +56,13 @@ class Dictionary(NamedTuple):
     data_seed: int
 
 
-class Comparison(NamedTuple):
-    """One arm for one pair of dictionaries."""
+@dataclasses.dataclass(frozen=True)
+class Comparison(Generic[StartedT]):
+    """One arm for one pair of dictionaries, or of what else stands for their SAEs."""
 
     arm: str
-    a: Dictionary
-    b: Dictionary
+    a: StartedT
+    b: StartedT
 
 
 class Survival(NamedTuple):
@@ -56,13 +75,17 @@ class Survival(NamedTuple):
 
 
 def pruned_arms(
-    dense: Sequence[Dictionary], pruned: Sequence[Dictionary], reordered: Sequence[Dictionary]
-) -> list[Comparison]:
-    """`shared_init`, `shared_start` and `cross_init` of one pruned condition.
+    dense: Sequence[StartedT],
+    pruned: Sequence[StartedT],
+    reordered: Sequence[StartedT],
+    warm: Sequence[StartedT] = (),
+) -> list[Comparison[StartedT]]:
+    """`shared_init`, `shared_start`, `cross_init` and `warm_start` of one pruned condition.
 
     Args:
         dense, pruned: SAE(model; s, s) for every seed s.
         reordered: SAE(pruned; s, t) for the control seeds.
+        warm: SAE(dense; s, s) trained on with pruned activations, for the control seeds.
     """
     pairs = [Comparison("shared_init", a, b) for a in dense for b in pruned if _same_start(a, b)]
     pairs += [
@@ -71,29 +94,41 @@ def pruned_arms(
     pairs += [
         Comparison("cross_init", a, b) for a in dense for b in pruned if not _same_start(a, b)
     ]
+    pairs += [Comparison("warm_start", a, b) for a in dense for b in warm if _same_start(a, b)]
     return pairs
 
 
 def control_arms(
-    dense: Sequence[Dictionary],
-    reordered: Sequence[Dictionary],
-    rotated: Sequence[Dictionary],
-    untrained: Sequence[Dictionary],
-) -> list[Comparison]:
-    """The arms that no pruning enters: both ceilings, `floor_shared` and `chance`."""
+    dense: Sequence[StartedT],
+    reordered: Sequence[StartedT],
+    rotated: Sequence[StartedT],
+    untrained: Sequence[StartedT],
+    warm: Sequence[StartedT] = (),
+    rotated_warm: Sequence[StartedT] = (),
+) -> list[Comparison[StartedT]]:
+    """The arms that no pruning enters: ceilings, floors and `chance`.
+
+    `ceiling_warm`: a dense SAE against itself after as many more steps on dense activations as
+    `warm_start` has on pruned ones; `floor_warm`: on activations of a rotated space.
+    """
     pairs = [
         Comparison("ceiling_shared", a, b) for a in dense for b in reordered if _same_start(a, b)
     ]
     pairs += [Comparison("floor_shared", a, b) for a in dense for b in rotated if _same_start(a, b)]
     pairs += [Comparison("ceiling_cross", a, b) for a, b in itertools.permutations(dense, 2)]
     pairs += [Comparison("chance", a, b) for a, b in itertools.permutations(untrained, 2)]
+    pairs += [Comparison("ceiling_warm", a, b) for a in dense for b in warm if _same_start(a, b)]
+    pairs += [
+        Comparison("floor_warm", a, b) for a in dense for b in rotated_warm if _same_start(a, b)
+    ]
     return pairs
 
 
-def survival(comparisons: Iterable[Comparison], taus: Sequence[float]) -> Survival:
+def survival(comparisons: Iterable[Comparison[Dictionary]], taus: Sequence[float]) -> Survival:
     """Match every comparison in normalised and in raw coordinates. Source: methods §6, §7 RQ2."""
     rates, latents = [], []
-    for arm, a, b in comparisons:
+    for comparison in comparisons:
+        arm, a, b = comparison.arm, comparison.a, comparison.b
         seeds = {"init_a": a.init_seed, "order_a": a.data_seed}
         seeds |= {"init_b": b.init_seed, "order_b": b.data_seed}
         for coordinates in COORDINATES:
@@ -118,6 +153,8 @@ def corrected_survival(pruned: pd.DataFrame, controls: pd.DataFrame) -> pd.DataF
     """
     rows = []
     for arm, names in CORRECTIONS.items():
+        if names[0] not in set(pruned["arm"]):
+            continue
         for tau in sorted(pruned["tau"].unique()):
             parts = [
                 _mnn_by_seeds(table, name, tau)
@@ -143,7 +180,7 @@ def corrected_survival(pruned: pd.DataFrame, controls: pd.DataFrame) -> pd.DataF
     return pd.DataFrame(rows, columns=columns)
 
 
-def _same_start(a: Dictionary, b: Dictionary) -> bool:
+def _same_start(a: Started, b: Started) -> bool:
     return a.init_seed == b.init_seed
 
 
@@ -154,7 +191,7 @@ def _latents(arm: str, seeds: dict[str, int], matches: Matches) -> pd.DataFrame:
             **seeds,
             "latent": np.arange(len(matches.best_in_b)),
             "match": matches.best_in_b,
-            "cosine": matches.cosine_a,
+            "cosine": matches.similarity_a,
             "mutual": matches.mutual,
         }
     )

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from prunelens.cli import steps, studies
+from prunelens.cli import selftest, steps, studies
 from prunelens.errors import UserError
 
 INTERRUPTED = 130  # what typer returns after Ctrl-C
@@ -31,6 +31,8 @@ for command in (
     steps.prune,
     steps.match,
     steps.transfer,
+    steps.export,
+    selftest.selftest,
 ):
     app.command()(command)
 

@@ -1,4 +1,4 @@
-"""Commands about single steps: prune, match, transfer."""
+"""Commands about single steps: prune, match, transfer, export."""
 
 from __future__ import annotations
 
@@ -118,3 +118,21 @@ def transfer(
     answer = table.loc[table["positions"] == "norm_filtered", "verdict"]
     answer = answer[answer != ""]
     print(f"believe norm_filtered: {answer.iloc[0] if len(answer) else 'undefined, see --json'}")
+
+
+def export(
+    sae: Annotated[pathlib.Path, typer.Argument(metavar="SAE", help="Folder of an SAE of ours.")],
+    file_format: Annotated[str, typer.Option("--format", help="saelens or sparsify")],
+    out: Annotated[pathlib.Path, typer.Option("--out", help="A new folder for its files.")],
+    model: Annotated[str | None, typer.Option(help="The model's name, to be noted.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write an SAE for SAELens or sparsify, its normalisation folded into its weights."""
+    from prunelens.sae.export import export_format, export_sae
+
+    exported = export_sae(sae, out, format=export_format(file_format), model=model)
+    if as_json:
+        print_json({"out": str(out), "format": exported.format, "hook": exported.hook})
+        return
+    place = f", for {exported.hook}" if exported.hook else "; its files do not say for which place"
+    print(f"{exported.format} SAE saved in {out}{place}")

@@ -4,7 +4,13 @@ Unknown keys are refused with the nearest valid name; every message names the fi
 the fix.
 """
 
-from prunelens.config.features import ActivationConfig, CausalConfig, SaeConfig, TransferConfig
+from prunelens.config.features import (
+    ActivationConfig,
+    CausalConfig,
+    SaeConfig,
+    SufficiencyConfig,
+    TransferConfig,
+)
 from prunelens.config.model import ModelConfig, PretrainedSaeConfig, Site
 from prunelens.config.pruning import PruningConfig, PruningGrid
 from prunelens.config.study import Question, StudyConfig, study_from_data
@@ -23,6 +29,7 @@ __all__ = [
     "SaeConfig",
     "Site",
     "StudyConfig",
+    "SufficiencyConfig",
     "TransferConfig",
     "study_from_data",
 ]

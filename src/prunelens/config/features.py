@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -47,6 +48,8 @@ class SaeConfig(Frozen):
     """Seed s means init_seed = data_seed = s."""
     control_seeds: int = Field(1, ge=1)
     """For how many of the seeds the control SAEs (other order; rotated) are trained."""
+    warm_steps: int | None = Field(None, ge=1)
+    """Steps that a warm-started SAE trains on; null: a quarter of the steps."""
 
     @field_validator("seeds")
     @classmethod
@@ -59,6 +62,37 @@ class SaeConfig(Frozen):
     def resample_interval(self) -> int:
         """Steps between restarts of dead latents."""
         return self.resample_every or max(1, self.steps // 10)
+
+    @property
+    def resolved_warm_steps(self) -> int:
+        """Steps that a warm-started SAE trains on."""
+        return self.warm_steps or max(1, self.steps // 4)
+
+
+class SufficiencyConfig(Frozen):
+    """Were the SAEs trained enough to be compared? Looked at while they are trained."""
+
+    checkpoints: tuple[float, ...] = Field((0.125, 0.25, 0.5), min_length=1)
+    """Shares of the training after which SAEs are judged, beside its end; rising, inside (0, 1)."""
+    condition: str | None = None
+    """The pruned condition by label whose SAEs are followed beside the dense ones; null: the
+    first."""
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _rising_shares(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
+        if sorted(set(shares)) != list(shares) or shares[0] <= 0 or shares[-1] >= 1:
+            raise ValueError(f"{list(shares)} must rise and lie strictly between 0 and 1")
+        return shares
+
+    def steps_at(self, steps: int) -> tuple[int, ...]:
+        """The checkpoints of a training of so many steps: rising, at least 1, before the end.
+
+        A share is read as an exact decimal and rounded down. Short trainings have fewer
+        checkpoints than there are shares; a single step has none.
+        """
+        found = {max(1, int(Fraction(str(share)) * steps)) for share in self.checkpoints}
+        return tuple(sorted(found - {steps}))
 
 
 class TransferConfig(Frozen):

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from prunelens.config.frozen import Frozen
 
 Site = Literal["resid_post", "mlp_out", "attn_out"]
+PLANTED = "planted"  # the name of the self-test's world, as a model and as a criterion
 
 
 class PretrainedSaeConfig(Frozen):
@@ -21,7 +22,7 @@ class PretrainedSaeConfig(Frozen):
     sae_id: str | None = None
     """The SAE's id within the release, e.g. layer_12/width_16k/canonical."""
     folder: str | None = None
-    """A local folder instead: one that prunelens or SAELens saved."""
+    """A local folder instead: one that prunelens, SAELens or sparsify saved."""
     name: str | None = Field(None, min_length=1)
     """What tables call it; null: `release/sae_id`, or the folder's last part."""
     nominal_l0: float | None = Field(None, gt=0)
@@ -49,7 +50,10 @@ class ModelConfig(Frozen):
     """A Hugging Face causal language model and where to look at it."""
 
     name: str = "bundled"
-    """`bundled` (the small model that ships with prunelens), a hub id, or a local folder."""
+    """`bundled` (the small model that ships with prunelens), a hub id, or a local folder.
+
+    `planted` is no model but the self-test's world with known truth (methods §9).
+    """
     revision: str | None = None
     """A hub commit, branch or tag; null means the default branch."""
     short_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -80,6 +84,11 @@ class ModelConfig(Frozen):
                     " or rename its folder"
                 )
         return self
+
+    @property
+    def is_planted(self) -> bool:
+        """There is no language model: activations come from the planted world."""
+        return self.name == PLANTED
 
     @property
     def label(self) -> str:

@@ -9,19 +9,34 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from prunelens.config.frozen import Frozen
+from prunelens.config.model import PLANTED
+
+PLANTED_SCOPES = ("independent", "by_rate")
 
 
 class _Pruning(Frozen):
     """Criterion x scope x pattern: a pruning but for its sparsity (methods §3)."""
 
-    criterion: Literal["magnitude", "wanda"]
-    """|W|, or |W_ij| * ||X_j||."""
-    scope: Literal["global", "matrix", "row"]
-    """Which weights compete: all, those of one matrix, those of one output row."""
+    criterion: Literal["magnitude", "wanda", "planted"]
+    """|W|, or |W_ij| * ||X_j||; `planted` changes the directions of the planted world."""
+    scope: Literal["global", "matrix", "row", "independent", "by_rate"]
+    """Which weights compete: all, those of one matrix, those of one output row.
+
+    Of the planted world: whether a direction's fate is independent of its firing rate.
+    """
     pattern: Literal["unstructured"] = "unstructured"
     """Which weights of a scope group may go."""
     calibration: Literal["dense", "sequential"] = "dense"
     """Wanda's norms: from the dense model, or block by block from the already pruned one."""
+
+    @model_validator(mode="after")
+    def _scope_fits(self) -> Self:
+        if (self.criterion == PLANTED) != (self.scope in PLANTED_SCOPES):
+            raise ValueError(
+                f"scope: {self.scope!r} does not go with criterion {self.criterion!r}; use"
+                " independent or by_rate with planted; global, matrix or row with the others"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sequential_fits(self) -> Self:

@@ -9,17 +9,35 @@ from typing import Any, Literal, Self
 import pydantic
 from pydantic import Field, field_validator, model_validator
 
-from prunelens.config.features import ActivationConfig, CausalConfig, SaeConfig, TransferConfig
+from prunelens.config.features import (
+    ActivationConfig,
+    CausalConfig,
+    SaeConfig,
+    SufficiencyConfig,
+    TransferConfig,
+)
 from prunelens.config.frozen import Frozen
-from prunelens.config.model import ModelConfig
+from prunelens.config.model import PLANTED, ModelConfig
 from prunelens.config.pruning import PruningConfig, PruningGrid
 from prunelens.config.text import CorpusConfig, PerplexityConfig
 from prunelens.errors import UserError
 
 Question = Literal[
-    "stability", "survival", "persistence", "transfer", "fragility", "predictor", "causal"
+    "stability",
+    "survival",
+    "persistence",
+    "identity",
+    "warm_start",
+    "sufficiency",
+    "transfer",
+    "fragility",
+    "predictor",
+    "causal",
 ]
 NEEDS: dict[str, tuple[Question, ...]] = {  # question -> the ones whose answers it is made from
+    "identity": ("survival",),
+    "warm_start": ("survival",),
+    "sufficiency": ("survival",),
     "fragility": ("survival", "persistence"),
     "predictor": ("survival", "persistence"),
     "causal": ("survival", "persistence"),
@@ -55,12 +73,15 @@ class StudyConfig(Frozen):
     """The SAEs."""
     taus: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
     """Match thresholds."""
+    sufficiency: SufficiencyConfig = SufficiencyConfig()
+    """When SAEs in training are judged."""
     transfer: TransferConfig = TransferConfig()
     """RQ3's sizes."""
     causal: CausalConfig = CausalConfig()
     """RQ5's sizes."""
     questions: tuple[Question, ...] = typing.get_args(Question)
-    """What is asked: RQ1, RQ2, same-dictionary persistence, RQ3, RQ4, its predictor, RQ5."""
+    """What is asked: RQ1, RQ2, same-dictionary persistence, other measures of identity, SAEs that
+    start from the dense ones, whether all were trained enough, RQ3, RQ4, its predictor, RQ5."""
     threads_per_stage: int = Field(2, ge=1)
     """CPU threads of each stage; part of every identity, because reductions depend on it."""
     keep_activations: bool = False
@@ -93,10 +114,13 @@ class StudyConfig(Frozen):
                     f"questions: {question!r} is answered from {missing[0]!r}; ask that as well"
                 )
         labels = [p.label for p in self.conditions()]
-        for label in self.causal.conditions or ():
+        named = [("causal.conditions", label) for label in self.causal.conditions or ()]
+        if self.sufficiency.condition is not None:
+            named.append(("sufficiency.condition", self.sufficiency.condition))
+        for field, label in named:
             if label not in labels:
                 raise ValueError(
-                    f"causal.conditions: {label!r} is none of the prunings"
+                    f"{field}: {label!r} is none of the prunings"
                     f" ({', '.join(labels) or 'there are none'})"
                 )
         doubled = sorted({label for label in labels if labels.count(label) > 1})
@@ -117,6 +141,28 @@ class StudyConfig(Frozen):
         if len(set(names)) < len(names):
             raise ValueError(f"models: {names} share a name; run names would clash")
         return self
+
+    @model_validator(mode="after")
+    def _the_planted_world_stands_alone(self) -> Self:
+        planted = [model.is_planted for model in self.models]
+        planted += [pruning.criterion == PLANTED for pruning in self.prunings]
+        if any(planted) and not all(planted):
+            raise ValueError(
+                "models: the planted world has prunings of criterion 'planted' alone, and no"
+                " language model has those; put them in a study of their own"
+            )
+        asked = [name for name in ("transfer", "causal") if name in self.questions]
+        if any(planted) and asked:
+            raise ValueError(
+                f"questions: {asked[0]!r} needs a language model, and the planted world is none;"
+                " leave it out"
+            )
+        return self
+
+    def followed(self) -> PruningConfig | None:
+        """The pruned condition whose SAEs are followed while they are trained."""
+        wanted = self.sufficiency.condition
+        return next((p for p in self.conditions() if wanted in (None, p.label)), None)
 
     def conditions(self) -> list[PruningConfig]:
         """The pruned conditions, in the order of the file."""

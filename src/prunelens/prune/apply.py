@@ -68,8 +68,10 @@ def prune_model(
     """
     _check(pruning, calibration, input_norms)
     masks: dict[str, Tensor] = {}
+    scope = pruning.scope
+    assert scope in ("global", "matrix", "row"), "the planted world has no weights"
     for scores in _scores(lm, pruning, calibration, input_norms, progress):
-        new = keep_masks(scores, scope=pruning.scope, sparsity=pruning.fraction)
+        new = keep_masks(scores, scope=scope, sparsity=pruning.fraction)
         _zero(prunable_matrices(lm), new)
         masks |= {name: mask.cpu() for name, mask in new.items()}
     return Pruned(masks, tuple(_line(name, mask) for name, mask in masks.items()))

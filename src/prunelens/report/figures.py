@@ -18,6 +18,7 @@ from prunelens.report.panels.panel import Panel, Points, Site, shortened, sites
 
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^"}
 LINES = {"solid": "-", "dashed": "--", "dotted": ":", "none": ""}
+VIEWS = {"paper": ", as published", "controlled": ", controlled", "check": ""}
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -73,8 +74,7 @@ def _draw(tables: dict[str, pd.DataFrame], figure_of: FigureOf) -> Figure | None
 
 
 def _draw_panel(axes: Axes, panel: Panel, site: Site) -> None:
-    view = "as published" if panel.protocol == "paper" else "controlled"
-    title = f"{site.label}, {view}\n{_wrapped(panel.title)}"
+    title = f"{site.label}{VIEWS[panel.protocol]}\n{_wrapped(panel.title)}"
     axes.set_title(title, fontsize=8.5, loc="left")
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.empty:

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pandas as pd
 
 from prunelens.paper import published
 from prunelens.report.panels.panel import PRIMARY_TAU, Tables, at_tau
+from prunelens.report.panels.selftest import world_of
 from prunelens.report.published import beside_published
+from prunelens.report.sufficiency import training_verdicts, verdict_words
 
 KEYS = ["run", "model", "method", "sparsity"]
-
-ENOUGH_RETENTION = 0.9  # mean cosine to the start above which dictionaries are not trained enough
-ENOUGH_FALL = 0.02  # relative fall of FVU over the last quarter above which training was cut short
-
-
-class Training(NamedTuple):
-    """Whether the dense SAEs can be compared at all."""
-
-    init_retention: float
-    """Mean cosine of the latents to their start."""
-    fall: float
-    """Share by which FVU still fell over the last quarter of the steps."""
-
-    @property
-    def enough(self) -> bool:
-        """They left their start and had settled."""
-        return self.init_retention < ENOUGH_RETENTION and self.fall < ENOUGH_FALL
+SITE = ["model", "layer"]
 
 
 def overviews(tables: Tables) -> dict[str, pd.DataFrame]:
@@ -39,23 +23,12 @@ def overviews(tables: Tables) -> dict[str, pd.DataFrame]:
         made["survival by run"] = _survival(tables)
     if len(tables.get("predictor", ())):
         made["predictor at 0.7"] = _predictor(tables)
-    quality = training(tables)
-    if quality is not None:
-        wanted = [f"below {ENOUGH_RETENTION}", f"below {ENOUGH_FALL}"]
-        measured = ["mean cosine to the start", "fall of FVU over the last quarter"]
-        rows = {"measure": measured, "value": list(quality), "wanted": wanted}
-        made["training by run"] = pd.DataFrame(rows)
-    return made
-
-
-def training(tables: Tables) -> Training | None:
-    """How far the dense SAEs came; None where no training is recorded."""
-    rows = tables.get("sae_training", pd.DataFrame())
-    if not len(rows):
-        return None
-    dense = rows[(rows["method"] == "dense") & ~rows["rotated"].astype(bool)]
-    fall = (1 - dense["fvu"] / dense["fvu_at_three_quarters"]).mean()
-    return Training(float(dense["mean_init_retention"].mean()), float(fall))
+    made["identity by run"] = _identity(tables)
+    made["warm start by run"] = _warm_start(tables)
+    made["training by run"] = _training(training_verdicts(tables))
+    if len(tables.get("selftest", ())):
+        made |= _selftest(tables["selftest"])
+    return {name: table for name, table in made.items() if len(table)}
 
 
 def _stability(table: pd.DataFrame) -> pd.DataFrame:
@@ -91,7 +64,114 @@ def _survival(tables: Tables) -> pd.DataFrame:
     for source in ("pruned", "noise_isotropic", "noise_shuffled") if len(persistence) else ():
         name = "persistence" if source == "pruned" else source
         add(name, persistence[persistence["source"] == source], "mean_correlation")
+    for noise in ("isotropic", "shuffled") if len(persistence) else ():
+        part = persistence[persistence["source"] == f"noise_{noise}"]
+        add(f"relative_{noise}", part, "mean_relative")
     return made
+
+
+def _identity(tables: Tables) -> pd.DataFrame:
+    """The other measures of identity, each beside what no pruning and no feature would give."""
+    names = ("activation_matching", "scaling", "subspace")
+    rates, scaling, spans = (tables.get(name, pd.DataFrame()) for name in names)
+    made = _pruned_runs([rates, scaling, spans])
+    if not len(made):
+        return made
+    rates = at_tau(rates)
+    for arm in ("shared_init", "cross_init"):
+        made[f"activation_{arm}"] = _of_run(made, rates, "mnn", arm=arm)
+    for arm in ("ceiling_cross", "chance"):
+        made[f"activation_{arm}"] = _of_dense(made, rates, "mnn", arm)
+    for source, name in (("pruned", ""), ("noise_isotropic", "_noise"), ("unpaired", "_unpaired")):
+        made[f"scaling{name}"] = _of_run(made, scaling, "mean_scaling", source=source)
+    for arm in ("shared_init", "cross_init"):
+        made[f"subspace_{arm}"] = _of_run(made, spans, "overlap", arm=arm)
+    for arm in ("ceiling_cross", "floor_shared", "chance"):
+        made[f"subspace_{arm}"] = _of_dense(made, spans, "overlap", arm)
+    corrected = at_tau(tables.get("survival_corrected", pd.DataFrame()))
+    made["corrected_warm"] = _of_run(made, corrected, "corrected", arm="warm")
+    return made.drop(columns="layer")
+
+
+def _warm_start(tables: Tables) -> pd.DataFrame:
+    """SAEs that were trained on from the dense ones, beside fresh ones; FVU in raw space, where
+    both have the same denominator."""
+    rates = at_tau(tables.get("survival", pd.DataFrame()))
+    rates = rates[rates["coordinates"] == "normalised"] if len(rates) else rates
+    warm = rates[rates["arm"] == "warm_start"] if len(rates) else rates
+    made = _pruned_runs([warm])
+    if not len(made):
+        return made
+    made["warm_start"] = _of_run(made, warm, "mnn")
+    for arm in ("floor_warm", "ceiling_warm"):
+        made[arm] = _of_dense(made, rates, "mnn", arm)
+    corrected = at_tau(tables.get("survival_corrected", pd.DataFrame()))
+    made["corrected_warm"] = _of_run(made, corrected, "corrected", arm="warm")
+    trained = tables.get("sae_training", pd.DataFrame())
+    trained = trained[~trained["rotated"].astype(bool)] if len(trained) else trained
+    for training, name in (("warm", "warm"), ("own", "fresh")):
+        made[f"steps_{name}"] = _of_run(made, trained, "steps", training=training)
+        made[f"fvu_raw_{name}"] = _of_run(made, trained, "fvu_raw", training=training)
+    if len(corrected):
+        unknown = corrected[(corrected["arm"] == "warm") & corrected["corrected"].isna()]
+        made["reason"] = made["run"].map(unknown.drop_duplicates("run").set_index("run")["reason"])
+    return made.drop(columns="layer")
+
+
+def _pruned_runs(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    """One row per pruned run of any of the tables, with KEYS and layer."""
+    found = [part.loc[part["method"] != "dense", [*KEYS, "layer"]] for part in parts if len(part)]
+    if not found:
+        return pd.DataFrame()
+    return pd.concat(found).drop_duplicates("run").reset_index(drop=True)
+
+
+def _of_run(made: pd.DataFrame, rows: pd.DataFrame, column: str, **where: str) -> pd.Series:
+    """The mean of a column over each run's rows with those values; NaN where there are none."""
+    for name, value in where.items():
+        rows = rows[rows[name] == value] if len(rows) else rows
+    if not len(rows):
+        return pd.Series(float("nan"), index=made.index)
+    return made["run"].map(rows.groupby("run")[column].mean())
+
+
+def _of_dense(made: pd.DataFrame, rows: pd.DataFrame, column: str, arm: str) -> pd.Series:
+    """The mean of a control arm at each run's site."""
+    rows = rows[rows["arm"] == arm] if len(rows) else rows
+    if not len(rows):
+        return pd.Series(float("nan"), index=made.index)
+    means = rows.groupby(SITE)[column].mean().rename("found")
+    return made[SITE].join(means, on=SITE)["found"]
+
+
+def _training(verdicts: pd.DataFrame) -> pd.DataFrame:
+    if not len(verdicts):
+        return verdicts
+    names = ["mean_init_retention", "fvu_fall", "fvu_fall_schedule", "fvu_fall_beyond_schedule"]
+    made = verdicts[[*KEYS, *names]].reset_index(drop=True)
+    made.insert(len(KEYS), "verdict", verdict_words(verdicts))
+    made["why"] = verdicts["reason"].to_numpy()
+    return made
+
+
+def _selftest(grades: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """One table per planted world, one row per measure; and what comes before training's end."""
+    end, early = grades[grades["step"].isna()], grades[grades["step"].notna()]
+    names = ["measure", "auc", "precision", "recall", "false_survival", "bias", "bias_rotated"]
+    names += ["rate_rho", "rate_low", "rate_high", "truth_rho", "mark"]
+    found = {}
+    for world, part in end.groupby(world_of(end["run"]), sort=False):
+        made = part[names].reset_index(drop=True)
+        verdict = part["passed"].map({True: "passed", False: "MISSED"}).fillna("")
+        made["verdict"] = verdict.to_numpy()
+        missed = part["reason"].fillna("").str.removeprefix("misses: ")
+        made["misses"] = missed.where(missed != "").to_numpy()
+        found[f"selftest {world}"] = made
+    steps = early.assign(world=world_of(early["run"])) if len(early) else early
+    if len(steps):
+        wide = steps.pivot_table(index="step", columns="world", values="false_survival")
+        found["selftest by step"] = wide.reset_index().astype({"step": int})
+    return found
 
 
 def _predictor(tables: Tables) -> pd.DataFrame:

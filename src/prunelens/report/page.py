@@ -20,13 +20,14 @@ from PIL import Image
 
 from prunelens.config import StudyConfig
 from prunelens.report.interactive import plotly_figure
-from prunelens.report.overview import overviews, training
+from prunelens.report.overview import overviews
 from prunelens.report.panels import FIGURES
 from prunelens.report.panels.overall import calibration, depth
 from prunelens.report.panels.panel import Panel, Tables, sites
 from prunelens.report.paper_tables import DEPTH, MATRIX, paper_tables
 from prunelens.report.questions import CAPTIONS, QUESTIONS, Question
 from prunelens.report.shown_table import Shown, number, shown
+from prunelens.report.sufficiency import not_enough
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 MOST_ROWS = 300  # of one table on the page; the rest is in its CSV
@@ -51,6 +52,11 @@ class Group(NamedTuple):
 
     label: str
     panels: list[Drawn]
+
+    @property
+    def has_published(self) -> bool:
+        """The paper's view stands beside the controlled one."""
+        return any(panel.published for panel in self.panels)
 
 
 class Section(NamedTuple):
@@ -100,7 +106,7 @@ def page(out: pathlib.Path, tables: Tables, runs: pd.DataFrame, study: StudyConf
         claims=_claims(tables),
         verdicts=VERDICTS,
         sections=[section for section in sections if _says_something(section)],
-        training=training(tables),
+        untrained=not_enough(tables),
         failed=_records(runs[runs["status"] == "failed"]) if len(runs) else [],
         num_runs=len(runs),
         matrix=shown(theirs[MATRIX], CAPTIONS[MATRIX], drop=REDUNDANT, file=_file(MATRIX)),

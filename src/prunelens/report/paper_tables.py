@@ -119,13 +119,14 @@ def _transfer(tables: Tables) -> pd.DataFrame:
 
 
 def _fragility(tables: Tables) -> pd.DataFrame:
-    """Table 3: the two ends, as published and by persistence."""
+    """Table 3: the two ends, as published, by persistence, and beside noise."""
     rows = at_tau(tables["fragility"])
     made = rows[SITE].drop_duplicates("run").reset_index(drop=True)
     for measure, prefix in (
         ("shared_init", ""),
         ("persistence", "persistence_"),
         ("excess_isotropic", "excess_"),
+        ("relative_shuffled", "relative_"),
     ):
         for quintile, end in ((1, "q1_rare"), (5, "q5_frequent")):
             part = rows[(rows["measure"] == measure) & (rows["quintile"] == quintile)]

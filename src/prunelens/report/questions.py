@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from prunelens.analyses.sufficiency import FALL_LIMIT, RETENTION_LIMIT
 from prunelens.analyses.transfer import TRANSFER_RULE
 
 
@@ -28,6 +29,23 @@ class Question(NamedTuple):
 
 QUESTIONS = (
     Question(
+        "selftest",
+        "Self-test: do the measures tell the truth?",
+        "In this planted world it is known what became of every feature. AUC: are survived features"
+        " (kept, rescaled) told from destroyed ones (removed, rotated)? False survival: the share"
+        " of destroyed ones that the measure calls survived. Bias: how far it is from the planted"
+        " angle or scale. Its rank correlation with firing rate belongs beside that of the truth:"
+        " a measure that depends on firing rate where the truth does not invents a pattern. Split"
+        " and merged features are in the correlations alone; to matching by activations a rotated"
+        " feature has survived, because it fires where it did.",
+        "",
+        "",
+        figures=("fig9_selftest",),
+        tables=("selftest independent", "selftest by_rate", "selftest by step"),
+        more=("selftest",),
+        needs=("selftest",),
+    ),
+    Question(
         "perplexity",
         "The models themselves",
         "How much did each pruning hurt the model as a whole?",
@@ -35,6 +53,22 @@ QUESTIONS = (
         "Perplexity on the longest windows, as the pruning literature measures it.",
         tables=("table1_perplexity",),
         needs=("perplexity",),
+    ),
+    Question(
+        "sufficiency",
+        "Were the SAEs trained enough to compare?",
+        "Dictionaries that hardly left a shared start agree because of the start, and dictionaries"
+        " that would still change with more steps differ because they were stopped.",
+        "Nearly every latent is alive at the end of training. That says nothing about how far"
+        " latents have come.",
+        f"The mean cosine of latents to their start: above {RETENTION_LIMIT} they hardly left it."
+        " And what twice the steps would change, from one SAE trained twice as long: an FVU that"
+        f" falls by more than {100 * FALL_LIMIT:g} % between the two ends was not settled. Between"
+        " the middle of the longer training and the end of ours the steps are equal, so that fall"
+        " is the learning rate's alone.",
+        figures=("fig7_training",),
+        tables=("training by run",),
+        more=("training_curves", "survival_by_step"),
     ),
     Question(
         "stability",
@@ -64,6 +98,22 @@ QUESTIONS = (
         needs=("survival", "persistence"),
     ),
     Question(
+        "identity",
+        "Is it the same feature? Other ways to ask",
+        "A direction that is found again need not mean that the feature is, nor the reverse.",
+        "Decoder directions alone: the mutual nearest neighbour at a cosine of 0.7.",
+        "By activations: do two latents fire alike on the same tokens, wherever they point? A"
+        " rotated feature counts as the same here. Latent scaling: which share of a dense direction"
+        " do pruned activations still hold, by regression on paired tokens; 1 is expected of noise"
+        " of equal size, 0 of unpaired tokens. Subspace overlap: does the direction lie in the span"
+        " of its four nearest in the pruned SAE, as that of a split feature would? Among many"
+        " directions chance alone finds much of it there. Warm start: the dense SAE trained on with"
+        " pruned activations, between the same on dense ones and on a rotated space.",
+        figures=("fig8_identity",),
+        tables=("identity by run", "warm start by run"),
+        more=("activation_matching", "scaling", "subspace"),
+    ),
+    Question(
         "transfer",
         "RQ3: can SAEs of the dense model still be used?",
         "An SAE that was trained on the dense model reads activations of the pruned one.",
@@ -83,9 +133,10 @@ QUESTIONS = (
         "The living latents of the dense SAE are sorted by firing rate into five groups.",
         "Survival by group, with a shared start. Rare latents are trained least and stay nearest to"
         " their start, which this measure counts as survival.",
-        "Persistence by group, and what of it is beyond noise of the same size; rank correlations"
-        " over single latents with intervals, also given each latent's distance from its start. If"
-        " the sign turns here, the paper's finding was the start.",
+        "Persistence by group, and as a share of what noise of equal size leaves: noise alone"
+        " lowers the correlation of a rare latent more than that of a frequent one. Rank"
+        " correlations over single latents with intervals, also given each latent's distance from its start. If the"
+        " sign turns here, the paper's finding was the start.",
         figures=("fig4_fragility", "fig5_fragility_by_method"),
         tables=("table3_fragility",),
         more=("fragility_tests", "fragility"),
@@ -133,7 +184,7 @@ QUESTIONS = (
         " pruning cannot change.",
         "",
         "",
-        tables=("tableB1_quality", "training by run"),
+        tables=("tableB1_quality",),
         more=("sae_training",),
         needs=("sae_quality",),
     ),
@@ -149,7 +200,12 @@ CAPTIONS = {
     "depth": "The questions over layers",
     "stability by run": "Seed stability at tau 0.7, means over pairs of seeds",
     "survival by run": "Survival at tau 0.7 and persistence, means",
-    "training by run": "Were the dense SAEs trained enough?",
+    "identity by run": "Other measures of identity: rates at tau 0.7, and means",
+    "warm start by run": "SAEs trained on from the dense ones, at tau 0.7; fvu in raw space",
+    "training by run": "Verdict on the SAEs of every run",
+    "selftest independent": "Grades where fates do not depend on firing rate",
+    "selftest by_rate": "Grades where rare features are destroyed more often",
+    "selftest by step": "False survival by a shared start, by training step",
     "predictor at 0.7": "Predictor by evaluation; tau 0.7, or none for persistence",
     "stability": "Every pair of seeds",
     "survival_corrected": "Corrected survival",
@@ -161,4 +217,10 @@ CAPTIONS = {
     "predictor_calibration": "Calibration",
     "causal": "Every group and protocol",
     "sae_training": "Every SAE",
+    "activation_matching": "Matching by activations, every pair",
+    "scaling": "Latent scaling of every seed",
+    "subspace": "Subspace overlap of every pair",
+    "training_curves": "Every SAE that was judged",
+    "survival_by_step": "Survival by training step, every pair",
+    "selftest": "Every grade",
 }

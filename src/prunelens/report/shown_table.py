@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-LONG = 14  # more rows than this are collapsed
+LONG = 16  # more rows than this are collapsed
 UNKNOWN = "–"
 PUBLISHED = "paper_"  # columns with the paper's numbers
 REASONS = ("reason", "paper_note")

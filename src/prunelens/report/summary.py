@@ -7,7 +7,7 @@ from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from prunelens.report.overview import ENOUGH_FALL, ENOUGH_RETENTION, Training, training
+from prunelens.report.sufficiency import known_of_the_others, not_enough
 
 PRIMARY_TAU = 0.7
 
@@ -15,6 +15,7 @@ PRIMARY_TAU = 0.7
 def summary(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> RenderableType:
     """The tables of a study as one readable block, with what its numbers do and do not say."""
     parts: list[RenderableType] = [_table(tables, runs)]
+    parts += [f"[bold red]warning[/] {escape(each.text)}" for each in not_enough(tables)]
     parts += [f"  {line}" for line in _notes(tables)]
     if "claims" in tables:
         parts.append(_claims(tables["claims"]))
@@ -42,7 +43,7 @@ def _table(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> Table:
         "corr.\ncross",
         "persist-\nence",
         "equal\nnoise",
-        "excess\nz",
+        "share\nof that",
         "dense SAE:",
     ):
         table.add_column(name, justify="right")
@@ -91,8 +92,8 @@ def _cells(tables: dict[str, pd.DataFrame], run: str) -> list[str]:
         mean("survival_corrected", "corrected", arm="shared"),
         mean("survival_corrected", "corrected", arm="cross"),
         mean("persistence", "mean_correlation", source="pruned"),
-        mean("persistence", "mean_correlation", source="noise_isotropic"),
-        mean("persistence", "excess_z", source="noise_isotropic"),
+        mean("persistence", "mean_correlation", source="noise_shuffled"),
+        mean("persistence", "mean_relative", source="noise_shuffled"),
         _verdicts(rows.get("transfer", empty)),
     ]
 
@@ -125,18 +126,8 @@ def _notes(tables: dict[str, pd.DataFrame]) -> list[str]:
     if "persistence" in tables:
         notes.append(
             "persistence is the correlation of the dense SAE's latents before and after pruning;"
-            " excess z below 0 is harm beyond that of noise of equal size."
+            " beside it what noise of equal size leaves, and the share of that which is left."
         )
-    if found := training(tables):
-        notes.append(_training_note(found))
+    if known := known_of_the_others(tables):
+        notes.append(f"training: {known}.")
     return notes
-
-
-def _training_note(found: Training) -> str:
-    """Whether the dense dictionaries moved from their start and had settled by the end."""
-    verdict = "" if found.enough else " [yellow]These dictionaries are not trained enough.[/]"
-    return (
-        f"training: dense latents end at a mean cosine of {found.init_retention:.3f} to their start"
-        f" (below {ENOUGH_RETENTION} wanted); FVU falls by {found.fall:.1%} over the last quarter"
-        f" of the steps (below {ENOUGH_FALL:.0%} wanted).{verdict}"
-    )

@@ -10,6 +10,7 @@ import pathlib
 import pandas as pd
 
 from prunelens.analyses.claims import COLUMNS as CLAIM_COLUMNS
+from prunelens.analyses.grades import COLUMNS as GRADE_COLUMNS
 
 _CONDITION = ["run", "model", "layer", "method", "sparsity"]
 COLUMNS = {
@@ -23,7 +24,7 @@ COLUMNS = {
     ],
     "sae_training": [
         *_CONDITION, "init_seed", "data_seed", "rotated", "steps", "mean_init_retention",
-        "fvu_at_three_quarters", "fvu", "folder",
+        "fvu_at_three_quarters", "fvu", "folder", "training", "fvu_raw",
     ],
     "stability": [*_CONDITION, "seed_a", "seed_b", "tau", "one_way", "mnn", "greedy"],
     "survival": [
@@ -35,7 +36,24 @@ COLUMNS = {
     ],
     "persistence": [
         *_CONDITION, "seed", "source", "mean_correlation", "mean_jaccard", "share_above_0.7",
-        "num_silenced", "num_undefined", "excess_z",
+        "num_silenced", "num_undefined", "excess_z", "mean_relative",
+    ],
+    "activation_matching": [
+        *_CONDITION, "arm", "init_a", "order_a", "init_b", "order_b", "tau", "one_way", "mnn",
+        "greedy", "one_way_reverse",
+    ],
+    "scaling": [
+        *_CONDITION, "seed", "source", "mean_scaling", "median_scaling", "share_above_0.5",
+        "num_undefined",
+    ],
+    "subspace": [*_CONDITION, "arm", "init_a", "order_a", "init_b", "order_b", "overlap"],
+    "sufficiency": [
+        *_CONDITION, "trained_enough", "mean_init_retention", "fvu_fall", "fvu_fall_schedule",
+        "fvu_fall_beyond_schedule", "reason",
+    ],
+    "training_curves": [*_CONDITION, "seed", "total_steps", "step", "fvu", "mean_init_retention"],
+    "survival_by_step": [
+        *_CONDITION, "step", "arm", "init_a", "init_b", "tau", "mnn", "one_way", "greedy",
     ],
     "transfer": [
         *_CONDITION, "sae", "positions", "refit", "fvu", "fvu_raw", "fvu_dense_var", "l0",
@@ -65,6 +83,7 @@ COLUMNS = {
         "num_latents", "num_prompts", "firing_share", "ablated_in", "reconstruction_share",
         "reason",
     ],
+    "selftest": [*_CONDITION, *GRADE_COLUMNS],
     "claims": ["run", *CLAIM_COLUMNS],
 }  # fmt: skip
 

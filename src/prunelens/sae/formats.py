@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 
 from prunelens.activations import Statistics
@@ -110,16 +111,13 @@ def own_sae(folder: pathlib.Path, *, name: str, device: str = "cpu") -> GivenSae
 
     Its nominal L0 is the one measured after training (`quality.json`, in a study's artifact),
     else its k.
-    Raises: UserError where the folder is incomplete or damaged.
+    Raises: UserError where the folder is incomplete or damaged, or holds a control of a study that
+        was trained in a rotated space.
     """
     sae = TopKSAE.load(folder).to(device)
-    path = folder / "normalisation.safetensors"
-    if not path.exists():
-        raise UserError(
-            f"models.pretrained: {str(folder)!r} lacks normalisation.safetensors, without which"
-            " raw activations cannot be encoded; give the SAE's folder in a study's artifacts"
-        )
-    found = given(sae, Statistics.load(path), name=name, nominal_l0=_measured_l0(folder, sae.k))
+    _refuse_rotated(folder)
+    normalisation = _normalisation(folder, sae.d_model)
+    found = given(sae, normalisation, name=name, nominal_l0=_measured_l0(folder, sae.k))
     place = folder / PLACE_FILE
     return dataclasses.replace(found, **(_read(place) if place.exists() else {}))
 
@@ -135,7 +133,7 @@ def given(
         d_model=sae.d_model,
         num_latents=sae.num_latents,
         nominal_l0=nominal_l0,
-        coder=_Normalised(sae, *(part.to(device) for part in statistics)),
+        coder=NormalisedTopK(sae, *(part.to(device) for part in statistics)),
         device=device,
     )
 
@@ -177,7 +175,7 @@ def check_fits(sae: GivenSae, model: str, *, d_model: int, site: Site, layer: in
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Normalised:
+class NormalisedTopK:
     """Our TopK SAE: x_hat = (x - mean) / sigma in, sigma * x_rec + mean out."""
 
     sae: TopKSAE
@@ -186,14 +184,45 @@ class _Normalised:
 
     @property
     def threshold(self) -> None:
+        """It has none."""
         return None
 
     def encode(self, x: Tensor, _threshold_scale: float, /) -> Tensor:
+        """See Coder."""
         return self.sae.dense_latents(self.sae.encode((x - self.mean) / self.sigma))
 
     def decode(self, latents: Tensor, /) -> Tensor:
+        """See Coder."""
         rec = latents @ self.sae.decoder_weight + self.sae.decoder_bias
         return self.sigma * rec + self.mean
+
+
+def _refuse_rotated(folder: pathlib.Path) -> None:
+    """A study's folder says so in its `meta.json`; elsewhere nothing is rotated."""
+    path = folder / "meta.json"
+    if path.exists() and _read(path).get("config", {}).get("rotated"):
+        raise UserError(
+            f"sae: {str(folder)!r} is the study's control in a rotated space, which knows nothing"
+            " of the model's own; give an SAE whose `rotated` in sae_training.csv is False"
+        )
+
+
+def _normalisation(folder: pathlib.Path, d_model: int) -> Statistics:
+    path = folder / "normalisation.safetensors"
+    if not path.exists():
+        raise UserError(
+            f"sae: {str(folder)!r} lacks normalisation.safetensors, without which raw activations"
+            " cannot be encoded; give the SAE's folder in a study's artifacts"
+        )
+    try:
+        found = Statistics.load(path)
+    except (SafetensorError, TypeError) as error:
+        raise _unreadable(path, error) from None
+    if found.mean.shape != (d_model,) or found.sigma.shape != (d_model,):
+        raise UserError(
+            f"sae: {path} is of width {found.mean.numel()}, its SAE of {d_model}; make it again"
+        )
+    return found
 
 
 def _measured_l0(folder: pathlib.Path, k: int) -> float:
@@ -214,4 +243,5 @@ def _read(path: pathlib.Path) -> Any:
 
 
 def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
-    return UserError(f"models.pretrained: {path} cannot be read ({error}); make the SAE again")
+    problem = " ".join(str(error).split())[:150]
+    return UserError(f"sae: {path} cannot be read ({problem}); make the SAE again")

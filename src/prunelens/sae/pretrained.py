@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from prunelens.config import PretrainedSaeConfig, Site
 from prunelens.errors import UserError
+from prunelens.sae import sparsify
 from prunelens.sae.formats import GivenSae, own_sae
 
 _OWN_FILE, _SAELENS_FILES = "sae.json", ("cfg.json", "sae_weights.safetensors")
+_SPARSIFY_FILES = (sparsify.CONFIG_FILE, sparsify.WEIGHTS_FILE)
 _SITES: dict[str, Site] = {
     "hook_resid_post": "resid_post",
     "hook_mlp_out": "mlp_out",
@@ -36,12 +38,12 @@ _NORMALISATIONS = ("none", "layer_norm", "constant_norm_rescale")
 
 
 def load_given_sae(config: PretrainedSaeConfig, *, device: str = "cpu") -> GivenSae:
-    """An SAE from a local folder (ours or SAELens') or from a release that SAELens knows.
+    """An SAE from a local folder (ours, SAELens' or sparsify's) or a release that SAELens knows.
 
     A release may also be a hub repository that SAELens saved to; sae_id is then a folder in it.
     Weights are used in float32.
     Raises: UserError where it is unknown, missing, out of reach, of a kind that cannot stand in
-        for a site's activations, or where SAELens is not installed.
+        for a site's activations, or where SAELens is needed and not installed.
     """
     if config.folder is None:
         assert config.release and config.sae_id
@@ -49,14 +51,22 @@ def load_given_sae(config: PretrainedSaeConfig, *, device: str = "cpu") -> Given
     folder = pathlib.Path(config.folder).expanduser()
     if (folder / _OWN_FILE).is_file():
         sae = own_sae(folder, name=config.label, device=device)
-        stated = config.nominal_l0
-        return sae if stated is None else dataclasses.replace(sae, nominal_l0=stated)
-    if all((folder / name).is_file() for name in _SAELENS_FILES):
+    elif _holds(folder, _SAELENS_FILES):
         return _from_folder(config, folder, device)
-    raise UserError(
-        f"models.pretrained.folder: {config.folder!r} holds neither sae.json (prunelens) nor"
-        f" {' and '.join(_SAELENS_FILES)} (SAELens); name the folder of one SAE"
-    )
+    elif _holds(folder, _SPARSIFY_FILES):
+        sae = sparsify.sparsify_sae(folder, name=config.label, device=device)
+    else:
+        raise UserError(
+            f"models.pretrained.folder: {config.folder!r} holds neither sae.json (prunelens) nor"
+            f" {' and '.join(_SAELENS_FILES)} (SAELens) nor {' and '.join(_SPARSIFY_FILES)}"
+            " (sparsify); name the folder of one SAE"
+        )
+    stated = config.nominal_l0
+    return sae if stated is None else dataclasses.replace(sae, nominal_l0=stated)
+
+
+def _holds(folder: pathlib.Path, names: Iterable[str]) -> bool:
+    return all((folder / name).is_file() for name in names)
 
 
 def _from_release(config: PretrainedSaeConfig, release: str, sae_id: str, device: str) -> GivenSae:
@@ -84,11 +94,17 @@ def _from_release(config: PretrainedSaeConfig, release: str, sae_id: str, device
 def _from_folder(config: PretrainedSaeConfig, folder: pathlib.Path, device: str) -> GivenSae:
     with _told(config):
         sae = _saelens().SAE.load_from_disk(folder, device=device, dtype="float32")
-        described = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        nominal = _described_l0(json.loads((folder / "cfg.json").read_text(encoding="utf-8")))
+    return _wrapped(sae, config, nominal, device)
+
+
+def _described_l0(described: dict[str, Any]) -> float:
+    """The L0 that `export_sae` states, else k; NaN where a file has neither."""
+    l0 = (described.get("metadata") or {}).get("l0")
     # Older files keep k among the arguments of the activation function; reading it there too
     # catches a TopK SAE that is loaded as ReLU.
     k = described.get("k") or (described.get("activation_fn_kwargs") or {}).get("k")
-    return _wrapped(sae, config, float(k or math.nan), device)
+    return float(l0 or k or math.nan)
 
 
 def _wrapped(sae: Any, config: PretrainedSaeConfig, nominal: float, device: str) -> GivenSae:

@@ -1,4 +1,4 @@
-"""Training one TopK SAE: seeds, learning rate, resampling, checkpoints (methods §5).
+"""Training one TopK SAE: start, learning rate, resampling, checkpoints (methods §5).
 
 Everything random is a function of a seed and a position (epoch or step), so a checkpoint holds no
 random state and a resumed training repeats the uninterrupted one bit for bit.
@@ -6,7 +6,6 @@ random state and a resumed training repeats the uninterrupted one bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -25,7 +24,9 @@ from prunelens.config import SaeConfig
 from prunelens.errors import UserError
 from prunelens.sae import kernels
 from prunelens.sae.kernels import Weights
+from prunelens.sae.order import TokenOrder, derived_generator
 from prunelens.sae.resample import restart_dead
+from prunelens.sae.start import fingerprint, starting_sae
 from prunelens.sae.topk import TopKSAE
 
 Observer = Callable[[int, TopKSAE], None]
@@ -67,6 +68,9 @@ class StepLog(NamedTuple):
     """Used in this step."""
     num_dead: int
     """Latents that have not fired since the last check for dead latents."""
+    mean_init_retention: float
+    """Mean over the latents of `TrainedSae.init_retention`, had the training ended here. A latent
+    that restarts in this step has 1."""
 
 
 class TrainedSae(NamedTuple):
@@ -78,7 +82,7 @@ class TrainedSae(NamedTuple):
     resampled: Bool[Tensor, " latents"]
     """The latent was restarted, so its start is not the initialisation."""
     log: list[StepLog]
-    """About a hundred points."""
+    """About a hundred points, and every observed step."""
 
 
 def train_sae(
@@ -87,6 +91,7 @@ def train_sae(
     *,
     init_seed: int,
     data_seed: int,
+    start: TopKSAE | None = None,
     checkpoint: pathlib.Path | None = None,
     observe: dict[int, Observer] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -99,25 +104,27 @@ def train_sae(
 
     Args:
         data: normalised training activations.
-        config: see SaeConfig; `seeds` and `control_seeds` are not used here.
-        init_seed: fixes the initial weights, nothing else.
+        config: see SaeConfig; `seeds`, `control_seeds` and `warm_steps` are not used here.
+        init_seed: fixes the initial weights, nothing else; changes nothing where `start` is given.
         data_seed: fixes the order of the tokens and the inputs that latents restart at.
+        start: an SAE whose weights training starts from (a warm start) instead of random ones. It
+            is copied. Only weights are taken over: Adam's moments and the rate start anew.
         checkpoint: a safetensors file, written every `config.checkpoint_every` steps; if it exists,
             training goes on from it. The caller deletes it.
         observe: step -> callback, called after that step (0: before the first). Called a second
             time for steps that a resumed training repeats. Must not change the SAE.
         progress: called with the step after every step.
-    Raises: UserError where k exceeds the dictionary, there is no data, the loss is no number, or
-        the checkpoint is of another training.
+    Raises: UserError where k exceeds the dictionary, `start` does not fit, there is no data, the
+        loss is no number, or the checkpoint is of another training (another start too).
     """
     observe = observe or {}
-    training = Training(data, config, init_seed=init_seed, data_seed=data_seed)
+    training = Training(data, config, init_seed=init_seed, data_seed=data_seed, start=start)
     if checkpoint is not None and checkpoint.exists():
         training.load(checkpoint)
     elif 0 in observe:
         observe[0](0, training.sae)
     while training.step < config.steps:
-        training.advance()
+        training.advance(log=training.step + 1 in observe)
         if training.step in observe:
             observe[training.step](training.step, training.sae)
         due = training.step % config.checkpoint_every == 0 and training.step < config.steps
@@ -128,48 +135,21 @@ def train_sae(
     return training.result()
 
 
-class TokenOrder:
-    """Which tokens each step sees: a fresh permutation per epoch; a batch may cross epochs."""
-
-    def __init__(self, num_tokens: int, batch_tokens: int, *, data_seed: int) -> None:
-        self.num_tokens, self.batch_tokens, self.data_seed = num_tokens, batch_tokens, data_seed
-        self._epoch = -1
-        self._permutation = torch.empty(0, dtype=torch.long)
-
-    def batch(self, step: int) -> Int[Tensor, " batch"]:
-        """Token indices of a step, counted from 1."""
-        position, end = (step - 1) * self.batch_tokens, step * self.batch_tokens
-        parts = []
-        while position < end:
-            epoch, offset = divmod(position, self.num_tokens)
-            parts.append(self._of_epoch(epoch)[offset : offset + end - position])
-            position += len(parts[-1])
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def _of_epoch(self, epoch: int) -> Int[Tensor, " tokens"]:
-        if epoch != self._epoch:
-            generator = derived_generator("order", self.data_seed, epoch)
-            self._permutation = torch.randperm(self.num_tokens, generator=generator)
-            self._epoch = epoch
-        return self._permutation
-
-
-def derived_generator(purpose: str, seed: int, position: int) -> torch.Generator:
-    """A CPU generator that depends on nothing but these three."""
-    digest = hashlib.sha256(f"{purpose}:{seed}:{position}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 class Training:
     """The state of one training, `step` steps in."""
 
     def __init__(
-        self, data: TokenActivations, config: SaeConfig, *, init_seed: int, data_seed: int
+        self,
+        data: TokenActivations,
+        config: SaeConfig,
+        *,
+        init_seed: int,
+        data_seed: int,
+        start: TopKSAE | None = None,
     ) -> None:
         if data.num_tokens < 1:
             raise UserError("corpus.train_tokens: no activations to train on; raise it")
-        num_latents = config.expansion * data.d_model
-        sae = TopKSAE.initialise(data.d_model, num_latents, config.k, init_seed=init_seed)
+        sae = starting_sae(data.d_model, config, init_seed=init_seed, start=start)
         device = data.rows(torch.zeros(1, dtype=torch.long)).device
         self.data, self.config, self.data_seed = data, config, data_seed
         self.sae = sae.to(device)
@@ -178,20 +158,24 @@ class Training:
         self.mean = Weights(*(torch.zeros_like(w) for w in sae.weights))
         self.mean_square = Weights(*(torch.zeros_like(w) for w in sae.weights))
         self.start = self.sae.decoder_weight.detach().clone()
-        self.resampled = torch.zeros(num_latents, dtype=torch.bool, device=device)
-        self.fired = torch.zeros(num_latents, dtype=torch.bool, device=device)
+        self.resampled = torch.zeros(sae.num_latents, dtype=torch.bool, device=device)
+        self.fired = torch.zeros(sae.num_latents, dtype=torch.bool, device=device)
         self.log: list[StepLog] = []
         self.step = 0
-        unused = {"seeds", "control_seeds", "checkpoint_every"}
+        unused = {"seeds", "control_seeds", "checkpoint_every", "warm_steps"}
         self.identity = {
             "config": config.model_dump(mode="json", exclude=unused),
             "seeds": [init_seed, data_seed],
+            "start": None if start is None else fingerprint(start),
             "data": [data.num_tokens, data.d_model],
         }
 
     @torch.no_grad()
-    def advance(self) -> None:
-        """One step: gradients, Adam, unit norm; log and restart dead latents when due."""
+    def advance(self, *, log: bool = False) -> None:
+        """One step: gradients, Adam, unit norm; restart dead latents when due.
+
+        A point is added to the log every hundredth of the steps, at a check, and where asked.
+        """
         self.step += 1
         config = self.config
         x_hat = self.data.rows(self.order.batch(self.step))
@@ -199,14 +183,17 @@ class Training:
         loss, fires = self._descend(x_hat, rate)
         self.fired |= fires
         check = self.step % config.resample_interval == 0
-        if check or self.step in (1, config.steps) or self.step % max(1, config.steps // 100) == 0:
+        dead = ~self.fired
+        if check:
+            if self.step < 0.75 * config.steps and bool(dead.any()):
+                self._restart(dead)
+            self.fired.zero_()
+        hundredth = self.step % max(1, config.steps // 100) == 0
+        if log or check or hundredth or self.step in (1, config.steps):
             spread = float((x_hat - x_hat.mean(0)).square().sum(1).mean())
             fvu = loss / spread if spread > 0 else math.nan
-            self.log.append(StepLog(self.step, loss, fvu, rate, int((~self.fired).sum())))
-        if check:
-            if self.step < 0.75 * config.steps and not bool(self.fired.all()):
-                self._restart()
-            self.fired.zero_()
+            retention = float(self._init_retention().mean())
+            self.log.append(StepLog(self.step, loss, fvu, rate, int(dead.sum()), retention))
 
     def _descend(self, x_hat: Float[Tensor, "batch d_model"], rate: float) -> tuple[float, Tensor]:
         """Update the weights on one batch; returns the loss before it and which latents fired."""
@@ -240,15 +227,14 @@ class Training:
         sae.decoder_weight.div_(norms)
         return loss, found.fires
 
-    def _restart(self) -> None:
-        """Restart the latents that did not fire since the last check."""
+    def _restart(self, dead: Bool[Tensor, " latents"]) -> None:
         generator = derived_generator("restart", self.data_seed, self.step)
         # Enough inputs to choose from, without a pass over all of them.
         size = max(8192, 4 * self.sae.num_latents)
         pool = torch.randperm(self.data.num_tokens, generator=generator)[:size]
         restarted = restart_dead(
             self.sae,
-            ~self.fired,
+            dead,
             pool,
             self.data.rows,
             batch_tokens=self.config.batch_tokens,
@@ -262,9 +248,13 @@ class Training:
 
     def result(self) -> TrainedSae:
         """What the caller gets; tensors on the CPU but for the SAE."""
-        rows, start = self.sae.decoder_weight.detach().double(), self.start.double()
-        retention = torch.cosine_similarity(rows, start, dim=1).float()
+        retention = self._init_retention().float()
         return TrainedSae(self.sae, retention.cpu(), self.resampled.cpu(), self.log)
+
+    def _init_retention(self) -> Float[Tensor, " latents"]:
+        """In float64."""
+        rows, start = self.sae.decoder_weight.detach().double(), self.start.double()
+        return torch.cosine_similarity(rows, start, dim=1)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, not copied."""
@@ -301,7 +291,7 @@ class Training:
             ) from None
         if state["identity"] != json.loads(json.dumps(self.identity)):
             raise UserError(
-                f"checkpoint: {path} is of another training (config, seeds or data differ);"
+                f"checkpoint: {path} is of another training (config, seeds, start or data differ);"
                 " delete it to start again"
             )
         for name, tensor in self.tensors().items():

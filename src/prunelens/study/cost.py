@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from prunelens.analyses.persistence import NOISE_DRAWS
+from prunelens.analyses.scaling import JOINT_STEPS, SOURCES
 from prunelens.analyses.survival import COORDINATES
 from prunelens.checkpoint import ModelShape
 from prunelens.config import StudyConfig
@@ -24,6 +25,8 @@ KINDS = {  # stage -> the kind of work whose rate it runs at; other stages are m
     "causal": "language model",
     "sae": "SAE training",
     "persistence": "SAE encoding",
+    "scaling": "SAE encoding",
+    "activation_matching": "SAE encoding",
     "stability": "matching",
     "survival": "matching",
 }
@@ -156,7 +159,8 @@ def _sae(
 ) -> Work:
     size = sae_size(shape, study)
     tokens = config["steps"] * config["batch_tokens"]
-    judged = round(EVALUATIONS * study.corpus.eval_tokens)
+    passes = EVALUATIONS + len(config["checkpoints"])
+    judged = round(passes * study.corpus.eval_tokens)
     return Work(training_flops(*size, tokens) + encoding_flops(*size, judged), 0, tokens)
 
 
@@ -167,6 +171,28 @@ def _persistence(
     encodings = 2 + 2 * NOISE_DRAWS
     tokens = study.corpus.eval_tokens // 2 * encodings * _count(parents, "sae-")
     return Work(encoding_flops(*sae_size(shape, study), tokens))
+
+
+def _scaling(
+    _config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    """Per SAE, on half the eval split: one encoding, and per step of the joint regression k sparse
+    rows of every target, read twice.
+    """
+    d_model, num_latents, k = sae_size(shape, study)
+    tokens = study.corpus.eval_tokens // 2 * _count(parents, "sae-")
+    sparse = 4.0 * tokens * d_model * k * len(SOURCES) * JOINT_STEPS
+    return Work(encoding_flops(d_model, num_latents, k, tokens) + sparse)
+
+
+def _activation_matching(
+    _config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    """Every SAE reads half the eval split; every pair multiplies k by k latents per token."""
+    d_model, num_latents, k = sae_size(shape, study)
+    tokens, saes = study.corpus.eval_tokens // 2, sum("-" in role for role in parents)
+    pairs = 2.0 * tokens * k**2 * saes * max(1, saes - 1)
+    return Work(encoding_flops(d_model, num_latents, k, tokens * saes) + pairs)
 
 
 def _stability(
@@ -229,6 +255,8 @@ _COUNTS: dict[str, _Count] = {
     "activations": _activations,
     "sae": _sae,
     "persistence": _persistence,
+    "scaling": _scaling,
+    "activation_matching": _activation_matching,
     "stability": _stability,
     "survival": _survival,
     "transfer": _transfer,

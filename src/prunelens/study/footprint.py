@@ -29,7 +29,7 @@ class Disk(NamedTuple):
     stores: float
     """The activation stores that exist at one time with one worker."""
     saes: float
-    """All SAEs, control SAEs included."""
+    """All SAEs, control SAEs included, and the decoders kept from within their training."""
     masks: float
     """One bit per prunable weight and pruned condition."""
     checkpoint: float
@@ -71,9 +71,11 @@ def disk_use(
         pruned: number of pruned conditions.
     """
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    early: collections.Counter[str] = collections.Counter()  # decoders kept from within a training
     for stage in stages:
         assert stage.source
         counts[stage.name][stage.source.model.label] += 1
+        early[stage.source.model.label] += len(stage.config.get("checkpoints", ()))
     tokens = study.corpus.train_tokens + study.corpus.eval_tokens
     tokens -= tokens // study.corpus.context_tokens * study.activations.skip_first
     row = STORAGE[study.activations.storage][0].itemsize
@@ -85,7 +87,7 @@ def disk_use(
         for model in study.models
     )
     stores = all_stores if study.keep_activations else together
-    saes = sum(sae[label] * n for label, n in counts["sae"].items())
+    saes = sum(sae[label] * (n + early[label] / 2) for label, n in counts["sae"].items())
     masks = pruned * sum(shape.linear_weights for shape in shapes.values()) / 8
     checkpoint = 3.5 * max(sae.values())  # weights, two moments, and the decoder's start
     kept = saes + masks + (all_stores if study.keep_activations else 0.0)

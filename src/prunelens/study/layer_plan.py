@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prunelens.config import PruningConfig
-from prunelens.study.matrix import Run, Sae
+from prunelens.study.matrix import Run, Sae, Training
 from prunelens.study.model_plan import ModelPlan
 from prunelens.study.store import Stage
+
+FATES_FROM = ("survival", "persistence", "activation_matching", "scaling", "subspace")
+NOT_OF_ONE_SAE = {"seeds", "control_seeds", "checkpoint_every", "resample_every", "warm_steps"}
 
 
 class LayerPlan:
@@ -37,7 +42,9 @@ class LayerPlan:
             {"statistics_tokens": model.study.activations.statistics_tokens},
             {"activations": self.activations, "screening": self._dense.screening},
         )
-        self.saes = {sae: self._sae(sae) for sae in self._wanted_saes()}
+        self.saes: dict[Sae, Stage] = {}
+        for sae in self._wanted_saes():
+            self.saes[sae] = self._sae(sae)
 
     def run(self) -> Run:
         """The run with all its targets."""
@@ -47,45 +54,81 @@ class LayerPlan:
             stages["prune"] = self.prune
         condition = self._pruning.label if self._pruning else "dense"
         stages["statistics"] = self.statistics
-        stages["perplexity"] = self._model.perplexity(
-            self.prune, f"{self._model.label}/{condition}"
-        )
+        if text := self._model.perplexity(self.prune, f"{self._model.label}/{condition}"):
+            stages["perplexity"] = text
         if "stability" in questions:
             seeds = {f"sae-{s.init_seed}": self.saes[s] for s in self._seeds()}
             stages["stability"] = self._stage("stability", self._taus(), seeds)
         if "survival" in questions:
             stages |= self._survival()
         if "persistence" in questions and self._pruning:
-            stages["persistence"] = self._persistence()
+            stages["persistence"] = self._stage("persistence", {}, self._paired())
+        if "identity" in questions:
+            stages |= self._identity()
+        if "sufficiency" in questions:
+            stages["sufficiency"] = self._sufficiency()
         if "transfer" in questions:
             stages |= self._transfer()
         stages |= self._about_fates(stages)
+        if self._pruning and (graded := self._model.grades(stages, self._name)):
+            stages["grades"] = graded
         return Run(
             self._name, self._model.label, self._layer, self._pruning, stages, dict(self.saes)
         )
 
     def _survival(self) -> dict[str, Stage]:
         """RQ2's arms; the dense run holds the controls, a pruned run also the corrected rates."""
-        parents = {_role("dense", sae): stage for sae, stage in self._dense.saes.items()}
+        rates = self._stage("survival", self._taus(), self._compared())
         if self._pruning is None:
-            return {"survival": self._stage("survival", self._taus(), parents)}
-        parents = self._dense_saes("dense")
-        parents |= {_role("pruned", sae): stage for sae, stage in self.saes.items()}
-        rates = self._stage("survival", self._taus(), parents)
+            return {"survival": rates}
         controls = self._dense._survival()["survival"]
         corrected = self._stage("corrected", {}, {"survival": rates, "controls": controls})
         return {"survival": rates, "corrected": corrected}
 
-    def _persistence(self) -> Stage:
-        parents: dict[str, Stage] = {
-            "corpus": self._model.corpus,
+    def _compared(self) -> dict[str, Stage]:
+        """The SAEs of RQ2's arms: dense and pruned ones, or those of the control arms."""
+        own = "dense" if self._pruning is None else "pruned"
+        saes = {sae: stage for sae, stage in self.saes.items() if sae.training != "doubled"}
+        parents = {_role(own, sae): stage for sae, stage in saes.items()}
+        return parents if self._pruning is None else parents | self._dense_saes("dense")
+
+    def _paired(self) -> dict[str, Stage]:
+        """Dense and pruned activations of the same tokens, and the dense SAEs that read both."""
+        return {
             "dense": self._dense.activations,
             "pruned": self.activations,
             "screening": self._dense.screening,
             "statistics": self._dense.statistics,
+            **{f"sae-{s.init_seed}": self._dense.saes[s] for s in self._seeds()},
         }
-        parents |= {f"sae-{s.init_seed}": self._dense.saes[s] for s in self._seeds()}
-        return self._stage("persistence", {}, parents)
+
+    def _identity(self) -> dict[str, Stage]:
+        """Is it the same feature? Asked of activations, directions, and the span around them.
+
+        Rotated SAEs have no part in `activation_matching`: the same tokens make the same features
+        fire in a rotated space.
+        """
+        compared = self._compared()
+        stages = {"subspace": self._stage("subspace", {}, compared)}
+        reading = {role: sae for role, sae in compared.items() if "rotated" not in role}
+        reading |= {"dense": self._dense.activations, "screening": self._dense.screening}
+        if self._pruning:
+            reading["pruned"] = self.activations
+        stages["activation_matching"] = self._stage("activation_matching", self._taus(), reading)
+        if self._pruning:
+            stages["scaling"] = self._stage("scaling", {}, self._paired())
+        return stages
+
+    def _sufficiency(self) -> Stage:
+        """Were the run's SAEs trained enough? The followed ones also show survival by step."""
+        parents = {
+            _role("own", sae): stage
+            for sae, stage in self.saes.items()
+            if sae.is_plain or sae.training == "doubled"
+        }
+        if self._pruning and self._is_followed():
+            parents |= self._dense_saes("dense")
+        return self._stage("sufficiency", self._taus(), parents)
 
     def _transfer(self) -> dict[str, Stage]:
         """RQ3: one stage for our own dense SAEs, one for each SAE of others."""
@@ -107,7 +150,7 @@ class LayerPlan:
             asked &= {"fragility"}
         if not asked:
             return {}
-        parents = {name: answers[name] for name in ("survival", "persistence") if name in answers}
+        parents = {name: answers[name] for name in FATES_FROM if name in answers}
         seeds = [sae.init_seed for sae in self._seeds()]
         fates = self._stage("fates", {"seeds": seeds}, parents | self._dense_saes("sae"))
         stages = {"fates": fates}
@@ -137,37 +180,72 @@ class LayerPlan:
         return {_role(role, sae): self._dense.saes[sae] for sae in self._seeds()}
 
     def _sae(self, sae: Sae) -> Stage:
-        study = self._model.study
-        config = study.sae.model_dump(
-            mode="json", exclude={"seeds", "control_seeds", "checkpoint_every", "resample_every"}
-        )
-        own = study.activations.normalisation == "own"
+        """One SAE. One that starts from a dense SAE keeps that one's coordinates."""
+        study, warm = self._model.study, sae.training == "warm"
+        own = study.activations.normalisation == "own" and not warm
+        start = self._dense.saes[Sae(sae.init_seed, sae.init_seed)] if warm else None
         return self._stage(
             "sae",
             {
-                **config,
-                "resample_every": study.sae.resample_interval,
+                **study.sae.model_dump(mode="json", exclude=NOT_OF_ONE_SAE),
+                **self._lengths(sae),
                 "init_seed": sae.init_seed,
                 "data_seed": sae.data_seed,
                 "rotated": sae.rotated,
             },
             {
-                "corpus": self._model.corpus,
                 "activations": self.activations,
                 "screening": self._dense.screening,
                 "statistics": self.statistics if own else self._dense.statistics,
                 "dense_statistics": self._dense.statistics,
+                "start": start,
             },
             suffix=_role("", sae),
         )
 
+    def _lengths(self, sae: Sae) -> dict[str, Any]:
+        """Steps, and at which of them something happens.
+
+        A doubled training goes the way of the own one for as long as that one: it restarts latents
+        at the same steps.
+        """
+        study = self._model.study
+        own = study.sae.steps
+        steps = {"own": own, "warm": study.sae.resolved_warm_steps, "doubled": 2 * own}
+        checkpoints: tuple[int, ...] = ()
+        if "sufficiency" in study.questions and self._is_followed():
+            if sae.is_plain:
+                checkpoints = study.sufficiency.steps_at(own)
+            elif sae.training == "doubled":
+                checkpoints = (own,)
+        interval = study.sae.resample_interval
+        if sae.training == "warm":
+            interval = max(1, interval * steps["warm"] // own)
+        return {
+            "steps": steps[sae.training],
+            "resample_every": interval,
+            "checkpoints": list(checkpoints),
+        }
+
+    def _is_followed(self) -> bool:
+        """Its SAEs are judged while they are trained."""
+        return self._pruning in (None, self._model.study.followed())
+
     def _wanted_saes(self) -> Iterator[Sae]:
+        """Own ones first: others start from them."""
+        questions, dense = self._model.study.questions, self._pruning is None
         yield from self._seeds()
-        if "survival" in self._model.study.questions:
-            for init_seed, data_seed in self._controls():
-                yield Sae(init_seed, data_seed)
-                if self._pruning is None:
-                    yield Sae(init_seed, data_seed, rotated=True)
+        if "survival" in questions:
+            trainings: list[Training] = ["own"]
+            if "warm_start" in questions:
+                trainings.append("warm")
+            for (init_seed, data_seed), training in itertools.product(self._controls(), trainings):
+                yield Sae(init_seed, data_seed, training=training)
+                if dense:
+                    yield Sae(init_seed, data_seed, rotated=True, training=training)
+        if "sufficiency" in questions and dense:
+            first = self._seeds()[0]
+            yield dataclasses.replace(first, training="doubled")
 
     def _seeds(self) -> list[Sae]:
         return [Sae(seed, seed) for seed in self._model.study.seeds_of(self._pruning)]
@@ -194,7 +272,7 @@ class LayerPlan:
         self,
         name: str,
         config: Mapping[str, Any],
-        parents: Mapping[str, Stage],
+        parents: Mapping[str, Stage | None],
         *,
         suffix: str = "",
     ) -> Stage:
@@ -203,6 +281,7 @@ class LayerPlan:
 
 
 def _role(condition: str, sae: Sae) -> str:
-    """A parent's role, e.g. `dense-0-1-rotated`."""
+    """A parent's role, e.g. `dense-0-1-rotated-warm`."""
     tail = "-rotated" if sae.rotated else ""
+    tail += f"-{sae.training}" if sae.training != "own" else ""
     return f"{condition}-{sae.init_seed}-{sae.data_seed}{tail}".lstrip("-")

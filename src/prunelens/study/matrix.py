@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from prunelens.config import PruningConfig, StudyConfig
 from prunelens.study.store import Stage
 
+STORES = ("activations", "planted_activations")  # stages that make activation stores
+Training = Literal["own", "warm", "doubled"]
+
 
 @dataclass(frozen=True)
 class Sae:
-    """Which SAE of a condition: its start, its data order, and whether its space is rotated."""
+    """Which SAE of a condition: its start, its data order, its space and its training."""
 
     init_seed: int
     data_seed: int
     rotated: bool = False
+    training: Training = "own"
+    """`warm`: begun from the dense SAE of that start, not from a random one; `doubled`: as the
+    condition's own, but twice as long."""
+
+    @property
+    def is_plain(self) -> bool:
+        """One of the condition's own SAEs, not a control."""
+        own = self.training == "own" and not self.rotated
+        return own and self.init_seed == self.data_seed
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Run:
             parent.identity: parent
             for stage in self.targets()
             for parent in stage.parents.values()
-            if parent.name == "activations"
+            if parent.name in STORES
         }
         yield from stores.values()
 

@@ -29,16 +29,23 @@ VERSIONS = {  # raise one when the same config would give other numbers
     "activations": 1,
     "screening": 1,
     "statistics": 2,
-    "sae": 1,
+    "sae": 2,
     "stability": 1,
-    "survival": 1,
+    "survival": 2,
     "corrected": 1,
-    "persistence": 1,
-    "fates": 1,
+    "persistence": 2,
+    "activation_matching": 1,
+    "scaling": 1,
+    "subspace": 1,
+    "sufficiency": 1,
+    "fates": 2,
     "transfer": 1,
-    "fragility": 1,
+    "fragility": 2,
     "causal": 1,
     "predictor": 1,
+    "planted_world": 1,
+    "planted_activations": 1,
+    "grades": 1,
 }
 
 
@@ -127,8 +134,8 @@ class ModelPlan:
             label=f"{self._model.label} {pruning.label}",
         )
 
-    def perplexity(self, pruned: Stage | None, label: str) -> Stage:
-        """Perplexity of one condition."""
+    def perplexity(self, pruned: Stage | None, label: str) -> Stage | None:
+        """Perplexity of one condition; None where there is no language model."""
         config = self._study.perplexity
         text = self.corpus
         if config.corpus:
@@ -203,6 +210,10 @@ class ModelPlan:
             {"corpus": self.corpus, "prune": pruned},
             label=label,
         )
+
+    def grades(self, _answers: Mapping[str, Stage], _label: str) -> Stage | None:
+        """How well the measures told the truth; None where nobody knows it."""
+        return None
 
     @property
     def study(self) -> StudyConfig:

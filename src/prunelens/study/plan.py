@@ -18,6 +18,7 @@ from prunelens.config import StudyConfig
 from prunelens.study.layer_plan import LayerPlan
 from prunelens.study.matrix import Plan, Run
 from prunelens.study.model_plan import ModelPlan, Sources
+from prunelens.study.planted_plan import PlantedPlan
 
 
 def plan_study(study: StudyConfig, *, resolve: bool = True) -> Plan:
@@ -32,7 +33,8 @@ def plan_study(study: StudyConfig, *, resolve: bool = True) -> Plan:
     sources = Sources(resolve)
     runs: list[Run] = []
     for model in study.models:
-        runs += _runs(ModelPlan(study, model, sources), model.layers)
+        plan = PlantedPlan(study, model) if model.is_planted else ModelPlan(study, model, sources)
+        runs += _runs(plan, model.layers)
     return Plan(study, runs)
 
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable
 
 import pandas as pd
 from safetensors.torch import load_file
+from torch import Tensor
 
 from prunelens.activations import Activations, Statistics
 from prunelens.analyses.fates import latent_fates
 from prunelens.analyses.fragility import fragility_tests, quintiles, quintiles_by_seed
 from prunelens.analyses.persistence import persistence, persistence_summary
 from prunelens.analyses.predictor import fit_predictor
+from prunelens.analyses.scaling import latent_scaling, scaling_summary
 from prunelens.analyses.stability import seed_stability
-from prunelens.analyses.survival import (
-    Dictionary,
-    control_arms,
-    corrected_survival,
-    pruned_arms,
-    survival,
-)
+from prunelens.analyses.sufficiency import sufficiency, survival_by_step
 from prunelens.sae.topk import TopKSAE
+from prunelens.study.sae_stages import decoders_by_step
 from prunelens.study.work import Work, read_json, write_json
 
 
@@ -33,38 +29,21 @@ def _stability(work: Work) -> None:
     seed_stability(decoders, work.config["taus"]).to_parquet(work.out / "stability.parquet")
 
 
-def _survival(work: Work) -> None:
-    by_kind: dict[str, list[Dictionary]] = {}
-    for role, folder in work.parents.items():
-        condition, init_seed, data_seed, *rotated = role.split("-")
-        kind = rotated[0] if rotated else "same" if init_seed == data_seed else "reordered"
-        by_kind.setdefault(f"{condition}-{kind}", []).append(
-            _dictionary(folder, int(init_seed), int(data_seed))
-        )
-    dense = by_kind["dense-same"]
-    if "pruned-same" in by_kind:
-        comparisons = pruned_arms(dense, by_kind["pruned-same"], by_kind["pruned-reordered"])
-    else:
-        comparisons = control_arms(
-            dense,
-            by_kind["dense-reordered"],
-            by_kind["dense-rotated"],
-            [_untrained(dictionary) for dictionary in dense],
-        )
-    result = survival(comparisons, work.config["taus"])
-    result.rates.to_parquet(work.out / "survival.parquet")
-    result.latents.to_parquet(work.out / "latents.parquet")
-
-
-def _corrected(work: Work) -> None:
-    tables = [
-        pd.read_parquet(work.parents[role] / "survival.parquet")
-        for role in ("survival", "controls")
-    ]
-    corrected_survival(*tables).to_parquet(work.out / "corrected.parquet")
-
-
 def _persistence(work: Work) -> None:
+    _by_dense_sae(work, persistence, persistence_summary, "persistence.parquet")
+
+
+def _scaling(work: Work) -> None:
+    _by_dense_sae(work, latent_scaling, scaling_summary, "scaling.parquet")
+
+
+def _by_dense_sae(
+    work: Work,
+    measure: Callable[..., pd.DataFrame],
+    summarise: Callable[[pd.DataFrame], pd.DataFrame],
+    file: str,
+) -> None:
+    """What each dense SAE reads in dense and pruned activations of the second half of eval."""
     kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
     dense_statistics = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
     dense, pruned = (
@@ -76,8 +55,7 @@ def _persistence(work: Work) -> None:
         )
         for role in ("dense", "pruned")
     )
-    first_half = read_json(work.parents["dense"] / "rows.json")["eval_first_rows"]
-    tokens = (kept >= first_half).nonzero().squeeze(1)
+    tokens = second_half(work, kept)
     seeds = {
         role: int(role.removeprefix("sae-")) for role in work.parents if role.startswith("sae-")
     }
@@ -86,11 +64,42 @@ def _persistence(work: Work) -> None:
     for number, (role, seed) in enumerate(seeds.items()):
         sae = TopKSAE.load(work.parents[role]).to(work.device)
         progress = work.share(total, before=number * len(tokens))
-        table = persistence(sae, dense, pruned, tokens, seed=seed, progress=progress)
+        table = measure(sae, dense, pruned, tokens, seed=seed, progress=progress)
         latents.append(table.assign(seed=seed))
-        summaries.append(persistence_summary(table).assign(seed=seed))
+        summaries.append(summarise(table).assign(seed=seed))
     pd.concat(latents, ignore_index=True).to_parquet(work.out / "latents.parquet")
-    pd.concat(summaries, ignore_index=True).to_parquet(work.out / "persistence.parquet")
+    pd.concat(summaries, ignore_index=True).to_parquet(work.out / file)
+
+
+def second_half(work: Work, kept: Tensor) -> Tensor:
+    """Which of the rows that count are of the second half of the eval documents."""
+    first_half = read_json(work.parents["dense"] / "rows.json")["eval_first_rows"]
+    return (kept >= first_half).nonzero().squeeze(1)
+
+
+def _sufficiency(work: Work) -> None:
+    """The verdict on the run's SAEs, their curves, and survival by step where two are followed."""
+    curves: dict[tuple[tuple[str, ...], int], pd.DataFrame] = {}
+    decoders: dict[str, dict[int, dict[int, Tensor]]] = {"own": {}, "dense": {}}
+    for role, folder in work.parents.items():
+        condition, seed, _, *training = role.split("-")
+        if condition == "own":
+            curve = pd.read_parquet(folder / "curve.parquet").assign(seed=int(seed))
+            curves[tuple(training), int(seed)] = curve
+        if not training:
+            decoders[condition][int(seed)] = decoders_by_step(folder)
+    own = pd.concat([curve for (training, _), curve in curves.items() if not training])
+    doubled = next((curve for (training, _), curve in curves.items() if training), None)
+    found = sufficiency(own, doubled)
+    pd.DataFrame([found]).to_parquet(work.out / "verdict.parquet")
+    every = [own.assign(total_steps=own["step"].max())]
+    if doubled is not None:
+        every.append(doubled.assign(total_steps=doubled["step"].max()))
+    pd.concat(every, ignore_index=True).to_parquet(work.out / "curves.parquet")
+    if decoders["dense"]:
+        taus = work.config["taus"]
+        by_step = survival_by_step(decoders["dense"], decoders["own"], taus)
+        by_step.to_parquet(work.out / "survival_by_step.parquet")
 
 
 def _fates(work: Work) -> None:
@@ -100,10 +109,12 @@ def _fates(work: Work) -> None:
         if role.startswith("sae-")
     }
     matches = pd.read_parquet(work.parents["survival"] / "latents.parquet")
-    kept = None
-    if "persistence" in work.parents:
-        kept = pd.read_parquet(work.parents["persistence"] / "latents.parquet")
-    found = latent_fates(dense, matches, kept, work.config["seeds"])
+    others = {
+        role: pd.read_parquet(work.parents[role] / "latents.parquet")
+        for role in ("persistence", "activation_matching", "scaling", "subspace")
+        if role in work.parents
+    }
+    found = latent_fates(dense, matches, work.config["seeds"], **others)
     found.to_parquet(work.out / "fates.parquet")
 
 
@@ -130,23 +141,10 @@ def _predictor(work: Work) -> None:
 
 QUESTION_STAGES: dict[str, Callable[[Work], None]] = {
     "stability": _stability,
-    "survival": _survival,
-    "corrected": _corrected,
     "persistence": _persistence,
+    "scaling": _scaling,
+    "sufficiency": _sufficiency,
     "fates": _fates,
     "fragility": _fragility,
     "predictor": _predictor,
 }
-
-
-def _dictionary(folder: pathlib.Path, init_seed: int, data_seed: int) -> Dictionary:
-    decoder = TopKSAE.load(folder).decoder_weight.detach()
-    sigma = Statistics.load(folder / "normalisation.safetensors").sigma
-    return Dictionary(decoder, sigma, init_seed, data_seed)
-
-
-def _untrained(trained: Dictionary) -> Dictionary:
-    """The dictionary that this one was at step 0."""
-    num_latents, d_model = trained.decoder.shape
-    sae = TopKSAE.initialise(d_model, num_latents, 1, init_seed=trained.init_seed)
-    return trained._replace(decoder=sae.decoder_weight.detach())

@@ -13,7 +13,13 @@ from typing import Any
 import pandas as pd
 
 from prunelens.analyses.claims import judge_claims
-from prunelens.analyses.fates import matches_by_latent, persistence_by_latent
+from prunelens.analyses.fates import (
+    activation_by_latent,
+    matches_by_latent,
+    persistence_by_latent,
+    scaling_by_latent,
+    subspace_by_latent,
+)
 from prunelens.analyses.fragility import holm
 from prunelens.study.conclude import predictor_stage
 from prunelens.study.matrix import Plan, Run, Sae
@@ -76,7 +82,7 @@ def _perplexity(plan: Plan, store: Store) -> _Rows:
 
 def _sae_quality(plan: Plan, store: Store) -> _Rows:
     for run, sae, folder in _sae_folders(plan, store):
-        if sae.init_seed == sae.data_seed and not sae.rotated:
+        if sae.is_plain:
             numbers = _json(folder / "quality.json")
             numbers |= {"seed": sae.init_seed, "steps": plan.study.sae.steps}
             if store.has(run.stages["statistics"]):
@@ -91,8 +97,9 @@ def _sae_training(plan: Plan, store: Store) -> _Rows:
             "init_seed": sae.init_seed,
             "data_seed": sae.data_seed,
             "rotated": sae.rotated,
+            "training": sae.training,
             "folder": folder.relative_to(store.root.parent).as_posix(),
-            "steps": plan.study.sae.steps,
+            "steps": run.saes[sae].config["steps"],
         }
         yield run, pd.DataFrame([{**_json(folder / "quality.json"), **which}])
 
@@ -114,7 +121,8 @@ def _transfer(plan: Plan, store: Store) -> _Rows:
 def _from_artifact(role: str, file: str) -> Callable[[Plan, Store], _Rows]:
     def rows(plan: Plan, store: Store) -> _Rows:
         for run, folder in _folders(plan, store, role):
-            yield run, pd.read_parquet(folder / file)
+            if (folder / file).is_file():  # not every run of a stage has every part
+                yield run, pd.read_parquet(folder / file)
 
     return rows
 
@@ -122,18 +130,21 @@ def _from_artifact(role: str, file: str) -> Callable[[Plan, Store], _Rows]:
 def _latents(plan: Plan, store: Store) -> _Rows:
     """One row per run, seed and latent.
 
-    Firing rate, mean activation and init retention are those of the run's own SAE; match, cosine,
-    mutual and persistence say what became of the *dense* SAE's latent of that seed and index.
+    Firing rate, mean activation and init retention are those of the run's own SAE; matches,
+    scaling, subspace and persistence say what became of the *dense* SAE's latent of that seed and
+    index.
     """
     for run, sae, folder in _sae_folders(plan, store):
-        if sae.init_seed != sae.data_seed or sae.rotated:
+        if not sae.is_plain:
             continue
         seed, seeds = sae.init_seed, plan.study.seeds_of(run.pruning)
         parts = [pd.read_parquet(folder / "latents.parquet").set_index("latent")]
-        if found := _latents_of(store, run, "survival"):
-            parts.append(matches_by_latent(found[0], seed, seeds))
-        if found := _latents_of(store, run, "persistence"):
-            parts.append(persistence_by_latent(found[0], seed))
+        for role, by_latent in _BY_ARM.items():
+            if found := _latents_of(store, run, role):
+                parts.append(by_latent(found[0], seed, seeds))
+        for role, of_seed in _BY_SEED.items():
+            if found := _latents_of(store, run, role):
+                parts.append(of_seed(found[0], seed))
         table = pd.concat(parts, axis=1)
         table.insert(0, "seed", seed)
         yield run, table.reset_index(names="latent")
@@ -159,6 +170,12 @@ def _predictor(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
     return tables
 
 
+_BY_ARM = {
+    "survival": matches_by_latent,
+    "activation_matching": activation_by_latent,
+    "subspace": subspace_by_latent,
+}
+_BY_SEED = {"scaling": scaling_by_latent, "persistence": persistence_by_latent}
 _BUILDERS: dict[str, Callable[[Plan, Store], _Rows]] = {
     "perplexity": _perplexity,
     "perplexity_windows": _from_artifact("perplexity", "windows.parquet"),
@@ -168,6 +185,13 @@ _BUILDERS: dict[str, Callable[[Plan, Store], _Rows]] = {
     "survival": _from_artifact("survival", "survival.parquet"),
     "survival_corrected": _from_artifact("corrected", "corrected.parquet"),
     "persistence": _from_artifact("persistence", "persistence.parquet"),
+    "activation_matching": _from_artifact("activation_matching", "rates.parquet"),
+    "scaling": _from_artifact("scaling", "scaling.parquet"),
+    "subspace": _from_artifact("subspace", "subspace.parquet"),
+    "sufficiency": _from_artifact("sufficiency", "verdict.parquet"),
+    "training_curves": _from_artifact("sufficiency", "curves.parquet"),
+    "survival_by_step": _from_artifact("sufficiency", "survival_by_step.parquet"),
+    "selftest": _from_artifact("grades", "grades.parquet"),
     "transfer": _transfer,
     "fragility": _from_artifact("fragility", "quintiles.parquet"),
     "fragility_by_seed": _from_artifact("fragility", "by_seed.parquet"),

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from prunelens.activations import Activations, Statistics, random_rotation
 from prunelens.config import SaeConfig
@@ -21,6 +22,7 @@ from prunelens.study.work import Work, read_json, write_json
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS_FILE = "checkpoints.safetensors"  # decoders by step
 ROTATION_SEED = 7919  # one fixed rotation for every floor_shared SAE
 
 
@@ -32,20 +34,15 @@ def make_sae(work: Work) -> None:
     training = SaeConfig(**fields, checkpoint_every=work.stage.source.checkpoint_every)
     train, evaluation = _sae_data(work, "train"), _sae_data(work, "eval")
     variance = read_json(work.parents["dense_statistics"] / "variance.json")["eval_total_variance"]
-    early = work.partial() / "three_quarters.json"
-    checkpoint = work.partial() / "checkpoint.safetensors"
-    _drop_if_damaged(checkpoint, early)
-
-    def at_three_quarters(_step: int, sae: TopKSAE) -> None:
-        write_json(early, {"fvu": evaluate_sae(sae, evaluation, dense_variance=variance).fvu})
-
+    seen = _Seen(work, evaluation, variance)
     trained = train_sae(
         train,
         training,
         init_seed=config["init_seed"],
         data_seed=config["data_seed"],
-        checkpoint=checkpoint,
-        observe={max(1, 3 * training.steps // 4): at_three_quarters},
+        start=TopKSAE.load(work.parents["start"]) if "start" in work.parents else None,
+        checkpoint=seen.checkpoint,
+        observe=dict.fromkeys(seen.steps, seen.look),
         progress=lambda step: work.progress(step / training.steps),
     )
     quality = evaluate_sae(trained.sae, evaluation, dense_variance=variance)
@@ -58,6 +55,7 @@ def make_sae(work: Work) -> None:
     place = {name: work.stage.parents["activations"].config[name] for name in ("site", "layer")}
     write_json(work.out / PLACE_FILE, place)
     pd.DataFrame(trained.log).to_parquet(work.out / "log.parquet")
+    seen.keep(trained, quality.fvu)
     latents = {
         "latent": range(trained.sae.num_latents),
         "firing_rate": quality.firing_rate.cpu().numpy(),
@@ -68,9 +66,72 @@ def make_sae(work: Work) -> None:
     }
     pd.DataFrame(latents).to_parquet(work.out / "latents.parquet")
     numbers = _quality_numbers(trained, quality, rotated=config["rotated"])
-    write_json(
-        work.out / "quality.json", numbers | {"fvu_at_three_quarters": read_json(early)["fvu"]}
-    )
+    numbers["fvu_at_three_quarters"] = seen.fvu(seen.three_quarters)
+    write_json(work.out / "quality.json", numbers)
+
+
+def decoders_by_step(folder: pathlib.Path) -> dict[int, Tensor]:
+    """Decoders of an SAE's artifact at its checkpoints and at its end."""
+    end = int(pd.read_parquet(folder / "curve.parquet")["step"].max())
+    path = folder / CHECKPOINTS_FILE
+    early = {int(step): rows for step, rows in load_file(path).items()} if path.exists() else {}
+    return {**early, end: TopKSAE.load(folder).decoder_weight.detach()}
+
+
+class _Seen:
+    """What was seen of an SAE while it was trained; outlives a kill beside its checkpoint."""
+
+    def __init__(self, work: Work, evaluation: Activations, dense_variance: float) -> None:
+        self._folder, self._out = work.partial(), work.out
+        self._evaluation, self._dense_variance = evaluation, dense_variance
+        self._kept_steps = work.config["checkpoints"]
+        self.three_quarters = max(1, 3 * work.config["steps"] // 4)
+        self.steps = sorted({*self._kept_steps, self.three_quarters})
+        self.checkpoint = self._folder / "checkpoint.safetensors"
+        self._forget_if_damaged()
+
+    def look(self, step: int, sae: TopKSAE) -> None:
+        """Measure the SAE after a step, and keep its decoder if that is asked for."""
+        if step in self._kept_steps:
+            decoder = sae.decoder_weight.detach().cpu().clone()
+            save_file({str(step): decoder}, self._path(step, "safetensors"))
+        found = evaluate_sae(sae, self._evaluation, dense_variance=self._dense_variance)
+        write_json(self._path(step, "json"), {"fvu": found.fvu})
+
+    def fvu(self, step: int) -> float:
+        """Measured after that step."""
+        return float(read_json(self._path(step, "json"))["fvu"])
+
+    def keep(self, trained: TrainedSae, fvu: float) -> None:
+        """Write the curve (`analyses.sufficiency`) and the early decoders into the artifact."""
+        steps = [*self._kept_steps, trained.log[-1].step]
+        retention = {entry.step: entry.mean_init_retention for entry in trained.log}
+        curve = {
+            "step": steps,
+            "mean_init_retention": [retention[step] for step in steps],
+            "fvu": [*(self.fvu(step) for step in self._kept_steps), fvu],
+        }
+        pd.DataFrame(curve).to_parquet(self._out / "curve.parquet")
+        early = [load_file(self._path(step, "safetensors")) for step in self._kept_steps]
+        if early:
+            save_file(
+                {name: t for part in early for name, t in part.items()},
+                self._out / CHECKPOINTS_FILE,
+            )
+
+    def _path(self, step: int, suffix: str) -> pathlib.Path:
+        return self._folder / f"at_{step}.{suffix}"
+
+    def _forget_if_damaged(self) -> None:
+        """If anything that an earlier attempt left cannot be read, training starts again."""
+        left = [path for path in self._folder.iterdir() if path.suffix in (".json", ".safetensors")]
+        try:
+            for path in left:
+                read_json(path) if path.suffix == ".json" else load_file(path)
+        except (SafetensorError, ValueError):
+            log.warning("damaged checkpoint %s: training starts again", self.checkpoint)
+            for path in left:
+                path.unlink()
 
 
 def _quality_numbers(trained: TrainedSae, quality: SaeQuality, *, rotated: bool) -> dict[str, Any]:
@@ -106,16 +167,3 @@ def _sae_data(work: Work, split: str, *, first_half: bool = False) -> Activation
         rotation=rotation,
         device=work.device,
     )
-
-
-def _drop_if_damaged(checkpoint: pathlib.Path, early: pathlib.Path) -> None:
-    """Forget what an earlier attempt left if any of it cannot be read: training starts again."""
-    try:
-        if checkpoint.exists():
-            load_file(checkpoint)
-        if early.exists():
-            read_json(early)
-    except (SafetensorError, ValueError):
-        log.warning("damaged checkpoint %s: training starts again", checkpoint)
-        checkpoint.unlink(missing_ok=True)
-        early.unlink(missing_ok=True)

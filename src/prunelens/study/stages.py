@@ -2,8 +2,9 @@
 
 Each function in the modules below reads its parents' folders by role and writes its own files; the
 result depends on the stage's config and its parents alone. `model_stages`: text to activations;
-`sae_stages`: SAEs; `question_stages`: what is asked of them; `output_stages`: what needs the
-model's output again (transfer, ablations).
+`sae_stages`: SAEs; `arm_stages`: pairs of SAEs; `question_stages`: what else is asked of them;
+`output_stages`: what needs the model's output again (transfer, ablations); `planted_stages`: the
+world with known truth in the model's place.
 """
 
 from __future__ import annotations
@@ -15,14 +16,23 @@ from collections.abc import Callable
 import torch
 
 from prunelens.errors import UserError
+from prunelens.study.arm_stages import ARM_STAGES
 from prunelens.study.model_stages import MODEL_STAGES
 from prunelens.study.output_stages import OUTPUT_STAGES
+from prunelens.study.planted_stages import PLANTED_STAGES
 from prunelens.study.question_stages import QUESTION_STAGES
 from prunelens.study.sae_stages import make_sae
 from prunelens.study.store import Stage, Store
 from prunelens.study.work import Work
 
-STAGES = MODEL_STAGES | {"sae": make_sae} | QUESTION_STAGES | OUTPUT_STAGES
+STAGES = {
+    **MODEL_STAGES,
+    "sae": make_sae,
+    **ARM_STAGES,
+    **QUESTION_STAGES,
+    **OUTPUT_STAGES,
+    **PLANTED_STAGES,
+}
 
 
 def make_stage(

@@ -25,8 +25,9 @@ MEASURES = {
     "shared_start": "survival, same start, other order",
     "cross_init": "survival, other start",
     "persistence": "persistence",
-    "excess_isotropic": "beyond isotropic noise",
-    "excess_shuffled": "beyond shuffled noise",
+    "relative_shuffled": "relative to shuffled noise",
+    "relative_isotropic": "relative to isotropic noise",
+    "scaling": "scaling",
 }
 ZERO = Level("", 0.0, "#7f7f7f")
 
@@ -56,11 +57,11 @@ def fragility(tables: Tables, site: Site) -> list[Panel]:
         _by_quintile(
             tables,
             site,
-            "excess_isotropic",
+            "relative_shuffled",
             "controlled",
-            "the same beyond noise of equal size",
-            "pruned - noise (Fisher z)",
-            None,
+            "persistence as a share of what equal noise leaves",
+            "relative to shuffled noise (mean)",
+            (-0.02, 1.02),
         ),
     ]
 
@@ -111,7 +112,6 @@ def _by_quintile(
         "firing rate, in fifths",
         y_label,
         _quintile_points(rows, with_published=measure == "shared_init"),
-        (ZERO,) if measure.startswith("excess") else (),
         y_range=y_range,
         categories=QUINTILES,
         caption=f"{title.capitalize()}, from the rarest fifth of the latents to the most frequent.",

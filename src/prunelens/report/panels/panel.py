@@ -12,7 +12,7 @@ from prunelens.report.published import beside_published, condition_of
 
 PRIMARY_TAU = 0.7
 Tables = dict[str, pd.DataFrame]
-Protocol = Literal["paper", "controlled"]
+Protocol = Literal["paper", "controlled", "check"]  # check: of the measurement itself
 Line = Literal["solid", "dashed", "dotted", "none"]
 METHOD_COLOURS = {"magnitude": "#1f77b4", "wanda": "#ff7f0e", "dense": "#707070"}
 OTHER_COLOURS = ("#2ca02c", "#9467bd", "#8c564b", "#e377c2")

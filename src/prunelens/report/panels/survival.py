@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from prunelens.report.panels.panel import (
@@ -26,13 +28,18 @@ ARM_COLOURS = {
     "floor_shared": "#d62728",
     "ceiling_cross": "#9467bd",
     "chance": "#7f7f7f",
+    "ceiling_warm": "#2ca02c",
+    "floor_warm": "#d62728",
 }
 ARM_LABELS = {
     "ceiling_shared": "same start, no pruning",
     "floor_shared": "same start, nothing in common",
     "ceiling_cross": "other start, no pruning",
     "chance": "untrained",
+    "ceiling_warm": "trained on without pruning",
+    "floor_warm": "trained on, nothing in common",
 }
+FROM_RANDOM = ("ceiling_shared", "floor_shared", "ceiling_cross", "chance")
 
 
 def seed_stability(tables: Tables, site: Site) -> list[Panel]:
@@ -45,16 +52,17 @@ def seed_stability(tables: Tables, site: Site) -> list[Panel]:
         "sparsity",
         f"MNN rate, tau {PRIMARY_TAU}",
         over_sparsity(rows, "mnn", spread="std") + published_points(rows, "stability", "mnn"),
-        _levels(at_tau(controls), ["chance"]),
+        levels_of(at_tau(controls), "mnn", ["chance"]),
         x_ticks=ticks(rows),
         caption="Share of features that two seeds have in common, over sparsity.",
     )
     by_arm = []
-    for arm, label in ARM_LABELS.items():
+    for arm in FROM_RANDOM:
         part = controls[controls["arm"] == arm] if len(controls) else controls
         if len(part):
             rates = part.groupby("tau")["mnn"].mean()
-            by_arm.append(Points(label, list(rates.index), list(rates), colour=ARM_COLOURS[arm]))
+            x, colour = list(rates.index), ARM_COLOURS[arm]
+            by_arm.append(Points(ARM_LABELS[arm], x, list(rates), colour=colour))
     control = Panel(
         "controlled",
         "how much agreement is the start? (nothing pruned)",
@@ -79,7 +87,7 @@ def survival(tables: Tables, site: Site) -> list[Panel]:
         f"MNN rate to dense, tau {PRIMARY_TAU}",
         over_sparsity(published, "mnn", spread="range")
         + published_points(published, "survival", "mnn"),
-        _levels(rows, list(ARM_LABELS)),
+        levels_of(rows, "mnn", FROM_RANDOM),
         y_range=(-0.02, 1.02),
         x_ticks=ticks(published),
         caption="Share of dense features found again after pruning, over sparsity, with the same"
@@ -88,10 +96,18 @@ def survival(tables: Tables, site: Site) -> list[Panel]:
     return [paper, _corrected(tables, site), _persistence(tables, site)]
 
 
+def levels_of(rows: pd.DataFrame, column: str, arms: Sequence[str]) -> tuple[Level, ...]:
+    """A line at the mean of a column for each of those control arms that are there."""
+    means = rows.groupby("arm")[column].mean().dropna() if len(rows) else {}
+    return tuple(
+        Level(ARM_LABELS[arm], means[arm], ARM_COLOURS[arm]) for arm in arms if arm in means
+    )
+
+
 def _corrected(tables: Tables, site: Site) -> Panel:
     rows = at_tau(rows_of(tables, "survival_corrected", site))
     points = []
-    lines: dict[str, Line] = {"shared": "solid", "cross": "dotted"}
+    lines: dict[str, Line] = {"shared": "solid", "cross": "dotted"}  # warm: figure 8
     for arm, line in lines.items():
         part = rows[rows["arm"] == arm] if len(rows) else rows
         for name, method, marker, known in families(part):
@@ -146,10 +162,3 @@ def _persistence(tables: Tables, site: Site) -> Panel:
 
 def _controls(tables: Tables, site: Site) -> pd.DataFrame:
     return rows_of(tables, "survival", site, coordinates="normalised", method="dense")
-
-
-def _levels(rows: pd.DataFrame, arms: list[str]) -> tuple[Level, ...]:
-    means = rows.groupby("arm")["mnn"].mean().dropna() if len(rows) else {}
-    return tuple(
-        Level(ARM_LABELS[arm], means[arm], ARM_COLOURS[arm]) for arm in arms if arm in means
-    )

@@ -1,0 +1,291 @@
+"""Latent scaling: how much of a dense latent's direction is still there in pruned activations?
+
+Where a dense latent fires on dense activations, its direction carries so much; on the paired pruned
+token it carries a multiple of that. The multiple is found by regression, so nothing is encoded
+after pruning: a feature that is there at half its size, below the SAE's threshold, counts as half,
+where persistence sees it fall silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from prunelens.analyses.noise import isotropic_noise_like, other_token
+from prunelens.analyses.persistence import BATCH_TOKENS, FEWEST_FIRINGS, Rows
+from prunelens.sae.topk import SparseLatents, TopKSAE
+
+SOURCES = ("dense", "pruned", "noise_isotropic", "unpaired")
+SMALLEST_DENSE_SLOPE = 0.1  # below it, the ratio divides by noise
+SMALLEST_VARIANCE = 1e-10  # of the mean square; below it, float32 activations vary by rounding
+GATHERED_TOKENS = 64  # whose k directions each are held at a time
+JOINT_STEPS = 20  # of conjugate gradients at most
+JOINT_RESIDUAL = 1e-3  # relative, at which they stop
+NUM_GROUPS = 20  # of consecutive tokens, left out in turn for the standard error
+
+
+@torch.no_grad()
+def latent_scaling(
+    sae: TopKSAE,
+    dense: Rows,
+    pruned: Rows,
+    tokens: Int[Tensor, " tokens"],
+    *,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> pd.DataFrame:
+    """Per latent: the slope of its direction in a target on its activation, dense and disturbed.
+
+    z are the SAE's latents on dense activations, rec(z) their reconstruction, d_j the decoder row
+    of latent j. For a target y the projection of y - rec(z) + z_j d_j (y less what the other
+    latents are taken to add) on d_j, in lengths of d_j, is regressed on z_j over the tokens, with
+    an intercept: with e = y - rec(z), slope_j = 1 + cov(z_j, <d_j, e> / |d_j|^2) / var(z_j).
+    Targets are the dense activation itself (slope near 1), the paired `pruned` one, dense plus
+    isotropic noise of the difference's norm (expected scaling 1), and the pruned activation of
+    another token (`unpaired`, expected 0).
+
+    In `alone` each latent is regressed alone. If another latent i is there c_i times, that adds
+    (c_i - 1) <d_i, d_j> cov(z_i, z_j) / var(z_j) to the slope of a unit row j. In `unpaired` all
+    are gone, so how far its scaling is from 0 is how much such interference can do in this SAE.
+    `scaling` is free of it: all c are fitted together, min over c of the sum over tokens of
+    |y - mean - sum_j c_j (z_j - mean) d_j|^2, by conjugate gradients from all ones, so that where
+    latents cannot be told apart the answer is the least change; over the same of `dense`.
+
+    Args:
+        sae: trained on dense activations; rows of its decoder need not have unit norm.
+        dense, pruned: paired rows, both normalised with the dense mean and deviation.
+        tokens: the rows to look at, in the order of the text.
+        seed: of the noise and of the other token.
+    Returns: one row per source and latent: source, latent, dense_firings, slope, scaling (1 as
+        before, 0 gone, above 1 larger, below 0 turned round), alone (slope over the slope of
+        `dense`), standard_error (of alone: jackknife over 20 groups of consecutive tokens; NaN
+        where all firings lie in one), reason. All are NaN with fewer than 10 dense firings, scaling
+        and alone where the dense slope is below 0.1; `reason` says which.
+    """
+    assert len(tokens) > 1, "a single token has no other to be paired with"
+    generator = torch.Generator().manual_seed(seed)
+    partners = tokens[other_token(len(tokens), generator)]
+    rows = sae.decoder_weight
+    directions = rows / rows.square().sum(1, keepdim=True)  # <directions, row> is 1
+    groups, kept = [], []
+    for group in torch.arange(len(tokens)).tensor_split(min(NUM_GROUPS, len(tokens))):
+        batches = []
+        for batch in group.split(BATCH_TOKENS):
+            x, y = dense.rows(tokens[batch]), pruned.rows(tokens[batch])
+            noisy = x + isotropic_noise_like(y - x, generator)
+            targets = torch.stack([x, y, noisy, pruned.rows(partners[batch])], dim=1)
+            latents = sae.encode(x)
+            errors = targets - sae.decode(latents)[:, None]
+            batches.append(_moments(latents, errors, directions))
+            kept.append(SparseLatents(latents.values.cpu(), latents.indices.int().cpu()))
+            if progress:
+                progress(int(batch[-1]) + 1)
+        groups.append(_total(batches))
+    joint = _joint(_total(groups), kept, rows, directions)
+    return _table(groups, directions, joint)
+
+
+def scaling_summary(latents: pd.DataFrame) -> pd.DataFrame:
+    """One row per source from the per-latent table, over the latents whose scaling is defined.
+
+    Returns: columns source, mean_scaling, median_scaling, share_above_0.5, num_undefined.
+    """
+    rows = []
+    for source in SOURCES:
+        scaling = latents.loc[latents["source"] == source, "scaling"]
+        known = scaling.dropna()
+        rows.append(
+            {
+                "source": source,
+                "mean_scaling": known.mean(),
+                "median_scaling": known.median(),
+                "share_above_0.5": (known > 0.5).mean(),
+                "num_undefined": len(scaling) - len(known),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+class _Moments(NamedTuple):
+    """Sums over tokens from which the slopes follow; float64, on the CPU.
+
+    Only what fires is touched, but for the error's own sum.
+    """
+
+    num_tokens: int
+    firings: Float[Tensor, " latents"]
+    z: Float[Tensor, " latents"]
+    zz: Float[Tensor, " latents"]
+    z_along: Float[Tensor, "sources latents"]
+    """Of z_j times the error along direction j."""
+    error: Float[Tensor, "sources d_model"]
+
+
+def _moments(
+    latents: SparseLatents,
+    errors: Float[Tensor, "tokens sources d_model"],
+    directions: Float[Tensor, "latents d_model"],
+) -> _Moments:
+    """Of one batch: its latents on dense activations, and target - reconstruction."""
+
+    def by_latent(weights: Tensor) -> Tensor:
+        index = latents.indices.flatten()
+        return torch.bincount(index, weights.double().flatten(), len(directions)).cpu()
+
+    z = latents.values.double()
+    along = _along(errors, directions, latents.indices)
+    return _Moments(
+        len(z),
+        by_latent(z > 0),
+        by_latent(z),
+        by_latent(z.square()),
+        torch.stack([by_latent(z * along[:, source]) for source in range(len(SOURCES))]),
+        errors.sum(0, dtype=torch.float64).cpu(),
+    )
+
+
+def _along(
+    errors: Float[Tensor, "tokens sources d_model"],
+    directions: Float[Tensor, "latents d_model"],
+    indices: Int[Tensor, "tokens k"],
+) -> Float[Tensor, "tokens sources k"]:
+    """Inner products of a token's errors with the directions of its own k latents.
+
+    A few tokens at a time: k gathered directions per token are more than fits in a cache.
+    """
+    parts = zip(errors.split(GATHERED_TOKENS), indices.split(GATHERED_TOKENS), strict=True)
+    return torch.cat([error @ directions[index].mT for error, index in parts])
+
+
+def _total(parts: list[_Moments]) -> _Moments:
+    return _Moments(*(sum(part) for part in zip(*parts, strict=True)))
+
+
+def _slopes(
+    moments: _Moments, directions: Float[Tensor, "latents d_model"]
+) -> Float[Tensor, "sources latents"]:
+    """1 + cov / var; NaN where a latent's activation never varies or its row is zero."""
+    z, num_tokens = moments.z, moments.num_tokens
+    variance = moments.zz - z.square() / num_tokens
+    varies = variance > SMALLEST_VARIANCE * moments.zz
+    covariance = moments.z_along - z * (moments.error @ directions.T) / num_tokens
+    return torch.where(varies, 1 + covariance / variance, torch.nan)
+
+
+def _joint(
+    whole: _Moments,
+    kept: list[SparseLatents],
+    rows: Float[Tensor, "latents d_model"],
+    directions: Float[Tensor, "latents d_model"],
+) -> Float[Tensor, "sources latents"]:
+    """The regression on all latents together; latents without a slope of their own stay at 1.
+
+    Conjugate gradients, preconditioned by each latent's own variance: with Q the normal matrix and
+    M its diagonal, M^-1 Q c is the slope of every latent in the reconstruction from c * z, less 1,
+    and is self-adjoint in the inner product that M weighs.
+    """
+    precise = directions.double().cpu()
+    change = (_slopes(whole, precise) - 1).nan_to_num(0)  # M^-1 times the residual at all ones
+    weight = (whole.zz - whole.z.square() / whole.num_tokens) * rows.double().cpu().square().sum(1)
+    joint, residual, step = torch.ones_like(change), change, change
+    size = start = (weight * residual.square()).sum(1, keepdim=True)
+    for _ in range(JOINT_STEPS):
+        if bool((size <= JOINT_RESIDUAL**2 * start).all()):
+            break
+        answer = (_slopes(_rebuilt(step, kept, rows, directions), precise) - 1).nan_to_num(0)
+        length = size / (weight * step * answer).sum(1, keepdim=True)
+        length = length.nan_to_num(0)  # 0 / 0: this source is already solved
+        joint, residual = joint + length * step, residual - length * answer
+        before, size = size, (weight * residual.square()).sum(1, keepdim=True)
+        step = residual + (size / before).nan_to_num(0) * step
+    return joint
+
+
+def _rebuilt(
+    scales: Float[Tensor, "sources latents"],
+    kept: list[SparseLatents],
+    rows: Float[Tensor, "latents d_model"],
+    directions: Float[Tensor, "latents d_model"],
+) -> _Moments:
+    """The moments of reconstructions whose latents are multiplied by `scales`."""
+    scales = scales.to(rows)
+    batches = []
+    for values, indices in kept:
+        latents = SparseLatents(values.to(rows.device), indices.long().to(rows.device))
+        scaled = (scales[:, latents.indices] * latents.values).transpose(
+            0, 1
+        )  # [tokens, sources, k]
+        parts = zip(
+            scaled.split(GATHERED_TOKENS), latents.indices.split(GATHERED_TOKENS), strict=True
+        )
+        rebuilt = torch.cat([part @ rows[index] for part, index in parts])
+        batches.append(_moments(latents, rebuilt, directions))
+    return _total(batches)
+
+
+def _table(
+    groups: list[_Moments],
+    directions: Float[Tensor, "latents d_model"],
+    joint: Float[Tensor, "sources latents"],
+) -> pd.DataFrame:
+    directions = directions.double().cpu()
+    whole = _total(groups)
+    slopes = _slopes(whole, directions)
+    errors = _standard_errors(groups, directions)
+    fires_enough = whole.firings >= FEWEST_FIRINGS
+    defined = fires_enough & (slopes[0] >= SMALLEST_DENSE_SLOPE)
+    parts = []
+    for source, slope, together, error in zip(SOURCES, slopes, joint, errors, strict=True):
+        columns = {
+            "latent": np.arange(len(slope)),
+            "dense_firings": whole.firings.long().numpy(),
+            "slope": slope.where(fires_enough, torch.nan).numpy(),
+            "scaling": (together / joint[0]).where(defined, torch.nan).numpy(),
+            "alone": (slope / slopes[0]).where(defined, torch.nan).numpy(),
+            "standard_error": error.where(defined, torch.nan).numpy(),
+            "reason": _reasons(whole.firings, slopes[0]),
+        }
+        parts.append(pd.DataFrame({"source": source, **columns}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _reasons(
+    firings: Float[Tensor, " latents"], dense_slope: Float[Tensor, " latents"]
+) -> np.ndarray:
+    """Why a latent has no scaling; empty where it has."""
+    return np.select(
+        [
+            (firings < FEWEST_FIRINGS).numpy(),
+            dense_slope.isnan().numpy(),
+            (dense_slope < SMALLEST_DENSE_SLOPE).numpy(),
+        ],
+        [
+            f"fewer than {FEWEST_FIRINGS} dense firings",
+            "its dense activation never varies, or its decoder row is zero",
+            f"its slope on dense activations is below {SMALLEST_DENSE_SLOPE}",
+        ],
+        default="",
+    )
+
+
+def _standard_errors(
+    groups: list[_Moments], directions: Float[Tensor, "latents d_model"]
+) -> Float[Tensor, "sources latents"]:
+    """Of scaling, by leaving out one group of consecutive tokens at a time.
+
+    Neighbouring tokens are not independent and firing ones vary more than others; neither is
+    assumed. NaN where a latent fires in one group alone.
+    """
+    left_out = []
+    for number in range(len(groups)):
+        slopes = _slopes(_total(groups[:number] + groups[number + 1 :]), directions)
+        left_out.append(slopes / slopes[0])
+    replicates = torch.stack(left_out)
+    squares = (replicates - replicates.mean(0)).square().sum(0)
+    return (squares * (len(groups) - 1) / len(groups)).sqrt()

@@ -1,0 +1,112 @@
+"""Figure 8: is it the same feature? By activations, by direction, by span, by training on."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from prunelens.report.panels.panel import (
+    PRIMARY_TAU,
+    Level,
+    Line,
+    Panel,
+    Points,
+    Site,
+    Tables,
+    at_tau,
+    over_sparsity,
+    rows_of,
+    ticks,
+)
+from prunelens.report.panels.survival import ARM_COLOURS, levels_of
+
+ARM_LINES: dict[str, tuple[str, Line]] = {
+    "shared_init": ("same start", "solid"),
+    "cross_init": ("other start", "dotted"),
+}
+SOURCE_LINES: dict[str, tuple[str, Line]] = {
+    "pruned": ("pruned", "solid"),
+    "noise_isotropic": ("noise of equal size", "dashed"),
+    "unpaired": ("another token", "dotted"),
+}
+
+
+def identity(tables: Tables, site: Site) -> list[Panel]:
+    """Four more ways to ask, each beside what it says without pruning and without features."""
+    matching = at_tau(rows_of(tables, "activation_matching", site))
+    spans = rows_of(tables, "subspace", site)
+    return [
+        Panel(
+            "controlled",
+            "matched by activations",
+            "sparsity",
+            f"mutual best, correlation >= {PRIMARY_TAU}",
+            _by_arm(matching, "mnn"),
+            levels_of(matching, "mnn", ["ceiling_shared", "ceiling_cross", "chance"]),
+            y_range=(-0.02, 1.02),
+            x_ticks=ticks(_pruned(matching)),
+            caption="Share of dense latents whose activations a latent of the pruned SAE matches on"
+            " the same tokens, over sparsity.",
+        ),
+        _scaling(rows_of(tables, "scaling", site)),
+        Panel(
+            "controlled",
+            "inside the span of the four nearest directions",
+            "sparsity",
+            "subspace overlap (mean)",
+            _by_arm(spans, "overlap"),
+            levels_of(spans, "overlap", ["ceiling_cross", "floor_shared", "chance"]),
+            y_range=(-0.02, 1.02),
+            x_ticks=ticks(_pruned(spans)),
+            caption="Share of each dense direction that lies in the span of the four nearest"
+            " directions of the pruned SAE, over sparsity.",
+        ),
+        _warm_start(at_tau(rows_of(tables, "survival", site, coordinates="normalised"))),
+    ]
+
+
+def _scaling(rows: pd.DataFrame) -> Panel:
+    points: list[Points] = []
+    for source, (label, line) in SOURCE_LINES.items():
+        part = rows[rows["source"] == source] if len(rows) else rows
+        points += over_sparsity(
+            part, "mean_scaling", spread="range", suffix=f": {label}", line=line
+        )
+    return Panel(
+        "controlled",
+        "what is left of each dense direction (1: all, 0: none)",
+        "sparsity",
+        "latent scaling (mean)",
+        points,
+        (Level("", 1.0, ARM_COLOURS["ceiling_shared"]), Level("", 0.0, ARM_COLOURS["chance"])),
+        x_ticks=ticks(rows),
+        caption="Mean share of dense latents' directions in pruned activations over sparsity,"
+        " beside noise of the same size (1 expected) and activations of other tokens (0 expected).",
+    )
+
+
+def _warm_start(rows: pd.DataFrame) -> Panel:
+    warm = rows[rows["arm"] == "warm_start"] if len(rows) else rows
+    return Panel(
+        "controlled",
+        "dense SAEs trained on with pruned activations",
+        "sparsity",
+        f"MNN rate to dense, tau {PRIMARY_TAU}",
+        over_sparsity(warm, "mnn", spread="range"),
+        levels_of(rows, "mnn", ["ceiling_warm", "floor_warm"]),
+        y_range=(-0.02, 1.02),
+        x_ticks=ticks(warm),
+        caption="Share of dense features that an SAE keeps when it is trained on with pruned"
+        " activations, over sparsity, beside the same with dense ones and in a rotated space.",
+    )
+
+
+def _by_arm(rows: pd.DataFrame, column: str) -> list[Points]:
+    points: list[Points] = []
+    for arm, (label, line) in ARM_LINES.items():
+        part = rows[rows["arm"] == arm] if len(rows) else rows
+        points += over_sparsity(part, column, spread="range", suffix=f": {label}", line=line)
+    return points
+
+
+def _pruned(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["method"] != "dense"] if len(rows) else rows

@@ -1,0 +1,118 @@
+"""Figure 9: which measures tell the truth where it is known?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from prunelens.analyses.grades import AUC_MARK, FALSE_SURVIVAL_MARK
+from prunelens.report.panels.panel import (
+    Level,
+    Panel,
+    Points,
+    Site,
+    Tables,
+    family_of,
+    rows_of,
+)
+
+WORLDS = {
+    "independent": ("fates independent of firing rate", "#1f77b4"),
+    "by_rate": ("rare features destroyed more often", "#c1440e"),
+}
+ZERO = Level("", 0.0, "#7f7f7f")
+
+
+def selftest(tables: Tables, site: Site) -> list[Panel]:
+    """AUCs; what depends on firing rate, in either world; and what hardly trained SAEs feign."""
+    rows = rows_of(tables, "selftest", site)
+    grades = rows[rows["step"].isna()] if len(rows) else rows
+    by_rate = [
+        _against_rate(f"dependence on firing rate: {label}", part)
+        for label, _colour, part in _worlds(grades)
+    ]
+    return [_separation(grades), *by_rate, _feigned(rows)]
+
+
+def world_of(runs: pd.Series) -> pd.Series:
+    """`independent` or `by_rate`, from run names."""
+    return family_of(runs).str.removeprefix("planted-")
+
+
+def measure_name(measure: str) -> str:
+    """For reading: `activation: cross init`."""
+    for whole in ("activation_", "subspace_"):
+        if measure.startswith(whole):
+            measure = f"{whole[:-1]}: {measure.removeprefix(whole)}"
+    return measure.replace("_", " ")
+
+
+def _separation(rows: pd.DataFrame) -> Panel:
+    points = []
+    for label, colour, part in _worlds(rows):
+        known = part.dropna(subset="auc")
+        names = [measure_name(name) for name in known["measure"]]
+        points.append(Points(label, names, list(known["auc"]), colour=colour, line="none"))
+    return Panel(
+        "check",
+        "survived features told from destroyed ones",
+        "",
+        "AUC",
+        points,
+        (Level(f"mark {AUC_MARK}", AUC_MARK, "#7f7f7f"),),
+        kind="dots",
+        categories=list(dict.fromkeys(name for series in points for name in map(str, series.x))),
+        caption="For every measure, how well it tells planted features that survived from those"
+        " that were destroyed: 1 always, 0.5 not at all.",
+    )
+
+
+def _against_rate(title: str, rows: pd.DataFrame) -> Panel:
+    known = rows.dropna(subset="rate_rho")
+    names = [measure_name(name) for name in known["measure"]]
+    rho, low, high = (list(known[name]) for name in ("rate_rho", "rate_low", "rate_high"))
+    colour = next(iter(_worlds(rows)))[1]
+    truth = Points("truth", names, list(known["truth_rho"]), line="none", marker="diamond")
+    points = [Points("measure", names, rho, low, high, colour=colour, line="none"), truth]
+    return Panel(
+        "check",
+        title,
+        "",
+        "rank correlation with firing rate",
+        points if names else [],
+        (ZERO,),
+        kind="dots",
+        categories=names,
+        caption="Rank correlation of firing rate and of every measure, with 95 % intervals, beside"
+        " that of firing rate and of what was planted.",
+    )
+
+
+def _feigned(rows: pd.DataFrame) -> Panel:
+    """What the shared-init arm says of destroyed features while SAEs are trained."""
+    points = []
+    for label, colour, part in _worlds(rows):
+        known = part.dropna(subset=["step", "false_survival"]).sort_values("step")
+        steps = [float(step) for step in known["step"]]
+        points.append(Points(label, steps, list(known["false_survival"]), colour=colour))
+    return Panel(
+        "check",
+        "destroyed, and called survived by a shared start",
+        "training step",
+        "false survival (shared_init)",
+        [series for series in points if series.y],
+        (Level(f"mark of the first: {FALSE_SURVIVAL_MARK}", FALSE_SURVIVAL_MARK, "#7f7f7f"),),
+        y_range=(-0.02, 1.02),
+        caption="Share of destroyed features that the comparison with a shared start calls"
+        " survived, over the steps of training.",
+    )
+
+
+def _worlds(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Label, colour and rows of every world."""
+    if not len(rows):
+        return
+    for world, part in rows.groupby(world_of(rows["run"]), sort=False):
+        label, colour = WORLDS.get(str(world), (str(world), "#707070"))
+        yield label, colour, part

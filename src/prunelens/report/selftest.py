@@ -1,0 +1,167 @@
+"""The self-test: the shipped study of the planted world, and what its grades say to believe."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import pandas as pd
+
+from prunelens import planted
+from prunelens.analyses.grades import AUC_MARK, MEASURES
+from prunelens.config import StudyConfig
+from prunelens.errors import UserError
+from prunelens.report.write import write_report
+from prunelens.study.local import Outcome
+from prunelens.study.run import alone_in, run_study
+from prunelens.study_file import SHIPPED_STUDIES, read_study
+
+STUDY = SHIPPED_STUDIES / "selftest.yaml"
+NOT_TO_SET = ("models", "prunings", "questions")  # the worlds, and what is asked of them
+OFTEN_WRONG = 0.1  # share of the latents beyond which a threshold's mistakes are worth a word
+FAR_OFF = 0.05  # of a cosine or a scale, likewise
+BELIEVE = {  # (tells survived from destroyed, follows firing rate where the truth does)
+    (True, True): "believe it for which features survive, and for whether rare ones do",
+    (True, False): "believe it for which features survive, not for whether rare ones do",
+    (False, True): "believe its trend over firing rate, not what it says of single features",
+    (False, False): "do not believe it for which features survive, nor for whether rare ones do",
+}
+
+
+class SelfTest(NamedTuple):
+    """How the measures did where the truth is known."""
+
+    grades: pd.DataFrame
+    """`tables/selftest.csv` after a column `world` (independent, by_rate)."""
+    failures: tuple[str, ...]
+    """Every mark that was missed and every run that failed, in one line each."""
+    outcome: Outcome
+    """How the study ended."""
+
+    @property
+    def passed(self) -> bool:
+        """Every mark was reached, and every run was done."""
+        return not self.failures
+
+
+def run_selftest(
+    out: pathlib.Path,
+    *,
+    settings: Mapping[str, str] | None = None,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> SelfTest:
+    """Run what is missing of the self-test, and judge every measure.
+
+    Args:
+        out: the study's folder; everything that a study leaves is there, `report.html` too.
+        settings: dotted field -> YAML text; may make the test smaller, not change its worlds.
+        workers: processes side by side; None: as many as cores and memory allow.
+        quiet: show no progress.
+    Raises: UserError for settings that are wrong or would change what is tested.
+    """
+    study = selftest_study(settings)
+    with alone_in(out):
+        outcome = run_study(study, out, workers=workers, quiet=quiet)
+        write_report(out, redraw=outcome.num_executed > 0)
+    grades = _grades(out, outcome)
+    return SelfTest(grades, tuple(_failures(grades, outcome)), outcome)
+
+
+def selftest_study(settings: Mapping[str, str] | None = None) -> StudyConfig:
+    """The shipped study, with other sizes where `settings` has any."""
+    shipped, study = read_study(STUDY), read_study(STUDY, dict(settings or {}))
+    for field in NOT_TO_SET:
+        if getattr(study, field) != getattr(shipped, field):
+            raise UserError(
+                f"--set {field}: would change what the self-test tests; set sizes alone, such as"
+                " sae.steps, or run a study of your own with `prunelens run`"
+            )
+    return study
+
+
+def what_to_believe(grades: pd.DataFrame) -> dict[str, str]:
+    """A sentence per measure from its rows in all worlds, and one on SAEs that hardly learnt.
+
+    Args: grades: as in `SelfTest`.
+    """
+    finished = grades[grades["step"].isna()]
+    found = {str(name): _sentence(rows) for name, rows in finished.groupby("measure", sort=False)}
+    for name, rows in grades.dropna(subset="step").groupby("measure", sort=False):
+        early, late = (rows.loc[rows["step"].agg(end)] for end in ("idxmin", "idxmax"))
+        found[f"{name}, early"] = (
+            "believe nothing that rests on a shared start until the SAEs have left it: after"
+            f" {early['step']:.0f} steps it calls {early['false_survival']:.0%} of the destroyed"
+            f" latents survived, after {late['step']:.0f} {late['false_survival']:.0%}"
+        )
+    return found
+
+
+def row_name(measure: str, step: float) -> str:
+    """What a row of grades is about; `step` is NaN at the end of training."""
+    return f"{measure}, step {step:.0f}" if step == step else measure
+
+
+def _grades(out: pathlib.Path, outcome: Outcome) -> pd.DataFrame:
+    """As in the report; without rows where every run failed."""
+    path = out / "tables" / "selftest.csv"
+    if not path.is_file():
+        return pd.DataFrame(columns=["world", "measure", "step", "mark", "passed", "reason"])
+    worlds = {r.run.name: r.run.pruning.scope for r in outcome.results if r.run.pruning}
+    grades = pd.read_csv(path, float_precision="round_trip").fillna({"mark": "", "reason": ""})
+    grades.insert(0, "world", grades["run"].map(worlds))
+    return grades
+
+
+def _failures(grades: pd.DataFrame, outcome: Outcome) -> Iterator[str]:
+    """One line each. Where nothing was held against a mark, it is missed as well."""
+    for result in outcome.results:
+        if result.status == "failed":
+            yield f"{result.run.name} failed: {result.reason}"
+    yield from outcome.failures
+    marked = grades[grades["mark"] != ""]
+    for row in marked[~marked["passed"].eq(True)].itertuples():
+        yield f"{row.world}: {row_name(row.measure, row.step)} {row.reason}"
+    if len(marked) and marked["step"].isna().all():
+        yield (
+            "shared_init was not looked at before the SAEs had learnt; give sae.steps and"
+            " sufficiency.checkpoints an early step"
+        )
+
+
+def _sentence(rows: pd.DataFrame) -> str:
+    """From one measure's rows, one per world: what to believe, and where it is off."""
+    separates = bool((rows["auc"] >= AUC_MARK).all())
+    follows = rows.apply(_follows_rate, axis=1)
+    told = [] if separates else [f"AUC {rows['auc'].min():.2f}"]
+    told += _threshold_mistakes(rows)
+    for row in rows[~follows].itertuples():
+        rhos = f"{row.rate_rho:.2f} where the truth has {row.truth_rho:.2f}"
+        told.append(f"rank correlation with firing rate {rhos}")
+    for column, which in (("bias", "survived"), ("bias_rotated", "rotated")):
+        off = rows[column].mean()
+        if abs(off) > FAR_OFF:
+            told.append(f"{off:+.2f} off what was planted for {which} latents")
+    if MEASURES[rows["measure"].iloc[0]].survives != planted.SURVIVES:
+        told.append("a rotated direction that fires where it did has survived for it")
+    return BELIEVE[separates, bool(follows.all())] + (f" ({'; '.join(told)})" if told else "")
+
+
+def _follows_rate(row: pd.Series) -> bool:
+    """No effect of firing rate where none was planted, and the planted one where there is one."""
+    if row["world"] == "independent":
+        return bool(row["rate_low"] <= 0 <= row["rate_high"])
+    return bool(row["rate_low"] > 0)
+
+
+def _threshold_mistakes(rows: pd.DataFrame) -> list[str]:
+    """What the threshold gets wrong often, in the worse of the worlds."""
+    at = f"at {rows['threshold'].iloc[0]:g} it"
+    feigned, missed = rows["false_survival"].max(), 1 - rows["recall"].min()
+    told = []
+    if feigned > OFTEN_WRONG:
+        told.append(f"{at} calls {feigned:.0%} of the destroyed latents survived")
+    if missed > OFTEN_WRONG:
+        told.append(f"{at} misses {missed:.0%} of the survived latents")
+    return told

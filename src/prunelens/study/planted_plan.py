@@ -1,0 +1,59 @@
+"""The planted world in the place of a language model: everything from activations on is as ever."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prunelens import planted
+from prunelens.config import ModelConfig, PruningConfig, StudyConfig
+from prunelens.errors import UserError
+from prunelens.model import model_shape
+from prunelens.study.model_plan import ModelPlan
+from prunelens.study.store import Stage
+
+
+class PlantedPlan(ModelPlan):
+    """A ModelPlan without text and model; its prunings change the world's directions."""
+
+    corpus: None  # type: ignore[assignment]
+
+    def __init__(self, study: StudyConfig, model: ModelConfig) -> None:
+        self._study, self._model, self._shape = study, model, model_shape(model)
+        self.corpus = None
+        for pruning in study.conditions():
+            if pruning.sparsity != planted.SHARE_DESTROYED:
+                raise UserError(
+                    f"prunings.sparsities: {pruning.sparsity} is not the share of directions that"
+                    f" the planted world loses; give [{planted.SHARE_DESTROYED}]"
+                )
+        if set(model.layers) != {0}:
+            raise UserError(f"models.layers: {list(model.layers)}; the planted world has only [0]")
+
+    def prune(self, pruning: PruningConfig) -> Stage:
+        """The world with its directions changed, and what became of each."""
+        return self.stage("planted_world", {"choice": pruning.scope}, {}, label=pruning.label)
+
+    def perplexity(self, _pruned: Stage | None, _label: str) -> None:
+        """There is no text."""
+
+    def activations(self, layer: int, pruned: Stage | None, label: str) -> Stage:
+        """Activations of the world; the corpus says how many."""
+        config = {
+            "train_tokens": self._study.corpus.train_tokens,
+            "eval_tokens": self._study.corpus.eval_tokens,
+            "site": self._model.site,
+            "layer": layer,
+        }
+        return self.stage("planted_activations", config, {"prune": pruned}, label=label)
+
+    def grades(self, answers: Mapping[str, Stage], label: str) -> Stage | None:
+        """Every measure of the run held against the truth."""
+        if "fates" not in answers:
+            return None
+        fates, saes = answers["fates"], {}
+        for role, sae in answers["survival"].parents.items():
+            condition, init_seed, data_seed, *differs = role.split("-")
+            if init_seed == data_seed and not differs:
+                saes[f"{condition}-{init_seed}"] = sae
+        parents = {"world": answers["prune"], "fates": fates, **saes}
+        return self.stage("grades", {"seeds": fates.config["seeds"]}, parents, label=label)

@@ -1,0 +1,558 @@
+"""Is it the same feature? By activations, by what is left of its direction, by a few directions."""
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tests.independent import identity, matching
+from torch.nn.functional import normalize
+
+from prunelens.activations import random_rotation
+from prunelens.analyses import activation_matching as activation_module
+from prunelens.analyses import scaling as scaling_module
+from prunelens.analyses import subspace as subspace_module
+from prunelens.analyses.activation_matching import (
+    ActivationComparison,
+    activation_matching,
+    latent_series,
+    match_activations,
+)
+from prunelens.analyses.noise import isotropic_noise_like, other_token
+from prunelens.analyses.scaling import latent_scaling, scaling_summary
+from prunelens.analyses.subspace import subspace_overlaps
+from prunelens.analyses.survival import Comparison, Dictionary
+from prunelens.match import match_rates
+from prunelens.sae.topk import TopKSAE
+
+TAUS = (0.5, 0.7, 0.9)
+TOKENS, WIDTH, LATENTS, K = 1500, 16, 40, 5
+
+
+class Rows:
+    """Rows in memory."""
+
+    def __init__(self, rows):
+        self._rows = rows
+
+    def rows(self, index):
+        return self._rows[index]
+
+
+def random(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def uniform(*shape, seed):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def shuffled(number, seed=0):
+    return torch.randperm(number, generator=torch.Generator().manual_seed(seed))
+
+
+def sae_of(encoder, bias, decoder, k):
+    sae = TopKSAE(decoder.shape[1], len(decoder), k)
+    with torch.no_grad():
+        sae.encoder_weight.copy_(encoder)
+        sae.encoder_bias.copy_(bias)
+        sae.decoder_weight.copy_(decoder)
+    return sae
+
+
+def random_sae(seed=0):
+    """Rows without unit norm, biases of both signs; the last latent hardly ever fires."""
+    sae = TopKSAE.initialise(WIDTH, LATENTS, K, init_seed=seed)
+    with torch.no_grad():
+        sae.decoder_weight *= 0.5 + uniform(LATENTS, 1, seed=seed)
+        sae.encoder_bias += 0.3 * random(LATENTS, seed=seed + 1)
+        sae.encoder_bias[-1] = -3.0
+        sae.decoder_bias += random(WIDTH, seed=seed + 2)
+    return sae
+
+
+def latents_of(sae, x):
+    return sae.dense_latents(sae.encode(x)).detach().double().numpy()
+
+
+def sparse_strengths(tokens, latents, *, rate=0.2, seed=0):
+    """Positive where a latent fires, which each does on its own."""
+    generator = torch.Generator().manual_seed(seed)
+    fires = torch.rand(tokens, latents, generator=generator) < rate
+    return fires * (0.5 + torch.rand(tokens, latents, generator=generator))
+
+
+def permuted(sae, order):
+    return sae_of(
+        sae.encoder_weight[order], sae.encoder_bias[order], sae.decoder_weight[order], sae.k
+    )
+
+
+# ---- noise ----
+
+
+def test_other_token_pairs_every_token_with_another_one():
+    for number in (2, 3, 50):
+        other = other_token(number, torch.Generator().manual_seed(number))
+        assert (other != torch.arange(number)).all()
+        assert (other.sort().values == torch.arange(number)).all()
+
+
+def test_isotropic_noise_has_each_tokens_norm_and_no_direction():
+    difference = (
+        random(4000, 8, seed=0) * uniform(4000, 1, seed=1) * torch.tensor([9.0] + [1.0] * 7)
+    )
+    noise = isotropic_noise_like(difference, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(noise.norm(dim=1), difference.norm(dim=1))
+    share = noise.square().sum(0) / noise.square().sum()
+    assert (share - 1 / 8).abs().max() < 0.02
+
+
+# ---- activation matching ----
+
+
+@pytest.fixture
+def two_series():
+    x = random(TOKENS, WIDTH, seed=3)
+    y = x + 0.5 * random(TOKENS, WIDTH, seed=4)
+    a, b = random_sae(0), random_sae(7)
+    tokens = torch.arange(TOKENS)
+    series = latent_series(a, Rows(x), tokens), latent_series(b, Rows(y), tokens)
+    return series, (latents_of(a, x), latents_of(b, y))
+
+
+def test_series_holds_the_latents_and_their_moments(monkeypatch):
+    x, sae = random(TOKENS, WIDTH, seed=3), random_sae()
+    monkeypatch.setattr(activation_module, "BATCH_TOKENS", 401)
+    tokens = torch.arange(100, TOKENS).flip(0)
+    seen = []
+    series = latent_series(sae, Rows(x), tokens, progress=seen.append)
+    z = latents_of(sae, x[tokens])
+    np.testing.assert_array_equal(series.values.toarray(), z.astype(np.float32))
+    np.testing.assert_allclose(series.mean, z.mean(0), atol=1e-12)
+    np.testing.assert_allclose(series.deviation, z.std(0) * math.sqrt(len(z)), rtol=1e-10)
+    np.testing.assert_array_equal(series.firings, (z > 0).sum(0))
+    assert seen == [401, 802, 1203, 1400]
+
+
+def test_activation_matching_equals_brute_force(two_series):
+    (a, b), (za, zb) = two_series
+    c = identity.correlations(za, zb)
+    assert (a.firings < 10).any(), "the test wants a latent that fires too rarely"
+    result = activation_matching([ActivationComparison("any", 0, 1, 2, 3, a, b)], TAUS)
+    for row in result.rates.itertuples():
+        assert row.one_way == matching.one_way(c, row.tau)
+        assert row.mnn == matching.mnn(c, row.tau)
+        assert row.greedy == len(matching.greedy_pairs(c, row.tau)) / LATENTS
+        assert row.one_way_reverse == matching.one_way(c.T, row.tau)
+    known = a.firings >= 10
+    np.testing.assert_allclose(result.latents["correlation"][known], c.max(1)[known], atol=1e-6)
+    np.testing.assert_array_equal(result.latents["match"][known], c.argmax(1)[known])
+    seeds = ["arm", "init_a", "order_a", "init_b", "order_b"]
+    assert list(result.rates) == [*seeds, "tau", "one_way", "mnn", "greedy", "one_way_reverse"]
+    assert list(result.latents) == [*seeds, "latent", "match", "correlation", "mutual"]
+    for table in result:
+        assert table[seeds].drop_duplicates().to_numpy().tolist() == [["any", 0, 1, 2, 3]]
+
+
+def test_activation_matching_is_the_same_in_any_blocks_and_from_the_other_side(
+    two_series, monkeypatch
+):
+    (a, b), _ = two_series
+    whole, back = match_activations(a, b, lowest_tau=0.2), match_activations(b, a, lowest_tau=0.2)
+    np.testing.assert_array_equal(whole.similarity_a, back.similarity_b)
+    np.testing.assert_array_equal(whole.best_in_b, back.best_in_a)
+    monkeypatch.setattr("prunelens.match.BLOCK_ROWS", 7)
+    monkeypatch.setattr("prunelens.match.MAX_PAIRS", 5)
+    for one, other in zip(whole, match_activations(a, b, lowest_tau=0.2), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_latents_that_fire_alike_match_wherever_they_point():
+    """B sees a turned space and has other sizes and another order; what fires is the same."""
+    x, a, order = random(TOKENS, WIDTH, seed=5), random_sae(), shuffled(LATENTS)
+    turn = random_rotation(WIDTH, seed=1)
+    scale = 0.5 + uniform(LATENTS, 1, seed=2)
+    c = sae_of(a.encoder_weight @ turn, a.encoder_bias, a.decoder_weight @ turn, K)
+    b = permuted(c, order)
+    tokens = torch.arange(TOKENS)
+    left = latent_series(a, Rows(x), tokens)
+    right = latent_series(b, Rows(x @ turn), tokens)
+    right = right._replace(values=right.values * scale.numpy().T)
+    right = activation_module._with_moments(right.values.tocsr())
+    result = activation_matching([ActivationComparison("turned", 0, 0, 0, 0, left, right)], TAUS)
+    known = result.latents[left.correlates]
+    assert len(known) > 30
+    np.testing.assert_allclose(known["correlation"], 1.0, atol=1e-5)
+    np.testing.assert_array_equal(order[known["match"].astype(int).tolist()], known["latent"])
+    assert known["mutual"].all()
+    assert (result.rates[["one_way", "mnn", "greedy"]] == left.correlates.mean()).all().all()
+    same = match_activations(left, left, lowest_tau=0.5)
+    assert match_rates(same, 0.9).mnn == left.correlates.mean()
+    assert (same.similarity_a[left.correlates] == 1.0).all()
+
+
+def test_series_of_other_tokens_do_not_correlate():
+    x, sae, tokens = random(TOKENS, WIDTH, seed=5), random_sae(), torch.arange(TOKENS)
+    partners = other_token(TOKENS, torch.Generator().manual_seed(0))
+    a, b = (latent_series(sae, Rows(x), index) for index in (tokens, partners))
+    found = match_activations(a, b, lowest_tau=0.5)
+    assert found.similarity_a.max() < 0.3
+    assert set(match_rates(found, 0.5)[1:]) == {0.0}
+
+
+def test_a_latent_that_is_dead_rare_or_constant_has_no_correlation():
+    z = torch.zeros(200, 4)
+    z[:9, 1] = torch.arange(1.0, 10.0)  # one firing too few
+    z[:, 2] = 3.3  # always the same
+    z[:10, 3] = torch.arange(1.0, 11.0)
+    sae = sae_of(torch.eye(4), torch.zeros(4), torch.eye(4), 4)
+    series = latent_series(sae, Rows(z), torch.arange(200))
+    assert series.correlates.tolist() == [False, False, False, True]
+    result = activation_matching([ActivationComparison("a", 0, 0, 0, 0, series, series)], TAUS)
+    latents = result.latents
+    assert latents["correlation"].isna().tolist() == [True, True, True, False]
+    assert latents["match"].isna().tolist() == [True, True, True, False]
+    assert latents["mutual"].tolist() == [False, False, False, True]
+    assert (result.rates[["one_way", "mnn", "greedy", "one_way_reverse"]] == 0.25).all().all()
+
+
+def test_no_match_is_named_where_the_best_is_a_latent_that_cannot_be_matched():
+    one = torch.zeros(200, 2)
+    one[:50, 0], one[:100, 1] = 1.0, 1.0
+    two = torch.zeros(200, 2)
+    two[100:150, 1] = 1.0  # fires only where neither of A does
+    sae = sae_of(torch.eye(2), torch.zeros(2), torch.eye(2), 2)
+    a, b = (latent_series(sae, Rows(z), torch.arange(200)) for z in (one, two))
+    latents = activation_matching([ActivationComparison("a", 0, 0, 0, 0, a, b)], TAUS).latents
+    assert latents["match"].isna().all()
+    assert (latents["correlation"] == 0.0).all()
+    assert not latents["mutual"].any()
+
+
+def test_series_over_different_tokens_are_our_bug(two_series):
+    (a, _), _ = two_series
+    shorter = activation_module._with_moments(a.values[:100])
+    with pytest.raises(AssertionError, match="same tokens"):
+        match_activations(a, shorter, lowest_tau=0.5)
+
+
+# ---- latent scaling ----
+
+
+@pytest.fixture
+def noisy_world():
+    x = random(TOKENS, WIDTH, seed=3) * 1.5
+    y = 0.7 * x + 0.5 * random(TOKENS, WIDTH, seed=4) + 0.2
+    return random_sae(), x, y
+
+
+def orthogonal_world(width=12, tokens=3000, *, turned=True):
+    """An SAE that finds the strengths its activations are made of; exactly, if not turned."""
+    directions = random_rotation(width, seed=0) if turned else torch.eye(width)
+    strengths = sparse_strengths(tokens, width)
+    sae = sae_of(directions, torch.zeros(width), directions, width)
+    return sae, strengths, directions
+
+
+def by_source(sae, dense, pruned, **options):
+    tokens = torch.arange(len(dense))
+    table = latent_scaling(sae, Rows(dense), Rows(pruned), tokens, seed=0, **options)
+    return {source: part.set_index("latent") for source, part in table.groupby("source")}
+
+
+def test_scaling_equals_one_regression_per_latent(noisy_world, monkeypatch):
+    monkeypatch.setattr(scaling_module, "BATCH_TOKENS", 128)
+    monkeypatch.setattr(scaling_module, "GATHERED_TOKENS", 50)
+    sae, x, y = noisy_world
+    tokens = torch.arange(100, TOKENS)
+    seen = []
+    table = latent_scaling(sae, Rows(x), Rows(y), tokens, seed=5, progress=seen.append)
+    assert seen[-1] == len(tokens)
+    assert list(table) == [
+        *("source", "latent", "dense_firings", "slope", "scaling", "alone"),
+        *("standard_error", "reason"),
+    ]
+    z = latents_of(sae, x[100:])
+    weights = [p.detach().double().numpy() for p in (sae.decoder_weight, sae.decoder_bias)]
+    other = tokens[other_token(len(tokens), torch.Generator().manual_seed(5))]
+    targets = {"dense": x[100:], "pruned": y[100:], "unpaired": y[other]}
+    dense = identity.slopes(z, *weights, x[100:].double().numpy())
+    assert np.isnan(dense).any()
+    for source, target in targets.items():
+        part = table[table["source"] == source]
+        expected = identity.slopes(z, *weights, target.double().numpy())
+        np.testing.assert_allclose(part["slope"], expected, atol=1e-5)
+        with_ratio = np.where(dense >= 0.1, expected / dense, np.nan)
+        np.testing.assert_allclose(part["alone"], with_ratio, atol=2e-5)
+        np.testing.assert_array_equal(part["dense_firings"], (z > 0).sum(0))
+
+
+def test_standard_error_is_the_jackknife_over_runs_of_tokens(noisy_world):
+    sae, x, y = noisy_world
+    sae.decoder_weight.requires_grad_(False)[:] *= 0.2  # rec is small: every dense slope is defined
+    found = by_source(sae, x, y)["pruned"]["standard_error"]
+    z, weights = latents_of(sae, x), (sae.decoder_weight.numpy(), sae.decoder_bias.detach().numpy())
+
+    def scaling(kept):
+        of = [identity.slopes(z[kept], *weights, target[kept].numpy()) for target in (x, y)]
+        return of[1] / of[0]
+
+    expected = identity.jackknife(TOKENS, scaling_module.NUM_GROUPS, scaling)
+    known = found.notna().to_numpy()
+    assert known.sum() > 30
+    np.testing.assert_allclose(found[known], expected[known], rtol=1e-3)
+
+
+def test_scaling_reports_what_became_of_every_direction():
+    sae, strengths, directions = orthogonal_world()
+    scales = torch.tensor([1.0, 0.0, 0.5, 2.0, -1.0, 0.1] * 2)
+    found = by_source(sae, strengths @ directions, (strengths * scales) @ directions)
+    np.testing.assert_allclose(found["dense"]["alone"], 1.0, atol=1e-6)
+    np.testing.assert_allclose(found["dense"]["slope"], 1.0, atol=1e-5)
+    np.testing.assert_allclose(found["pruned"]["alone"], scales, atol=1e-5)
+    assert (found["pruned"]["reason"] == "").all()
+    same = by_source(sae, strengths @ directions, strengths @ directions)
+    for source in ("dense", "pruned", "noise_isotropic"):
+        np.testing.assert_allclose(same[source]["alone"], 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("degrees", [0, 15, 60, 90, 120])
+def test_a_turned_direction_scales_by_the_cosine(degrees):
+    """All directions turn towards dimensions that the dense world does not use."""
+    sae, strengths, directions = orthogonal_world(width=6)
+    wide = torch.cat([directions, torch.zeros(6, 6)], dim=1)
+    aside = torch.cat([torch.zeros(6, 6), random_rotation(6, seed=3)], dim=1)
+    sae = sae_of(wide, torch.zeros(6), wide, 6)
+    angle = math.radians(degrees)
+    turned = math.cos(angle) * wide + math.sin(angle) * aside
+    found = by_source(sae, strengths @ wide, strengths @ turned)["pruned"]
+    np.testing.assert_allclose(found["alone"], math.cos(angle), atol=1e-5)
+
+
+def test_noise_leaves_the_scaling_at_one_and_other_tokens_at_nothing_within_the_error():
+    sae, strengths, directions = orthogonal_world(width=32, tokens=4000)
+    dense = strengths @ directions
+    found = by_source(sae, dense, dense + 0.5 * random(4000, 32, seed=9))
+    for source, truth in (("pruned", 1.0), ("noise_isotropic", 1.0), ("unpaired", 0.0)):
+        errors = (found[source]["alone"] - truth) / found[source]["standard_error"]
+        assert errors.abs().max() < 4.5, source
+        assert 0.5 < (errors**2).mean() < 2.0, f"{source}: the error is of the stated size"
+
+
+def test_interference_is_what_the_docstring_says():
+    """Two oblique latents that fire together: the fate of one shows in the other's slope."""
+    cosine = 0.6
+    rows = torch.tensor([[1.0, 0.0], [cosine, 0.8]])
+    sae = sae_of(torch.linalg.inv(rows).T, torch.zeros(2), rows, 2)  # finds the strengths exactly
+    first = 0.5 + uniform(3000, seed=0)
+    second = first + 0.2 * uniform(3000, seed=1)
+    strengths = torch.stack([first, second], dim=1)
+    found = by_source(sae, strengths @ rows, (strengths * torch.tensor([1.0, 0.0])) @ rows)
+    covariance = np.cov(strengths.double().numpy().T)
+    expected = 1 - cosine * covariance[0, 1] / covariance[0, 0]
+    assert found["pruned"]["alone"][0] == pytest.approx(expected, abs=1e-4)
+    assert found["pruned"]["alone"][1] == pytest.approx(0.0, abs=1e-4)
+    limits = found["unpaired"]
+    assert abs(limits["alone"][0] - (expected - 1)) < 5 * limits["standard_error"][0]
+
+
+def test_scaling_does_not_depend_on_order_or_on_the_length_of_rows(noisy_world):
+    sae, x, y = noisy_world
+    plain = by_source(sae, x, y)
+    order, scale = shuffled(LATENTS), 0.5 + uniform(LATENTS, 1, seed=1)
+    with torch.no_grad():
+        other = permuted(sae, order)
+        other.decoder_bias.copy_(sae.decoder_bias)
+    for source, part in by_source(other, x, y).items():
+        np.testing.assert_allclose(part["slope"], plain[source]["slope"][order.numpy()], atol=1e-5)
+    sae, strengths, directions = orthogonal_world(width=8)
+    dense, pruned = strengths @ directions, (0.3 * strengths) @ directions
+    longer = sae_of(directions / scale[:8], torch.zeros(8), directions * scale[:8], 8)
+    found = by_source(longer, dense, pruned)
+    np.testing.assert_allclose(found["pruned"]["slope"], 0.3, atol=1e-5)
+
+
+def test_an_undefined_scaling_is_nan_with_its_reason():
+    sae, strengths, directions = orthogonal_world(width=6, turned=False)
+    strengths[:, 0] = 0.0  # dead
+    strengths[9:, 1] = 0.0  # too rare
+    strengths[:9, 1] = 1.0
+    with torch.no_grad():
+        sae.decoder_weight[2] = sae.decoder_weight[0]  # writes where nothing of the kind is
+        sae.decoder_weight[3] = 0.0
+    dense = strengths @ directions
+    found = by_source(sae, dense, dense)
+    reasons = found["pruned"]["reason"]
+    assert "fewer than 10 dense firings" in reasons[0]
+    assert "fewer than 10 dense firings" in reasons[1]
+    assert "below 0.1" in reasons[2]
+    assert "row is zero" in reasons[3]
+    assert (reasons[4:] == "").all()
+    for part in found.values():
+        assert part["alone"].isna().tolist() == [True] * 4 + [False] * 2
+        assert part["standard_error"].isna().tolist() == [True] * 4 + [False] * 2
+    assert found["dense"]["slope"].isna().tolist() == [True, True, False, True, False, False]
+    assert found["dense"]["dense_firings"][1] == 9
+
+
+def test_an_activation_that_never_varies_has_no_slope():
+    sae = sae_of(torch.zeros(2, 3), torch.tensor([0.7, 0.1]), torch.eye(3)[:2], 2)
+    x = random(300, 3, seed=0)
+    found = by_source(sae, x, x)["pruned"]
+    assert found["alone"].isna().all()
+    assert found["reason"].str.contains("never varies").all()
+
+
+def test_no_standard_error_where_all_firings_are_in_one_run_of_tokens():
+    sae, strengths, directions = orthogonal_world(width=6, turned=False)
+    strengths[150:, 0] = 0.0  # the first of 20 runs of 3000 tokens
+    dense = strengths @ directions
+    found = by_source(sae, dense, dense)["pruned"]
+    assert found["alone"][0] == pytest.approx(1.0, abs=1e-5)
+    assert np.isnan(found["standard_error"][0])
+    assert found["standard_error"][1:].notna().all()
+
+
+def test_scaling_is_reproducible(noisy_world):
+    first, second = (by_source(*noisy_world) for _ in range(2))
+    for source, part in first.items():
+        pd.testing.assert_frame_equal(part, second[source])
+
+
+def test_scaling_summary_is_over_what_is_defined():
+    parts = [
+        pd.DataFrame({"source": source, "scaling": values})
+        for source, values in {
+            "dense": [1.0, 1.0, np.nan],
+            "pruned": [0.2, 0.9, np.nan],
+            "noise_isotropic": [0.9, 1.2, np.nan],
+            "unpaired": [np.nan, np.nan, np.nan],
+        }.items()
+    ]
+    summary = scaling_summary(pd.concat(parts)).set_index("source")
+    assert summary.loc["pruned"].tolist() == pytest.approx([0.55, 0.55, 0.5, 1])
+    assert summary.loc["noise_isotropic", "share_above_0.5"] == 1.0
+    assert summary.loc["unpaired"].isna().tolist() == [True, True, True, False]
+    assert summary["num_undefined"].tolist() == [1, 1, 1, 3]
+
+
+# ---- subspaces ----
+
+
+def overlaps(a, b):
+    left, right = (Dictionary(rows, torch.ones(rows.shape[1]), 3, 4) for rows in (a, b))
+    return subspace_overlaps([Comparison("any", left, right)])["overlap"].to_numpy()
+
+
+@pytest.mark.parametrize("width", [6, 32])
+def test_overlap_equals_a_least_squares_fit(width, monkeypatch):
+    a, b = random(50, width, seed=0), random(60, width, seed=1)
+    b[7] = 1e-3 * b[7]  # lengths do not matter
+    expected = [identity.subspace_overlap(row, b.numpy().astype(float)) for row in a.numpy()]
+    found = overlaps(a, b)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    monkeypatch.setattr(subspace_module, "BLOCK_ROWS", 7)
+    np.testing.assert_allclose(overlaps(a, b), found, atol=1e-12)
+    np.testing.assert_allclose(overlaps(a, b[shuffled(60)]), found, atol=1e-12)
+
+
+def test_overlap_names_its_comparison():
+    a, b = (
+        Dictionary(random(5, 8, seed=s), torch.ones(8), init_seed=s, data_seed=s + 1)
+        for s in (0, 10)
+    )
+    table = subspace_overlaps([Comparison("one", a, b), Comparison("two", b, a)])
+    columns = ["arm", "init_a", "order_a", "init_b", "order_b", "latent", "overlap"]
+    assert list(table) == columns
+    assert table["arm"].tolist() == ["one"] * 5 + ["two"] * 5
+    seeds = table.loc[5:, columns[1:5]].drop_duplicates()
+    assert seeds.to_numpy().tolist() == [[10, 11, 0, 1]]
+    assert table["latent"].tolist() == [*range(5)] * 2
+
+
+def test_a_split_direction_lies_in_the_span_of_its_halves_and_half_of_a_pair_in_their_sum():
+    eye = torch.eye(12)
+    feature, aside = eye[0], eye[1]
+    halves = torch.stack([0.8 * feature + 0.6 * aside, 0.8 * feature - 0.6 * aside])
+    others = eye[4:]
+    split = overlaps(feature[None], torch.cat([halves, others]))
+    assert split == pytest.approx([1.0])
+    merged = torch.cat([(eye[0] + eye[1])[None], others])
+    assert overlaps(eye[:2], merged) == pytest.approx([0.5, 0.5])
+    assert overlaps(merged[:1], torch.cat([eye[:2], others])) == pytest.approx([1.0])
+    assert overlaps(eye[2:3], torch.cat([halves, others])) == pytest.approx([0.0])
+
+
+def test_overlap_is_at_least_the_squared_cosine_of_the_best_match_and_one_for_a_copy():
+    a, b = random(80, 16, seed=0), random(90, 16, seed=1)
+    cosines = matching.cosines(a.numpy(), b.numpy())
+    assert (overlaps(a, b) >= (cosines**2).max(1) - 1e-6).all()
+    assert (overlaps(a, b) <= 1.0).all()
+    np.testing.assert_allclose(overlaps(a, a[shuffled(80)]), 1.0, atol=1e-6)
+    np.testing.assert_allclose(overlaps(a, -3.0 * a), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-7, 1e-6])
+def test_copies_of_one_direction_span_one_dimension(apart):
+    """What tells the copies apart is rounding; it must not count as directions of their own."""
+    direction = normalize(random(16, seed=0), dim=0)
+    copies = direction + apart * random(4, 16, seed=1)
+    rows = direction + random(30, 16, seed=2) / 4
+    cosines = normalize(rows, dim=1) @ direction
+    np.testing.assert_allclose(overlaps(rows, copies), cosines.square(), atol=1e-5)
+
+
+def test_rows_that_are_nearly_but_not_quite_parallel_span_a_plane():
+    direction, aside = torch.eye(8)[0], torch.eye(8)[1]
+    pair = torch.stack([direction, direction + 0.01 * aside])
+    assert overlaps((direction + aside)[None], pair) == pytest.approx([1.0], abs=1e-4)
+
+
+def test_a_row_of_zeros_has_no_overlap_and_spans_nothing():
+    a = torch.cat([torch.zeros(1, 5), torch.eye(5)])
+    assert np.isnan(overlaps(a, torch.eye(5))).tolist() == [True] + [False] * 5
+    assert overlaps(torch.eye(5), torch.zeros(2, 5)) == pytest.approx([0.0] * 5)
+    for number in range(1, 4):  # a dictionary smaller than the subspace
+        found = overlaps(torch.eye(5), torch.eye(5)[:number])
+        assert found == pytest.approx([1.0] * number + [0.0] * (5 - number))
+
+
+def test_more_directions_to_choose_from_overlap_more_by_chance():
+    """Why a value is read beside the `chance` arm."""
+    means = [overlaps(random(100, 16, seed=0), random(n, 16, seed=1)).mean() for n in (8, 64, 512)]
+    assert all(low < high for low, high in itertools.pairwise(means))
+    assert means[-1] > 0.5
+
+
+def test_joint_scaling_equals_one_regression_on_all_latents(noisy_world, monkeypatch):
+    sae, x, y = noisy_world
+    sae.decoder_weight.requires_grad_(False)[:] *= 0.2  # every dense slope is defined
+    monkeypatch.setattr(scaling_module, "JOINT_RESIDUAL", 1e-7)
+    monkeypatch.setattr(scaling_module, "JOINT_STEPS", 200)
+    monkeypatch.setattr(scaling_module, "BATCH_TOKENS", 128)
+    z, decoder = latents_of(sae, x), sae.decoder_weight.double().numpy()
+    dense, pruned = (identity.joint_scales(z, decoder, t.double().numpy()) for t in (x, y))
+    found = by_source(sae, x, y)
+    known = found["pruned"]["scaling"].notna().to_numpy()
+    assert known.sum() > 30
+    np.testing.assert_allclose(
+        found["pruned"]["scaling"][known], (pruned / dense)[known], atol=1e-4
+    )
+    np.testing.assert_array_equal(known, found["pruned"]["alone"].notna())
+
+
+def test_joint_scaling_is_free_of_interference():
+    cosine = 0.6
+    rows = torch.tensor([[1.0, 0.0], [cosine, 0.8]])
+    sae = sae_of(torch.linalg.inv(rows).T, torch.zeros(2), rows, 2)
+    first = 0.5 + uniform(3000, seed=0)
+    strengths = torch.stack([first, first + 0.2 * uniform(3000, seed=1)], dim=1)
+    found = by_source(sae, strengths @ rows, (strengths * torch.tensor([1.0, 0.0])) @ rows)
+    assert found["pruned"]["alone"][0] < 0.6
+    np.testing.assert_allclose(found["pruned"]["scaling"], [1.0, 0.0], atol=1e-3)
+    np.testing.assert_allclose(found["dense"]["scaling"], 1.0, atol=1e-6)
+    errors = found["unpaired"]["scaling"] / found["unpaired"]["standard_error"]
+    assert errors.abs().max() < 5
