@@ -11,18 +11,23 @@ import numpy as np
 import pandas as pd
 
 from prunelens.analyses.claims import CLAIMS
+from prunelens.analyses.grades import MEASURES as GRADED
 from prunelens.config import StudyConfig, study_from_data
 from prunelens.report.tables import COLUMNS
 
 NAN = float("nan")
 TAUS = (0.5, 0.7, 0.9)
 MEASURES = [("shared_init", t) for t in TAUS] + [
-    (name, NAN) for name in ("persistence", "excess_isotropic", "excess_shuffled")
+    (name, NAN)
+    for name in ("persistence", "excess_isotropic", "relative_isotropic", "relative_shuffled")
 ]
+WARM = ("ceiling_warm", "floor_warm")
 ARMS = {
-    "dense": ("ceiling_shared", "floor_shared", "ceiling_cross", "chance"),
-    "pruned": ("shared_init", "shared_start", "cross_init"),
+    "dense": ("ceiling_shared", "floor_shared", "ceiling_cross", "chance", *WARM),
+    "pruned": ("shared_init", "shared_start", "cross_init", "warm_start"),
 }
+FAR = ("cross_init", "chance", "floor_warm")  # arms that find little
+STEPS = (60, 125, 250, 500)
 
 
 def synthetic_study(
@@ -39,8 +44,10 @@ def synthetic_study(
     return study_from_data({"models": named, "prunings": prunings if sparsities else []})
 
 
-def synthetic_tables(study: StudyConfig, *, seed: int = 0) -> dict[str, pd.DataFrame]:
-    """Every table of the output contract."""
+def synthetic_tables(
+    study: StudyConfig, *, seed: int = 0, retention: float = 0.95
+) -> dict[str, pd.DataFrame]:
+    """Every table of the output contract; `retention` decides whether SAEs are trained enough."""
     draw = np.random.default_rng(seed)
     rows: dict[str, list[dict]] = {name: [] for name in COLUMNS}
     for model in study.models:
@@ -56,7 +63,10 @@ def synthetic_tables(study: StudyConfig, *, seed: int = 0) -> dict[str, pd.DataF
                 "sparsity": pruning.sparsity if pruning else 0.0,
             }
             _add_run(rows, run, draw)
+            followed = study.conditions()[:1]
+            _add_training(rows, run, retention, pruning is None or pruning in followed)
     _add_study(rows, draw)
+    _add_selftest(rows["selftest"], draw)
     return {
         name: pd.DataFrame(found).reindex(columns=COLUMNS[name])
         for name, found in rows.items()
@@ -90,33 +100,71 @@ def _add_run(rows: dict[str, list[dict]], run: dict, draw: np.random.Generator) 
             | {"seed": seed, "fvu": 0.2 + noise, "fvu_raw": 0.2, "fvu_dense_var": 0.2 + damage / 5}
             | {"l0": 16.0, "alive": 1000 + seed, "num_latents": 1024, "steps": 500}
         )
-        rows["sae_training"].append(
-            run
-            | {"init_seed": seed, "data_seed": seed, "rotated": False, "steps": 500}
-            | {
-                "mean_init_retention": 0.95,
-                "fvu_at_three_quarters": 0.22,
-                "fvu": 0.2,
-                "folder": "f",
-            }
-        )
         for tau in TAUS:
             pair = {"seed_a": seed, "seed_b": (seed + 1) % 3, "tau": tau}
             rates = {"one_way": 0.05, "mnn": 0.03 * (1 - tau) + noise, "greedy": 0.04}
             rows["stability"].append(run | pair | rates)
             for arm in ARMS["pruned" if run["method"] != "dense" else "dense"]:
-                rate = max(0.0, 1 - damage) * (
-                    0.1 if arm in ("cross_init", "chance") else 1 - noise
-                )
+                rate = max(0.0, 1 - damage) * (0.1 if arm in FAR else 1 - noise)
                 starts = {"init_a": seed, "order_a": seed, "init_b": seed, "order_b": seed}
-                rows["survival"].append(
-                    run
-                    | {"arm": arm, "coordinates": "normalised", "tau": tau, **starts}
-                    | {"one_way": rate, "mnn": rate, "greedy": rate, "one_way_reverse": rate - 0.05}
-                )
+                row = run | {"arm": arm, "coordinates": "normalised", "tau": tau, **starts}
+                row |= {"one_way": rate, "mnn": rate, "greedy": rate, "one_way_reverse": rate / 2}
+                rows["survival"].append(row)
+                rows["activation_matching"].append(row | {"mnn": 0.9 * rate})
+                if tau == TAUS[0]:
+                    rows["subspace"].append(row | {"overlap": 0.3 + 0.6 * rate})
     _add_transfer(rows["transfer"], run, damage, draw)
     if run["method"] != "dense":
         _add_pruned(rows, run, damage, draw)
+
+
+def _add_training(rows: dict[str, list[dict]], run: dict, retention: float, followed: bool) -> None:
+    """Plain, control, warm and doubled SAEs; curves of the followed; the verdict."""
+    dense = run["method"] == "dense"
+    same = {"mean_init_retention": retention, "fvu_at_three_quarters": 0.22, "folder": "f"}
+    kinds = [(seed, seed, False, 500, "own") for seed in range(3)]
+    kinds += [(0, 1, True, 500, "own"), (0, 1, False, 125, "warm")]
+    for init_seed, data_seed, rotated, steps, training in kinds:
+        which = {"init_seed": init_seed, "data_seed": data_seed, "rotated": rotated}
+        numbers = {"fvu": 0.2, "fvu_raw": 0.25 if training == "own" else 0.27, **same}
+        rows["sae_training"].append(run | which | {"steps": steps, "training": training} | numbers)
+    for seed, step in itertools.product(range(3), STEPS if followed else STEPS[-1:]):
+        far = {"fvu": 0.2 + 10 / step + seed / 100, "mean_init_retention": retention}
+        rows["training_curves"].append(
+            run | {"seed": seed, "total_steps": STEPS[-1], "step": step} | far
+        )
+    for step in (500, 1000) if dense else ():
+        far = {"fvu": 0.2 + 9 / step, "mean_init_retention": retention}
+        rows["training_curves"].append(run | {"seed": 0, "total_steps": 1000, "step": step} | far)
+    for step, (a, b), tau in itertools.product(STEPS, ((0, 0), (0, 1)), TAUS):
+        if followed and not dense:
+            pair = {"arm": "shared_init" if a == b else "cross_init", "init_a": a, "init_b": b}
+            rate = 60 / step if a == b else step / 1000
+            row = run | {"step": step, "tau": tau, "mnn": rate, "one_way": rate, "greedy": rate}
+            rows["survival_by_step"].append(row | pair)
+    verdict = False if retention > 0.9 else True if dense else None
+    beyond = {"fvu_fall_beyond_schedule": 0.011 if dense else NAN}
+    rows["sufficiency"].append(
+        run
+        | {"trained_enough": verdict, "mean_init_retention": retention, "fvu_fall": 0.05}
+        | {"fvu_fall_schedule": 0.04 if dense else NAN, "reason": f"judged: {verdict}", **beyond}
+    )
+
+
+def _add_selftest(rows: list[dict], draw: np.random.Generator) -> None:
+    """Two planted worlds; one measure misses its mark."""
+    for world, step in itertools.product(("independent", "by_rate"), (NAN, *STEPS)):
+        run = {"run": f"planted/L0/planted-{world}-0.30", "model": "planted", "layer": 0}
+        run |= {"method": "planted", "sparsity": 0.3}
+        for measure in GRADED if step != step else ("shared_init",):
+            rho, missed = draw.uniform(-0.3, 0.3), measure == "scaling"
+            grade = {"measure": measure, "step": step, "false_survival": 1 / (1 + step)}
+            if step != step:
+                grade |= {"auc": 0.9 + 0.1 * draw.random(), "precision": 0.9, "recall": 0.8}
+                grade |= {"rate_rho": rho, "rate_low": rho - 0.1, "rate_high": rho + 0.1}
+                grade |= {"truth_rho": 0.01, "false_survival": 0.02, "mark": "AUC >= 0.95"}
+                grade |= {"passed": not missed, "reason": "misses: AUC >= 0.95" * missed}
+            rows.append(run | grade)
 
 
 def _add_transfer(rows: list[dict], run: dict, damage: float, draw: np.random.Generator) -> None:
@@ -135,18 +183,25 @@ def _add_transfer(rows: list[dict], run: dict, damage: float, draw: np.random.Ge
 def _add_pruned(
     rows: dict[str, list[dict]], run: dict, damage: float, draw: np.random.Generator
 ) -> None:
-    for arm, tau in itertools.product(("shared", "cross"), TAUS):
-        known = arm == "shared"
+    for arm, tau in itertools.product(("shared", "cross", "warm"), TAUS):
+        known = arm != "cross"
         value = 1 - damage if known else NAN
         rows["survival_corrected"].append(
             run
             | {"arm": arm, "tau": tau, "corrected": value, "low": value, "high": value}
             | {"interval": "range", "reason": "" if known else "ceiling - floor is below 0.02"}
         )
-    for seed, source in itertools.product(range(3), ("pruned", "noise_isotropic")):
-        rows["persistence"].append(
-            run | {"seed": seed, "source": source, "mean_correlation": 1 - damage / 2}
-        )
+    for seed, source in itertools.product(
+        range(3), ("pruned", "noise_isotropic", "noise_shuffled")
+    ):
+        numbers = {"mean_correlation": 1 - damage / 2}
+        numbers["mean_relative"] = NAN if source == "pruned" else 1 - damage / 4
+        rows["persistence"].append(run | {"seed": seed, "source": source, **numbers})
+    for seed, (source, left) in itertools.product(
+        range(3), {"dense": 0, "pruned": damage, "noise_isotropic": 0, "unpaired": 1}.items()
+    ):
+        numbers = {"mean_scaling": 1 - left, "share_above_0.5": 1 - left, "num_undefined": seed}
+        rows["scaling"].append(run | {"seed": seed, "source": source, **numbers})
     for measure, tau in MEASURES:
         for quintile in range(1, 6):
             rate = 1 - damage - 0.05 * quintile + 0.01 * draw.random()

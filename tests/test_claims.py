@@ -79,7 +79,7 @@ def verdicts(tables, number):
 
 def test_rare_latents_can_survive_as_published_and_not_beyond_noise():
     paper = fragility(-0.3, "shared_init", 0.7)
-    controlled = fragility(+0.3, "excess_isotropic", np.nan)
+    controlled = fragility(+0.3, "relative_shuffled", np.nan)
     tables = {"fragility_by_seed": pd.concat([paper, controlled])}
     assert verdicts(tables, 1) == ("holds", "fails", "fails")
     assert verdicts({"fragility_by_seed": paper}, 1) == ("holds", "undecided", "undecided")
@@ -342,7 +342,7 @@ def test_an_interval_over_windows_agrees_with_its_formula():
 
 
 def test_a_quintile_without_any_value_is_undecided_not_an_error():
-    table = fragility(-0.3, "excess_isotropic", np.nan)
+    table = fragility(-0.3, "relative_shuffled", np.nan)
     verdict = verdicts({"fragility_by_seed": table[table["quintile"] > 1]}, 1)
     assert verdict[1] == "undecided"
 

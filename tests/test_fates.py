@@ -70,7 +70,7 @@ def test_every_seed_has_its_own_numbers_and_the_next_seed_for_other_starts():
     )
     table = table[(table["arm"] != "cross_init") | (table["init_a"] != table["init_b"])]
     kept = pd.concat([persistence(s) for s in (0, 1, 2)])
-    found = latent_fates({s: own(s) for s in (0, 1, 2)}, table, kept, (0, 1, 2))
+    found = latent_fates({s: own(s) for s in (0, 1, 2)}, table, (0, 1, 2), persistence=kept)
     assert len(found) == 3 * NUM_LATENTS
     by_seed = found.set_index(["seed", "latent"])
     for seed in (0, 1, 2):

@@ -96,7 +96,7 @@ def test_24_runs_and_80_saes():
     assert sum(len(plan.runs) for plan in plans.values()) == 24
     assert {name: plan.totals["saes"] for name, plan in plans.items()} == STUDIES
     assert {name: plan.totals["control_saes"] for name, plan in plans.items()} == {
-        "paper-a1": 12, "paper-a3": 6, "paper-b1": 6, "paper-c1": 5,
+        "paper-a1": 13, "paper-a3": 8, "paper-b1": 7, "paper-c1": 6,
     }  # fmt: skip
     names = [row["run"] for plan in plans.values() for row in plan.runs]
     assert len(set(names)) == 24
@@ -173,13 +173,16 @@ def test_a_plan_needs_no_hub_and_tells_costs(hub_cache, monkeypatch):
         monkeypatch.setattr(huggingface_hub, name, lambda *_a, **_o: pytest.fail("hub asked"))
     plan = planned.__wrapped__("paper-a1")
     dense, wanda = plan.runs[0], next(r for r in plan.runs if r["run"].endswith("wanda-row-0.30"))
-    assert (dense["saes"], dense["control_saes"]) == (5, 2)
-    assert dense["sae_tokens"] == 7 * 20_000 * 4096
+    assert (dense["saes"], dense["control_saes"]) == (5, 3)
+    assert dense["sae_tokens"] == (7 + 2) * 20_000 * 4096  # one of them twice as long
     assert wanda["sae_tokens"] == 6 * 20_000 * 4096
     # 1.8 M tokens for activations, 300,000 for Wanda's norms, perplexity, transfer, ablations
     assert plan.totals["forward_tokens"] > 11 * 1_800_000 + 300_000
     assert plan.disk["store_gigabytes"] == pytest.approx(1.8e6 * 1152 * 2 / 1e9)
-    assert plan.disk["saes_gigabytes"] == pytest.approx(49 * 2 * 9216 * 1152 * 4 / 1e9, rel=0.01)
+    early = (5 + 3) * 3 + 1  # decoders: five dense and three pruned SAEs, and the doubled one
+    decoder = 9216 * 1152 * 4 / 1e9
+    expected = pytest.approx((50 * 2 + early) * decoder, rel=0.01)
+    assert plan.disk["saes_gigabytes"] == expected
     assert plan.disk["downloads_gigabytes"] == pytest.approx(2.0, rel=0.01)
     assert plan.memory["model_gigabytes"] == pytest.approx(2.0, rel=0.01)
     assert not hub_cache.exists()
@@ -188,7 +191,7 @@ def test_a_plan_needs_no_hub_and_tells_costs(hub_cache, monkeypatch):
 def test_a_plan_lists_what_was_set():
     plan = planned("paper-c1", sae__steps="10")
     assert plan.settings == {"sae.steps": "10"}
-    assert plan.runs[0]["sae_tokens"] == 7 * 10 * 4096
+    assert plan.runs[0]["sae_tokens"] == (7 + 2) * 10 * 4096
 
 
 # --- the same files, run offline on tiny models -------------------------------------------------

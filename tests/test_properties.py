@@ -26,7 +26,7 @@ from tests.independent import sae as slow_sae
 from tests.independent import statistics as slow_statistics
 
 from conftest import ARCHITECTURES, VOCABULARY, tiny_language_model
-from exact_worlds import NEVER, on_grid, tied, worlds
+from exact_worlds import NEVER, on_grid, worlds
 from prunelens import match
 from prunelens.activations import Statistics
 from prunelens.analyses.ablation import divergence
@@ -252,7 +252,7 @@ def test_among_ties_any_k_of_the_largest_are_kept_and_no_other(seed, num_latents
         assert all(value in (0, own) for value, own in zip(kept, possible, strict=True))
 
 
-@given(worlds(), st.integers(1, 70), st.booleans(), SEEDS)
+@given(worlds(), st.sampled_from([1, 64, 1000]), st.booleans(), SEEDS)
 @examples(25)
 def test_fvu_firing_rate_and_their_kin_are_the_definitions(world, batch_tokens, same, seed):
     """Own deviations per dimension; `same`: one token over and over, which has no variance."""
@@ -289,14 +289,13 @@ def exactly(x_hat):
     return InMemory(x_hat, mean=torch.zeros(x_hat.shape[1]), sigma=torch.ones(x_hat.shape[1]))
 
 
-@given(worlds(most_latents=16), st.integers(1, 60), st.booleans())
+@given(worlds(most_latents=16), st.sampled_from([16, 100, 1000]), st.booleans())
 @examples(25)
 def test_persistence_compares_two_series_of_every_latent(world, batch_tokens, silence):
-    """`silence`: the disturbed tokens are all the first one's opposite, so latents fall silent."""
+    """`silence`: one disturbed token over and over, on which most latents are silent."""
     sae, before, after = world
     if silence:
-        after = (-after[:1]).expand(len(after), -1)
-        assume(not tied(sae, after).any())
+        after = after[:1].expand(len(after), -1)
     tokens = torch.arange(len(before)).flip(0)[: max(1, len(before) - 3)]
     with mock.patch("prunelens.analyses.persistence.BATCH_TOKENS", batch_tokens):
         table = persistence(sae, exactly(before), exactly(after), tokens, seed=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html.parser
+import io
 import itertools
 import json
 import pathlib
@@ -16,17 +17,22 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import rich.console
 
+from prunelens.analyses.grades import MEASURES as GRADED
 from prunelens.config import study_from_data
 from prunelens.paper import published
 from prunelens.report.figures import write_figures
 from prunelens.report.interactive import plotly_figure
+from prunelens.report.overview import overviews
 from prunelens.report.page import page, write_page
 from prunelens.report.panels import FIGURES
 from prunelens.report.panels.panel import Panel, Points, Site, sites
 from prunelens.report.paper_tables import paper_tables, write_paper_tables
 from prunelens.report.published import beside_published
 from prunelens.report.shown_table import number, shown
+from prunelens.report.sufficiency import known_of_the_others, not_enough, training_verdicts
+from prunelens.report.summary import summary
 from synthetic_results import synthetic_runs, synthetic_study, synthetic_tables
 
 HOSTILE = '</script><img src=x onerror="alert(1)">\'&\u2028$x$'
@@ -174,7 +180,7 @@ def test_tables_hold_the_studys_own_numbers() -> None:
     ]
     assert len(mine) == 3
     assert depth["emerging"] == pytest.approx(1 - sum(mine) / 3)
-    assert set(made["depth"]["layer"]) == {6, 12}
+    assert set(made["depth"]["layer"]) == {6, 12, 0}  # 0: of the planted world
     assert made["tableA1_matrix"]["seeds"].unique().tolist() == [3]
 
 
@@ -228,7 +234,8 @@ def test_every_number_in_a_figure_stands_in_a_table(name: str) -> None:
         ]
         for key, t in TABLES.items()
     }
-    single["survival"] = single["survival"][single["survival"]["init_a"] == 0]
+    for name in ("survival", "activation_matching", "subspace", "survival_by_step"):
+        single[name] = single[name][single[name]["init_a"] == 0]
     single["transfer"] = single["transfer"][single["transfer"]["sae"] != "seed 1"]
     known = {
         round(float(value), 9)
@@ -246,10 +253,13 @@ def test_every_number_in_a_figure_stands_in_a_table(name: str) -> None:
 
 
 def test_paper_and_controlled_panels_stand_beside_each_other() -> None:
+    ours = {"fig7_training": {"check"}, "fig8_identity": {"controlled"}, "fig9_selftest": {"check"}}
     for name, figure in FIGURES.items():
-        views = [panel.protocol for panel in figure.panels(TABLES, Site("gemma-3-1b", 12))]
-        assert views == sorted(views, key=["paper", "controlled"].index), name
-        assert set(views) == {"paper", "controlled"}, name
+        panels = figure.panels(TABLES, sites(TABLES, figure.needs[:1])[-1])
+        views = [panel.protocol for panel in panels]
+        assert views == sorted(views, key=["paper", "controlled", "check"].index), name
+        assert set(views) == ours.get(name, {"paper", "controlled"}), name
+        assert not [panel.title for panel in panels if panel.empty], name
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -322,20 +332,181 @@ def test_page_is_ordered_for_readers_of_all_kinds(made: Page) -> None:
     assert ("meta", "viewport") in [(tag, a.get("name")) for tag, a in made.tags]
 
 
-def test_failed_runs_environment_and_training_are_told(made: Page) -> None:
+def test_failed_runs_and_environment_are_told(made: Page) -> None:
     assert "NaN in m/L0/wanda-row-0.30" in made.text
-    assert "not trained enough" in made.text
     assert ["torch", "2.y"] in made.tables["Made with"]
+
+
+# --- were the SAEs trained enough? ----------------------------------------------------------------
+
+
+def test_untrained_dictionaries_are_warned_of_before_the_claims(made: Page) -> None:
+    warned = made.text.index("These dictionaries are not trained enough to compare")
+    assert warned < made.text.index("Claims of the published study")
+    for layer in (6, 12):
+        assert f"gemma-3-1b, layer {layer} (dense, magnitude-global-0.30" in made.text
+    assert "mean cosine to the start 0.950 (limit 0.9)" in made.text
+    lines = printed(TABLES, width=1000).splitlines()
+    warnings = [line for line in lines if "these dictionaries are not trained enough" in line]
+    assert [line.split(" (")[0] for line in warnings] == [
+        f"warning gemma-3-1b, layer {layer}" for layer in (6, 12)
+    ]
+    assert all("cosine to the start 0.950 (limit 0.9)" in line for line in warnings)
+
+
+def test_trained_dictionaries_are_not_warned_of_and_unknown_ones_named(
+    tmp_path: pathlib.Path,
+) -> None:
+    tables = synthetic_tables(STUDY, retention=0.5)
+    few = {name: tables[name] for name in ("claims", "sufficiency", "training_curves")}
+    text = Page(page(tmp_path, few, synthetic_runs(STUDY), STUDY)).text
+    assert "not trained enough to compare" not in text
+    assert "cannot be said" in text
+    said = printed(tables, width=1000)
+    assert "warning" not in said and "not trained enough" not in said
+    assert "2 runs trained enough: mean cosine to the start 0.500 (limit 0.9)" in said
+    assert "twice the steps lower FVU by 1.1 % (limit 2 %)" in said
+    assert "of 8 runs only the distance from the start is known" in said
+
+
+@pytest.mark.parametrize(("retention", "verdict"), [(0.95, False), (0.5, None)])
+def test_a_study_that_did_not_ask_is_judged_by_the_distance_from_the_start(
+    retention: float, verdict: bool | None
+) -> None:
+    """By its own SAEs alone: one that goes on from another is near that start by design."""
+    rows = synthetic_tables(STUDY, retention=retention)["sae_training"]
+    controls = (rows["training"] != "own") | rows["rotated"].astype(bool)
+    rows.loc[controls, "mean_init_retention"] = 0.99
+    found = training_verdicts({"sae_training": rows})
+    assert found["run"].tolist() == rows["run"].drop_duplicates().tolist()
+    assert found["trained_enough"].tolist() == [verdict] * len(found)
+    assert found["mean_init_retention"].tolist() == [retention] * len(found)
+    sites_warned = [(each.site.layer, len(each.conditions)) for each in not_enough({**TABLES})]
+    assert sites_warned == [(6, 5), (12, 5)]
+    assert training_verdicts({}).empty and not not_enough({}) and not known_of_the_others({})
+
+
+def printed(tables: dict[str, pd.DataFrame], width: int) -> str:
+    console = rich.console.Console(width=width, record=True, file=io.StringIO())
+    console.print(summary(tables, synthetic_runs(STUDY)))
+    return console.export_text()
+
+
+# --- other measures of identity, and the self-test ------------------------------------------------
+
+
+def test_identity_stands_beside_the_controls_of_the_same_site() -> None:
+    tables = {name: table.copy() for name, table in TABLES.items()}
+    rates = tables["activation_matching"]
+    here = (rates["layer"] == 6) & (rates["arm"] == "chance") & (rates["tau"] == 0.7)
+    rates.loc[here, "mnn"] = 0.123
+    made = overviews(tables)["identity by run"].set_index("run")
+    assert len(made) == 8
+    for run, chance in (("gemma-3-1b/L6/wanda-row-0.30", 0.123), (other := OTHER, None)):
+        wanted = {"activation_shared_init": ("activation_matching", "mnn", "shared_init", run)}
+        wanted |= {"subspace_cross_init": ("subspace", "overlap", "cross_init", run)}
+        dense = run.rsplit("/", 1)[0] + "/dense"
+        wanted |= {"subspace_floor_shared": ("subspace", "overlap", "floor_shared", dense)}
+        for column, (table, value, arm, whose) in wanted.items():
+            mine = [
+                row[value]
+                for row in tables[table].to_dict("records")
+                if row["run"] == whose and row["arm"] == arm and row.get("tau", 0.7) == 0.7
+            ]
+            assert len(mine) == 3
+            assert made.loc[run, column] == pytest.approx(sum(mine) / 3), (run, column)
+        assert made.loc[run, "activation_chance"] == chance or run == other
+        assert made.loc[run, ["scaling_noise", "scaling_unpaired"]].tolist() == [1.0, 0.0]
+        assert made.loc[run, "corrected_warm"] == pytest.approx(1 - float(run[-4:]))
+
+
+OTHER = "gemma-3-1b/L12/wanda-row-0.50"
+
+
+def test_warm_starts_stand_beside_fresh_saes_of_the_same_run() -> None:
+    made = overviews(TABLES)["warm start by run"].set_index("run").loc[OTHER]
+    numbers = ["steps_warm", "steps_fresh", "fvu_raw_warm", "fvu_raw_fresh"]
+    assert made[numbers].tolist() == [125, 500, 0.27, 0.25]
+    assert 0 < made["floor_warm"] < made["warm_start"] < made["ceiling_warm"]
+    without = {**TABLES, "survival": TABLES["survival"].query("arm != 'warm_start'")}
+    assert "warm start by run" not in overviews(without)
+
+
+def test_identity_measures_that_were_not_asked_leave_no_trace(tmp_path: pathlib.Path) -> None:
+    rates = TABLES["survival"]
+    few = {"survival": rates[~rates["arm"].str.contains("warm")]}
+    few["persistence"] = TABLES["persistence"]
+    found = Page(page(tmp_path, few, synthetic_runs(STUDY), STUDY))
+    anchors = {a["id"] for tag, a in found.tags if tag == "h2"}
+    assert anchors == {"verdicts", "survival", "depth", "study"}
+    for name in ("fig7_training", "fig8_identity", "fig9_selftest"):
+        panels = FIGURES[name].panels(few, Site("gemma-3-1b", 12))
+        assert panels and all(panel.empty for panel in panels), name
+
+
+def test_every_grade_and_every_miss_is_shown(made: Page) -> None:
+    for world in ("fates do not depend on firing rate", "rare features are destroyed more often"):
+        heading, *rows = made.tables[f"Grades where {world}"]
+        verdicts = {row[0]: row[heading.index("verdict")] for row in rows}
+        assert list(verdicts) == list(GRADED)
+        assert verdicts.pop("scaling") == "MISSED: AUC >= 0.95"
+        assert set(verdicts.values()) == {"passed"}
+    steps = made.tables["False survival by a shared start, by training step"]
+    assert steps[0] == ["step", "by rate", "independent"]
+    assert [row[0] for row in steps[1:]] == ["60", "125", "250", "500"]
+
+
+def test_training_curves_are_of_the_runs_that_were_followed() -> None:
+    site = Site("gemma-3-1b", 12)
+    fvu, distance, survival = FIGURES["fig7_training"].panels(TABLES, site)
+    lines = {points.name: points.x for points in fvu.points}
+    assert lines == {
+        "dense": [60, 125, 250, 500],
+        "dense, one seed twice as long": [500, 1000],
+        "magnitude-global-0.30": [60, 125, 250, 500],
+    }
+    assert [level.y for level in distance.levels] == [0.9]
+    same, other = survival.points
+    assert same.y == [1.0, 60 / 125, 60 / 250, 60 / 500]
+    assert other.y == [60 / 1000, 125 / 1000, 0.25, 0.5]
+
+
+def test_controlled_fragility_is_relative_to_noise() -> None:
+    for name in ("fig4_fragility", "fig5_fragility_by_method"):
+        panels = FIGURES[name].panels(TABLES, Site("gemma-3-1b", 12))
+        words = " ".join(str(x) for panel in panels for points in panel.points for x in points.x)
+        assert "beyond" not in words
+        if name.startswith("fig4"):
+            assert panels[2].y_label == "relative to shuffled noise (mean)"
+            assert panels[2].y_range and not panels[2].levels
+        else:
+            assert "relative to shuffled noise" in words
+    rows = TABLES["fragility"]
+    part = rows[(rows["run"] == OTHER) & (rows["measure"] == "relative_shuffled")]
+    table = paper_tables(TABLES, STUDY)["table3_fragility"].set_index("run").loc[OTHER]
+    ends = part.set_index("quintile")["survival_rate"]
+    assert table["relative_q1_rare"] == ends[1] and table["relative_q5_frequent"] == ends[5]
+
+
+def test_arms_are_told_apart_where_a_single_sparsity_draws_no_lines() -> None:
+    tables = synthetic_tables(synthetic_study(layers=(12,), sparsities=(0.3,)))
+    for panel in FIGURES["fig8_identity"].panels(tables, Site("gemma-3-1b", 12)):
+        looks = [(points.colour, points.marker) for points in panel.points]
+        assert len(looks) == len(set(looks)) >= 2, panel.title
+
+
+# --- safety, and what is missing ------------------------------------------------------------------
 
 
 def test_hostile_names_are_text(tmp_path: pathlib.Path) -> None:
     """In the page, in JSON inside a script, and in plotly's own markup."""
-    tables = {name: table.copy() for name, table in TABLES.items()}
+    study = synthetic_study(layers=(12,), sparsities=(0.3,))
+    tables = synthetic_tables(study)
     for table in tables.values():
         for column in {"run", "model"} & set(table):
             table[column] = HOSTILE + table[column].astype(str).str.replace("/L", f"/{HOSTILE}L")
-    runs = synthetic_runs(STUDY, failed=HOSTILE)
-    text = page(tmp_path, tables, runs, STUDY)
+    runs = synthetic_runs(study, failed=HOSTILE)
+    text = page(tmp_path, tables, runs, study)
     assert "\u2028" not in text.split('id="figures">')[1].split("</script>")[0]
     found = Page(text)
     assert not [a for tag, a in found.tags if tag == "img" or "onerror" in a]
@@ -358,16 +529,17 @@ def test_missing_tables_leave_their_sections_out(tmp_path: pathlib.Path, kept: t
 def test_one_dense_run_alone_makes_a_page(tmp_path: pathlib.Path) -> None:
     study = study_from_data({"models": [{"name": "x/y", "layers": [0]}]})
     tables = synthetic_tables(study)
+    del tables["selftest"]
     write_figures(tables, tmp_path)
     assert "x" in page(tmp_path, tables, synthetic_runs(study), study)
 
 
 def test_print_images_are_inside_the_page(tmp_path: pathlib.Path) -> None:
-    few = {name: TABLES[name][TABLES[name]["layer"] == 6] for name in ("stability", "survival")}
+    few = {name: TABLES[name].query("layer == 6") for name in ("stability", "survival")}
     write_figures(few, tmp_path)
-    found = Page(page(tmp_path, TABLES, synthetic_runs(STUDY), STUDY))
+    found = Page(page(tmp_path, few, synthetic_runs(STUDY), STUDY))
     images = [a for tag, a in found.tags if tag == "img"]
-    assert len(images) == 2
+    assert [str(a["alt"]).split(":")[0] for a in images] == ["Figure 1", "Figure 2", "Figure 8"]
     assert all(str(a["src"]).startswith("data:image/png;base64,iVBOR") for a in images)
 
 

@@ -122,7 +122,7 @@ def _grade_alone(run: Run, store: Store) -> dict[str, object]:
 
 def _by_world(graded: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """World -> one row per measure, by name; those of early training steps are left out."""
-    found = {}
+    found: dict[str, pd.DataFrame] = {}
     for world in WORLDS:
         of_world = graded["run"].str.contains(rf"/planted-{world}-[0-9.]+$")
         rows = graded[of_world & graded["step"].isna()].set_index("measure")
@@ -227,7 +227,8 @@ def _effect(row: pd.Series) -> str:
 
 def _number(value: float) -> str:
     """Two decimals, no negative zero; empty where undefined."""
-    return "" if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"
+    text = "" if math.isnan(value) else f"{value:.2f}"
+    return text.removeprefix("-") if text == "-0.00" else text
 
 
 def _table(head: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:

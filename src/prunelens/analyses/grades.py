@@ -186,7 +186,7 @@ def _of(fates: pd.DataFrame, values: np.ndarray, which: Sequence[str]) -> np.nda
 
 def _rate(
     fates: pd.DataFrame, value: np.ndarray, rate: np.ndarray, seed: int
-) -> dict[str, float | str]:
+) -> dict[str, float]:
     truth = fates["fate"].map(TRUTH).to_numpy(dtype=float)
     samples = []
     for each in fates["seed"].unique():
@@ -195,6 +195,8 @@ def _rate(
             continue
         x, y = np.stack([rate[rows]] * 2, 1), np.stack([value[rows], truth[rows]], 1)
         samples.append(LatentSample(x, y, fates["init_retention"].to_numpy(dtype=float)[rows]))
+    if not samples:
+        return dict.fromkeys(("rate_rho", "rate_low", "rate_high", "truth_rho"), math.nan)
     found = rank_correlations(samples, seed=seed).raw
     return {
         "rate_rho": float(found.value[0]),

@@ -55,8 +55,8 @@ def persistence(
     Returns: one row per source and latent: source, latent, dense_firings, firings, correlation
         (Pearson, over all tokens), fisher_z (of each draw's correlation), jaccard (of the tokens
         fired on), silenced. A latent that fires on dense and never on the disturbed activations
-        has correlation 0 and is silenced; one with fewer than 10 dense firings has NaN. Noise rows
-        average three draws.
+        has correlation 0 and is silenced; one with fewer than 10 dense firings, or whose series
+        never varies, has NaN. Noise rows average three draws.
     Source: methods §7, same-dictionary persistence.
     """
     noise = [torch.Generator().manual_seed(1000 * seed + draw) for draw in range(NOISE_DRAWS)]
@@ -88,16 +88,15 @@ def persistence_summary(latents: pd.DataFrame) -> pd.DataFrame:
     are NaN for the pruned row, which has nothing to be held against.
     """
     by_source = {source: latents[latents["source"] == source] for source in SOURCES}
-    pruned_z = by_source["pruned"]["fisher_z"].to_numpy()
-    pruned = by_source["pruned"]["correlation"]
+    pruned = by_source["pruned"].set_index("latent")
     rows = []
     for source, part in by_source.items():
         known = part["correlation"].notna()
         excess = relative = np.nan
-        if source != "pruned" and known.any():
-            excess = float(np.nanmean(pruned_z - part["fisher_z"].to_numpy()))
-            noise = part["correlation"].set_axis(pruned.index)
-            relative = float(relative_to_noise(pruned, noise).mean())
+        if source != "pruned":
+            noise = part.set_index("latent")
+            excess = (pruned["fisher_z"] - noise["fisher_z"]).mean()
+            relative = relative_to_noise(pruned["correlation"], noise["correlation"]).mean()
         rows.append(
             {
                 "source": source,

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from prunelens.report.selftest import SelfTest
 
 DEFAULT_OUT = pathlib.Path("runs/selftest")
-WIDE = 150  # letters; a narrower terminal wraps lines, which reads better than cells cut short
+WIDE = 140  # letters; a narrower terminal wraps lines, which reads better than cells cut short
 NUMBERS = {  # heading -> column
     "AUC": "auc",
-    "preci-\nsion": "precision",
+    "prec.": "precision",
     "recall": "recall",
     "false\nsurv.": "false_survival",
     "bias,\nsurvived": "bias",
@@ -71,11 +71,13 @@ def _show(found: SelfTest, believe: dict[str, str]) -> None:
     console.print(advice)
     marked = found.grades["mark"] != ""
     reached = found.grades["passed"].eq(True)
-    console.print(
-        f"{reached.sum()} of {marked.sum()} marks reached; {(~marked).sum()} rows (-) have none:"
-        " their numbers say how far to trust them.",
-        highlight=False,
-    )
+    for line in (
+        "bias: measure minus the planted cosine (scaling: minus cosine times factor). rho: rank"
+        " correlation with firing rate; true rho: that of the fates.",
+        f"{reached.sum()} of {marked.sum()} marked rows pass; {(~marked).sum()} rows (-) have no"
+        " mark: their numbers say how far to trust them.",
+    ):
+        console.print(line, highlight=False)
 
 
 def _grades_table(rows: pd.DataFrame, title: str) -> Table:
@@ -86,8 +88,8 @@ def _grades_table(rows: pd.DataFrame, title: str) -> Table:
     table.add_column("measure", no_wrap=True)
     for name in (*NUMBERS, "rho with firing\nrate [95 %]", "true\nrho"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("mark", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("mark", max_width=34)
+    table.add_column("result", no_wrap=True)
     for row in rows.to_dict("records"):
         table.add_row(
             row_name(row["measure"], row["step"]),

@@ -27,8 +27,8 @@ STYLE = {
     "hatch.linewidth": 0.6,
 }
 PANEL_WIDTH, PANEL_HEIGHT = 4.4, 3.9  # inches
-MOST_IN_COLUMN = 9  # of a legend
-LEGEND_ROW = 0.065  # of a panel's height
+MOST_AMONG_LINES = 3  # names in a legend that finds room beside the lines
+LEGEND_ROW, LEGEND_ROW_OVER_WORDS = 0.065, 0.085  # of a panel's height; slanted words lower it
 LETTERS_ABREAST = 62  # below a panel
 TITLE_LETTERS = 44  # per line
 
@@ -168,16 +168,24 @@ def _scales(axes: Axes, panel: Panel) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if not labels:
         return
-    columns = 1 if len(labels) <= MOST_IN_COLUMN and panel.kind == "lines" else 2
-    if panel.kind != "lines":  # points anywhere: the legend has a strip of its own above them
-        low, high = axes.get_ylim()
-        rows = math.ceil(len(labels) / columns)
-        axes.set_ylim(low, high + LEGEND_ROW * rows * (high - low))
-    place = "best" if panel.kind == "lines" else "upper left"
+    in_strip = panel.kind != "lines" or len(labels) > MOST_AMONG_LINES
+    columns = 2 if in_strip else 1
+    if in_strip:  # points anywhere: the legend has a strip of its own above them
+        row = LEGEND_ROW if panel.kind == "lines" else LEGEND_ROW_OVER_WORDS
+        _raise_ceiling(axes, row * math.ceil(len(labels) / columns))
     axes.legend(
-        handles, labels, frameon=False, fontsize=6.5 if columns == 1 else 6, ncols=columns,
-        loc=place, handlelength=1.6, labelspacing=0.35,
+        handles, labels, frameon=False, fontsize=6 if in_strip else 6.5, ncols=columns,
+        loc="upper left" if in_strip else "best", handlelength=1.6, labelspacing=0.35,
+        columnspacing=1.0, borderaxespad=0.2 if in_strip else 0.5,
     )  # fmt: skip
+
+
+def _raise_ceiling(axes: Axes, share: float) -> None:
+    """Room above the points for a legend; the scale ends where it did."""
+    low, high = axes.get_ylim()
+    shown = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    axes.set_ylim(low, high + share * (high - low))
+    axes.set_yticks(shown)
 
 
 def _categories(axes: Axes, names: list[str]) -> None:

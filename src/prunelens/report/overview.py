@@ -162,10 +162,9 @@ def _selftest(grades: pd.DataFrame) -> dict[str, pd.DataFrame]:
     found = {}
     for world, part in end.groupby(world_of(end["run"]), sort=False):
         made = part[names].reset_index(drop=True)
-        verdict = part["passed"].map({True: "passed", False: "MISSED"}).fillna("")
-        made["verdict"] = verdict.to_numpy()
-        missed = part["reason"].fillna("").str.removeprefix("misses: ")
-        made["misses"] = missed.where(missed != "").to_numpy()
+        missed = "MISSED: " + part["reason"].fillna("").str.removeprefix("misses: ")
+        passed = part["passed"].map({True: "passed"}).fillna("")
+        made["verdict"] = missed.where(part["passed"].eq(False), passed).to_numpy()
         found[f"selftest {world}"] = made
     steps = early.assign(world=world_of(early["run"])) if len(early) else early
     if len(steps):

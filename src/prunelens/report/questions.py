@@ -135,8 +135,8 @@ QUESTIONS = (
         " their start, which this measure counts as survival.",
         "Persistence by group, and as a share of what noise of equal size leaves: noise alone"
         " lowers the correlation of a rare latent more than that of a frequent one. Rank"
-        " correlations over single latents with intervals, also given each latent's distance from its start. If the"
-        " sign turns here, the paper's finding was the start.",
+        " correlations over single latents with intervals, also given each latent's distance from"
+        " its start. If the sign turns here, the paper's finding was the start.",
         figures=("fig4_fragility", "fig5_fragility_by_method"),
         tables=("table3_fragility",),
         more=("fragility_tests", "fragility"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, get_args
 
 import pandas as pd
 
 from prunelens import planted
-from prunelens.analyses.grades import AUC_MARK, MEASURES
+from prunelens.analyses.grades import AUC_MARK, FOLLOWS_RATE, MEASURES, SEPARATES
 from prunelens.config import StudyConfig
 from prunelens.errors import UserError
 from prunelens.report.write import write_report
@@ -65,8 +66,7 @@ def run_selftest(
     with alone_in(out):
         outcome = run_study(study, out, workers=workers, quiet=quiet)
         write_report(out, redraw=outcome.num_executed > 0)
-    grades = _grades(out, outcome)
-    return SelfTest(grades, tuple(_failures(grades, outcome)), outcome)
+    return judge(_grades(out, outcome), outcome)
 
 
 def selftest_study(settings: Mapping[str, str] | None = None) -> StudyConfig:
@@ -79,6 +79,21 @@ def selftest_study(settings: Mapping[str, str] | None = None) -> StudyConfig:
                 " sae.steps, or run a study of your own with `prunelens run`"
             )
     return study
+
+
+def judge(grades: pd.DataFrame, outcome: Outcome) -> SelfTest:
+    """Every run must be done and every mark reached; one that nothing was held against is missed.
+
+    Args: grades, outcome: as in `SelfTest`.
+    """
+    failures = [f"{r.run.name} failed: {r.reason}" for r in outcome.results if r.status == "failed"]
+    failures += outcome.failures
+    marked = grades[grades["mark"] != ""]
+    for row in marked[~marked["passed"].eq(True)].itertuples():
+        failures.append(f"{row.world}: {row_name(row.measure, row.step)} {row.reason}")
+    if not failures:
+        failures += _without_mark(marked)
+    return SelfTest(grades, tuple(failures), outcome)
 
 
 def what_to_believe(grades: pd.DataFrame) -> dict[str, str]:
@@ -114,20 +129,20 @@ def _grades(out: pathlib.Path, outcome: Outcome) -> pd.DataFrame:
     return grades
 
 
-def _failures(grades: pd.DataFrame, outcome: Outcome) -> Iterator[str]:
-    """One line each. Where nothing was held against a mark, it is missed as well."""
-    for result in outcome.results:
-        if result.status == "failed":
-            yield f"{result.run.name} failed: {result.reason}"
-    yield from outcome.failures
-    marked = grades[grades["mark"] != ""]
-    for row in marked[~marked["passed"].eq(True)].itertuples():
-        yield f"{row.world}: {row_name(row.measure, row.step)} {row.reason}"
-    if len(marked) and marked["step"].isna().all():
-        yield (
+def _without_mark(marked: pd.DataFrame) -> list[str]:
+    """What should have been held against a mark, and was not."""
+    finished = marked[marked["step"].isna()]
+    there = set(zip(finished["world"], finished["measure"], strict=True))
+    wanted = itertools.product(get_args(planted.Choice), sorted({*SEPARATES, *FOLLOWS_RATE}))
+    missing = [
+        f"{world}: {name} was not measured" for world, name in wanted if (world, name) not in there
+    ]
+    if len(finished) == len(marked):
+        missing.append(
             "shared_init was not looked at before the SAEs had learnt; give sae.steps and"
             " sufficiency.checkpoints an early step"
         )
+    return missing
 
 
 def _sentence(rows: pd.DataFrame) -> str:

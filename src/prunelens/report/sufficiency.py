@@ -53,9 +53,10 @@ def training_verdicts(tables: Tables) -> pd.DataFrame:
 def not_enough(tables: Tables) -> list[NotEnough]:
     """Where comparing dictionaries says little, one entry per model and layer."""
     rows = training_verdicts(tables)
+    if not len(rows):
+        return []
     found = []
-    affected = rows[_judged(rows, False)] if len(rows) else rows
-    for (model, layer), part in affected.groupby(["model", "layer"], sort=False):
+    for (model, layer), part in rows[_judged(rows, False)].groupby(["model", "layer"], sort=False):
         conditions = [str(name) for name in condition_of(part["run"])]
         found.append(NotEnough(Site(str(model), int(layer)), conditions, _numbers(part)))
     return found

@@ -126,7 +126,7 @@ def _notes(tables: dict[str, pd.DataFrame]) -> list[str]:
     if "persistence" in tables:
         notes.append(
             "persistence is the correlation of the dense SAE's latents before and after pruning;"
-            " beside it what noise of equal size leaves, and the share of that which is left."
+            " beside it what shuffled noise of equal size leaves, and the mean share of that."
         )
     if known := known_of_the_others(tables):
         notes.append(f"training: {known}.")

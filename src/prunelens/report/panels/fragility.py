@@ -22,7 +22,7 @@ from prunelens.report.published import beside_published
 QUINTILES = ["Q1 rare", "Q2", "Q3", "Q4", "Q5 frequent"]
 MEASURES = {
     "shared_init": "survival, same start (paper)",
-    "shared_start": "survival, same start, other order",
+    "shared_start": "survival, same start reordered",
     "cross_init": "survival, other start",
     "persistence": "persistence",
     "relative_shuffled": "relative to shuffled noise",

@@ -68,12 +68,10 @@ def _scaling(rows: pd.DataFrame) -> Panel:
     points: list[Points] = []
     for source, (label, line) in SOURCE_LINES.items():
         part = rows[rows["source"] == source] if len(rows) else rows
-        points += over_sparsity(
-            part, "mean_scaling", spread="range", suffix=f": {label}", line=line
-        )
+        points += over_sparsity(part, "mean_scaling", spread="range", suffix=label, line=line)
     return Panel(
         "controlled",
-        "what is left of each dense direction (1: all, 0: none)",
+        "what is left of each dense direction",
         "sparsity",
         "latent scaling (mean)",
         points,
@@ -88,7 +86,7 @@ def _warm_start(rows: pd.DataFrame) -> Panel:
     warm = rows[rows["arm"] == "warm_start"] if len(rows) else rows
     return Panel(
         "controlled",
-        "dense SAEs trained on with pruned activations",
+        "dense SAEs trained on while pruned",
         "sparsity",
         f"MNN rate to dense, tau {PRIMARY_TAU}",
         over_sparsity(warm, "mnn", spread="range"),
@@ -104,7 +102,7 @@ def _by_arm(rows: pd.DataFrame, column: str) -> list[Points]:
     points: list[Points] = []
     for arm, (label, line) in ARM_LINES.items():
         part = rows[rows["arm"] == arm] if len(rows) else rows
-        points += over_sparsity(part, column, spread="range", suffix=f": {label}", line=line)
+        points += over_sparsity(part, column, spread="range", suffix=label, line=line)
     return points
 
 

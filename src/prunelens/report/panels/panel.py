@@ -14,9 +14,16 @@ PRIMARY_TAU = 0.7
 Tables = dict[str, pd.DataFrame]
 Protocol = Literal["paper", "controlled", "check"]  # check: of the measurement itself
 Line = Literal["solid", "dashed", "dotted", "none"]
-METHOD_COLOURS = {"magnitude": "#1f77b4", "wanda": "#ff7f0e", "dense": "#707070"}
+METHOD_COLOURS = {
+    "magnitude": "#1f77b4",
+    "wanda": "#ff7f0e",
+    "dense": "#707070",
+    "planted-independent": "#1f77b4",
+    "planted-by_rate": "#c1440e",
+}
 OTHER_COLOURS = ("#2ca02c", "#9467bd", "#8c564b", "#e377c2")
 MARKERS = ("circle", "square", "diamond", "triangle-up")
+LONE_MARKERS = {"dashed": "diamond", "dotted": "triangle-up"}
 
 
 class Points(NamedTuple):
@@ -125,14 +132,27 @@ def over_sparsity(
     rows = rows.dropna(subset=column)
     dense = rows[rows["method"] == "dense"]
     found = [
-        _means(pd.concat([dense, part]), column, spread)._replace(
-            name=f"{name} {suffix}".strip(), colour=colour_of(method), marker=marker, line=line
+        told_apart(
+            _means(pd.concat([dense, part]), column, spread)._replace(
+                name=_named(name, suffix), colour=colour_of(method), marker=marker, line=line
+            )
         )
         for name, method, marker, part in families(rows)
     ]
     if not found and len(dense):
-        found = [_means(dense, column, spread)._replace(name=f"dense {suffix}".strip())]
+        found = [_means(dense, column, spread)._replace(name=_named("dense", suffix))]
     return found
+
+
+def told_apart(points: Points) -> Points:
+    """A single point shows no line: its marker stands for the style."""
+    if len(points.y) > 1:
+        return points
+    return points._replace(marker=LONE_MARKERS.get(points.line, points.marker))
+
+
+def _named(name: str, suffix: str) -> str:
+    return f"{name}, {suffix}" if suffix else name
 
 
 def _means(rows: pd.DataFrame, column: str, spread: str) -> Points:
@@ -147,17 +167,29 @@ def _means(rows: pd.DataFrame, column: str, spread: str) -> Points:
 
 
 def families(rows: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
-    """Pruned rows by condition but for the sparsity: its name, method, marker and rows."""
+    """Pruned rows by condition but for the sparsity: its name, method, marker and rows.
+
+    Instead of the method the name, where that has a colour of its own.
+    """
     if not len(rows):
         return
     pruned = rows[rows["method"] != "dense"]
     family = family_of(pruned["run"])
     seen: dict[str, int] = {}
     for name, part in pruned.groupby(family, sort=False):
-        method = str(part["method"].iloc[0])
+        method = _method_of(str(name), part)
         marker = MARKERS[seen.get(method, 0) % len(MARKERS)]
         seen[method] = seen.get(method, 0) + 1
         yield str(name), method, marker, part
+
+
+def colour_of_run(run: str, rows: pd.DataFrame) -> str:
+    """The colour of a run, whose rows these are, where its sparsity does not matter."""
+    return colour_of(_method_of(str(family_of(pd.Series([run])).iloc[0]), rows))
+
+
+def _method_of(family: str, rows: pd.DataFrame) -> str:
+    return family if family in METHOD_COLOURS else str(rows["method"].iloc[0])
 
 
 def family_of(runs: pd.Series) -> pd.Series:

@@ -13,13 +13,14 @@ from prunelens.report.panels.panel import (
     Points,
     Site,
     Tables,
+    colour_of,
     family_of,
     rows_of,
 )
 
 WORLDS = {
-    "independent": ("fates independent of firing rate", "#1f77b4"),
-    "by_rate": ("rare features destroyed more often", "#c1440e"),
+    "independent": "fates independent of firing rate",
+    "by_rate": "rare features destroyed more often",
 }
 ZERO = Level("", 0.0, "#7f7f7f")
 
@@ -54,6 +55,7 @@ def _separation(rows: pd.DataFrame) -> Panel:
         known = part.dropna(subset="auc")
         names = [measure_name(name) for name in known["measure"]]
         points.append(Points(label, names, list(known["auc"]), colour=colour, line="none"))
+    lowest = min([AUC_MARK, *(value for series in points for value in series.y)])
     return Panel(
         "check",
         "survived features told from destroyed ones",
@@ -62,6 +64,7 @@ def _separation(rows: pd.DataFrame) -> Panel:
         points,
         (Level(f"mark {AUC_MARK}", AUC_MARK, "#7f7f7f"),),
         kind="dots",
+        y_range=(lowest - 0.02, 1.01),
         categories=list(dict.fromkeys(name for series in points for name in map(str, series.x))),
         caption="For every measure, how well it tells planted features that survived from those"
         " that were destroyed: 1 always, 0.5 not at all.",
@@ -114,5 +117,4 @@ def _worlds(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     if not len(rows):
         return
     for world, part in rows.groupby(world_of(rows["run"]), sort=False):
-        label, colour = WORLDS.get(str(world), (str(world), "#707070"))
-        yield label, colour, part
+        yield WORLDS.get(str(world), str(world)), colour_of(f"planted-{world}"), part

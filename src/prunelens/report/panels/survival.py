@@ -21,6 +21,7 @@ from prunelens.report.panels.panel import (
     published_points,
     rows_of,
     ticks,
+    told_apart,
 )
 
 ARM_COLOURS = {
@@ -113,12 +114,11 @@ def _corrected(tables: Tables, site: Site) -> Panel:
         for name, method, marker, known in families(part):
             known = known.dropna(subset="corrected").sort_values("sparsity")
             x, y = list(known["sparsity"]), list(known["corrected"])
-            points.append(
-                Points(
-                    f"{name}, {arm}", x, y, list(known["low"]), list(known["high"]),
-                    colour=colour_of(method), marker=marker, line=line,
-                )
+            series = Points(
+                f"{name}, {arm}", x, y, list(known["low"]), list(known["high"]),
+                colour=colour_of(method), marker=marker, line=line,
             )  # fmt: skip
+            points.append(told_apart(series))
     return Panel(
         "controlled",
         "0: as if nothing survived, 1: as if nothing was pruned",

@@ -14,13 +14,13 @@ from prunelens.report.panels.panel import (
     Site,
     Tables,
     at_tau,
-    colour_of,
+    colour_of_run,
     rows_of,
 )
 from prunelens.report.published import condition_of
 
 ARM_LINES: dict[str, tuple[str, Line]] = {
-    "shared_init": ("same start (paper)", "solid"),
+    "shared_init": ("same start", "solid"),
     "cross_init": ("other start", "dotted"),
 }
 
@@ -53,7 +53,7 @@ def _curves(
             points.append(named._replace(colour=colour, marker="square"))
     return Panel(
         "check",
-        f"{title} (bars: range over seeds)",
+        title,
         "training step",
         y_label,
         points,
@@ -70,7 +70,7 @@ def _survival(rows: pd.DataFrame) -> Panel:
         name, colour = _name_and_colour(str(run), part)
         for arm, (label, line) in ARM_LINES.items():
             series = _over_steps(part[part["arm"] == arm], "mnn")
-            points.append(series._replace(name=f"{name}, {label}", colour=colour, line=line))
+            points.append(series._replace(name=f"{label}, {name}", colour=colour, line=line))
     return Panel(
         "check",
         "survival, both SAEs at that step",
@@ -84,7 +84,7 @@ def _survival(rows: pd.DataFrame) -> Panel:
 
 
 def _name_and_colour(run: str, rows: pd.DataFrame) -> tuple[str, str]:
-    return str(condition_of(pd.Series([run])).iloc[0]), colour_of(str(rows["method"].iloc[0]))
+    return str(condition_of(pd.Series([run])).iloc[0]), colour_of_run(run, rows)
 
 
 def _over_steps(rows: pd.DataFrame, column: str) -> Points:

@@ -1,0 +1,422 @@
+"""Grades against a slow second opinion, and against measures whose worth is known."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tests.independent import grades as slow
+
+from prunelens import planted
+from prunelens.analyses.grades import (
+    COLUMNS,
+    FOLLOWS_RATE,
+    MEASURES,
+    SEPARATES,
+    TAU,
+    grades,
+    latent_truth,
+    undertrained_grades,
+)
+from prunelens.analyses.measures import NOISES
+from prunelens.analyses.persistence import SMALLEST_LEFT
+
+ARMS = ("shared_init", "shared_start", "cross_init", "warm_start")
+NUMBERS = (
+    "num_latents", "auc", "precision", "recall", "false_survival", "bias", "bias_rotated",
+    "rate_rho", "truth_rho",
+)  # fmt: skip
+FACTS = (
+    "seed", "latent", "fate", "firing_rate", "firing_rate_first_half", "init_retention",
+    "true_cosine", "true_scale",
+)  # fmt: skip
+SHARES = {
+    "kept": 0.4,
+    "rescaled": 0.1,
+    "split": 0.1,
+    "merged": 0.1,
+    "removed": 0.15,
+    "rotated": 0.15,
+}
+AMOUNT = {"kept": 1.0, "rescaled": 1.0, "split": 0.5, "merged": 0.5, "removed": 0.0, "rotated": 0.0}
+
+
+def latents(num_latents=60, seeds=(0, 1), seed=0):
+    """Fates with every measure at random; some latents dead, some without a value."""
+    generator = np.random.default_rng(seed)
+    parts = []
+    for s in seeds:
+        fate = generator.choice(list(SHARES), num_latents, p=list(SHARES.values()))
+        rate = np.round(generator.uniform(0, 0.1, num_latents), 3)  # ties
+        rate[generator.random(num_latents) < 0.05] = 0.0
+        cosine = generator.uniform(0.9, 1.0, num_latents)
+        cosine[fate == "rotated"] = generator.uniform(0, 0.26, (fate == "rotated").sum())
+        cosine[np.isin(fate, ("split", "merged", "removed"))] = np.nan
+        scale = np.where(fate == "rescaled", 1.5, 1.0) * cosine
+        columns = {
+            "seed": s,
+            "latent": np.arange(num_latents),
+            "alive": rate > 0,
+            "firing_rate": rate,
+            "firing_rate_first_half": np.round(rate * generator.uniform(0.5, 1, num_latents), 3),
+            "init_retention": generator.uniform(0, 1, num_latents),
+            "fate": fate,
+            "true_cosine": cosine,
+            "true_scale": np.where(fate == "removed", 0.0, scale),
+        }
+        for column in value_columns():
+            columns[column] = generator.uniform(-0.2, 0.99, num_latents).round(2)
+        for arm in ARMS:
+            absent = arm in ("shared_start", "warm_start") and s != 0
+            mutual = (generator.random(num_latents) < 0.7).astype(float)
+            for name in (f"mutual_{arm}", f"activation_mutual_{arm}"):
+                columns[name] = np.nan if absent else mutual
+            if absent:
+                columns[f"cosine_{arm}"] = np.nan
+        for column in ("persistence", "scaling", "activation_correlation_cross_init"):
+            columns[column] = np.where(generator.random(num_latents) < 0.1, np.nan, columns[column])
+        columns["persistence_z"] = np.arctanh(columns["persistence"])
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts, ignore_index=True)
+
+
+def value_columns():
+    """Of `fates`, where measures of latents are read."""
+    names = [f"{kind}_{arm}" for arm in ARMS for kind in ("cosine", "subspace")]
+    names += [f"activation_correlation_{arm}" for arm in ARMS]
+    noises = [
+        f"{kind}_noise_{noise}" for kind in ("persistence", "persistence_z") for noise in NOISES
+    ]
+    return [*names, *noises, "persistence", "persistence_jaccard", "scaling"]
+
+
+def value_of(row, name):
+    """From the definitions: (value, mutual or None, the rate that may sort it)."""
+    halved = row["firing_rate_first_half"]
+    if name.startswith("activation_"):
+        arm = name.removeprefix("activation_")
+        mutual = row[f"activation_mutual_{arm}"] == 1
+        return row[f"activation_correlation_{arm}"], mutual, halved
+    if name in ARMS:
+        return row[f"cosine_{name}"], row[f"mutual_{name}"] == 1, row["firing_rate"]
+    if name.startswith("subspace_"):
+        return row[name], None, row["firing_rate"]
+    if name.startswith("excess_"):
+        noise = row[f"persistence_z_noise_{name.removeprefix('excess_')}"]
+        return row["persistence_z"] - noise, None, halved
+    if name.startswith("relative_"):
+        noise = row[f"persistence_noise_{name.removeprefix('relative_')}"]
+        share = row["persistence"] / noise if noise >= SMALLEST_LEFT else math.nan
+        return share if math.isnan(share) else min(max(share, 0.0), 1.0), None, halved
+    return row[name], None, halved
+
+
+def slow_rows(fates, name):
+    rows = []
+    for row in fates.to_dict("records"):
+        value, mutual, rate = value_of(row, name)
+        planted_as = {"cosine": "true_cosine", "scale": "true_scale"}.get(MEASURES[name].truth)
+        known = row[planted_as] if planted_as else math.nan
+        kept = {key: row[key] for key in ("seed", "alive", "fate")}
+        rows.append({**kept, "value": value, "mutual": mutual, "rate": rate, "planted": known})
+    return rows
+
+
+def graded(fates, choice="independent"):
+    return grades(fates, choice=choice).set_index("measure")
+
+
+def alone(fates, value):
+    """`scaling` with these values, and no other measure; every latent is alive."""
+    return fates[[name for name in fates if name in FACTS]].assign(scaling=value, alive=True)
+
+
+# ---- equal to the slow definitions ----
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_number_of_every_measure_equals_the_slow_definition(seed):
+    fates = latents(seed=seed)
+    found = graded(fates)
+    assert set(found.index) == set(MEASURES)
+    for name, row in found.iterrows():
+        measure = MEASURES[name]
+        expected = slow.grade(
+            slow_rows(fates, name), measure.threshold, survived=set(measure.survives)
+        )
+        for column in NUMBERS:
+            assert row[column] == pytest.approx(expected[column], abs=1e-9, nan_ok=True), (
+                name,
+                column,
+            )
+
+
+def test_ties_count_half_and_the_threshold_itself_is_survival():
+    fates = latents()
+    fates = fates[fates["fate"].isin(["kept", "removed"])].reset_index(drop=True)
+    row = graded(alone(fates, 0.5)).loc["scaling"]
+    assert row["auc"] == 0.5
+    assert row["recall"] == row["false_survival"] == 1.0
+    below = graded(alone(fates, np.nextafter(0.5, 0))).loc["scaling"]
+    assert below["recall"] == below["false_survival"] == 0.0
+    assert math.isnan(below["precision"])  # nothing is said to survive
+
+
+def test_a_match_that_is_not_mutual_is_none():
+    fates = latents()
+    cosine = np.where(fates["fate"].isin(planted.SURVIVES), 0.95, 0.1)
+    fates = alone(fates, 0.0).assign(cosine_shared_init=cosine, mutual_shared_init=1.0)
+    mutual = graded(fates).loc["shared_init"]
+    assert (mutual["recall"], mutual["auc"]) == (1.0, 1.0)
+    one_way = graded(fates.assign(mutual_shared_init=0.0)).loc["shared_init"]
+    assert (one_way["recall"], one_way["auc"]) == (0.0, 1.0)
+
+
+# ---- measures whose worth is known ----
+
+
+def test_a_perfect_measure_gets_everything_right():
+    fates = latents()
+    truth = fates["fate"].map(AMOUNT)
+    row = graded(alone(fates, truth)).loc["scaling"]
+    assert (row["auc"], row["precision"], row["recall"]) == (1.0, 1.0, 1.0)
+    assert row["false_survival"] == 0.0
+    assert row["rate_rho"] == pytest.approx(row["truth_rho"])
+    wrong = graded(alone(fates, -truth)).loc["scaling"]
+    assert wrong["auc"] == 0.0
+    assert wrong["rate_rho"] == pytest.approx(-wrong["truth_rho"])
+
+
+def test_a_random_measure_gets_half():
+    fates = latents(num_latents=3000, seeds=(0,))
+    noise = np.random.default_rng(1).uniform(0, 1, len(fates))
+    row = graded(alone(fates, noise)).loc["scaling"]
+    assert row["auc"] == pytest.approx(0.5, abs=0.04)
+    assert row["recall"] == pytest.approx(row["false_survival"], abs=0.05)
+    assert row["rate_low"] <= 0 <= row["rate_high"]
+
+
+def test_a_measure_of_firing_rate_alone_is_found_out():
+    fates = latents()
+    sorted_by = fates["firing_rate_first_half"]
+    row = graded(alone(fates, sorted_by)).loc["scaling"]
+    assert row["rate_rho"] == pytest.approx(1.0)
+    assert row["rate_low"] > 0.9
+    assert not row["passed"]
+    assert "covers 0" in row["reason"]
+
+
+def test_bias_is_measure_minus_what_was_planted():
+    fates = latents()
+    for arm in ARMS:
+        fates[f"cosine_{arm}"] = fates["true_cosine"].fillna(0.3) + 0.02
+    fates["scaling"] = fates["true_scale"].fillna(0.3) - 0.1
+    found = graded(fates)
+    for arm in ARMS:
+        assert found.loc[arm, "bias"] == pytest.approx(0.02)
+        assert found.loc[arm, "bias_rotated"] == pytest.approx(0.02)
+    assert found.loc["scaling", "bias"] == pytest.approx(-0.1)
+    assert math.isnan(found.loc["persistence", "bias"])  # equals no angle, by design
+
+
+def test_matching_by_activation_may_call_a_rotated_direction_survived():
+    fates = latents()
+    fires_as_before = np.where(fates["fate"] == "removed", 0.1, 0.9)
+    fates = alone(fates, fires_as_before)
+    fates["activation_correlation_cross_init"] = fires_as_before
+    found = graded(fates.assign(activation_mutual_cross_init=1.0))
+    assert found.loc["activation_cross_init", "auc"] == 1.0
+    assert found.loc["activation_cross_init", "false_survival"] == 0.0
+    assert found.loc["scaling", "auc"] < 1.0  # reads directions, so a rotated one is gone
+    assert found.loc["scaling", "false_survival"] > 0.3
+
+
+def test_only_alive_latents_with_a_value_count():
+    fates = latents()
+    truth = fates["fate"].map(AMOUNT)
+    misleading = alone(fates, truth).assign(alive=fates["alive"])
+    misleading.loc[~misleading["alive"], "scaling"] = 1 - truth
+    assert graded(misleading).loc["scaling", "auc"] == 1.0
+    unknown = alone(fates, truth.where(np.arange(len(truth)) % 3 > 0))
+    fewer = graded(unknown).loc["scaling"]
+    assert fewer["auc"] == 1.0
+    assert fewer["num_latents"] < graded(alone(fates, truth)).loc["scaling", "num_latents"]
+
+
+def test_a_measure_without_values_is_undefined_and_misses():
+    row = graded(alone(latents(), np.nan)).loc["scaling"]
+    assert row["num_latents"] == 0
+    for column in ("auc", "precision", "recall", "false_survival", "rate_rho", "rate_low"):
+        assert math.isnan(row[column])
+    assert not row["passed"]
+
+
+def test_what_was_not_asked_has_no_row():
+    found = grades(alone(latents(), 0.5).assign(subspace_cross_init=0.5), choice="independent")
+    assert list(found["measure"]) == ["scaling", "subspace_cross_init"]
+    assert list(found.columns) == COLUMNS
+
+
+# ---- marks ----
+
+
+def flawless(fates):
+    """Every measure says the truth, with a little noise of its own between equals."""
+    truth = fates["fate"].map(AMOUNT) + np.random.default_rng(3).normal(0, 0.02, len(fates))
+    where_it_fires = np.where(fates["fate"] == "rotated", 1.0, truth)
+    changed = {"alive": True, "persistence": truth, "persistence_z": truth, "scaling": truth}
+    for noise in NOISES:
+        changed |= {f"persistence_noise_{noise}": 1.1, f"persistence_z_noise_{noise}": 0.0}
+    changed["activation_correlation_cross_init"] = where_it_fires
+    changed["activation_mutual_cross_init"] = 1.0
+    return fates[[name for name in fates if name in FACTS]].assign(**changed)
+
+
+def with_rare_ones_destroyed(fates):
+    """The same fates, dealt so that rare latents are destroyed."""
+    order = ["removed", "rotated", "split", "merged", "rescaled", "kept"]
+    parts = []
+    for _, part in fates.groupby("seed"):
+        fate = sorted(part["fate"], key=order.index)
+        part = part.sort_values("firing_rate_first_half", kind="stable")
+        parts.append(part.assign(fate=fate))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_marks_are_on_what_carries_conclusions_and_a_flawless_measure_reaches_them():
+    even = flawless(latents(num_latents=200))
+    rare = flawless(with_rare_ones_destroyed(latents(num_latents=200)))
+    for fates, choice in ((even, "independent"), (rare, "by_rate")):
+        found = graded(fates, choice)
+        marked = found[found["mark"].notna()]
+        assert set(marked.index) == {*SEPARATES, *FOLLOWS_RATE}
+        assert marked["passed"].eq(True).all(), marked[["auc", "rate_low", "rate_high", "reason"]]
+        assert marked["reason"].eq("").all()
+        assert found.loc[found["mark"].isna(), "passed"].isna().all()
+
+
+def test_a_mark_of_one_world_is_missed_in_the_other():
+    """What follows the truth in either world is wrong about the other world."""
+    even = flawless(latents(num_latents=200))
+    rare = flawless(with_rare_ones_destroyed(latents(num_latents=200)))
+    for fates, choice, word in ((even, "by_rate", "above 0"), (rare, "independent", "covers 0")):
+        found = graded(fates, choice)
+        for name in FOLLOWS_RATE:
+            assert not found.loc[name, "passed"]
+            assert word in found.loc[name, "reason"]
+            assert "AUC" not in found.loc[name, "reason"]
+        assert found["passed"].eq(True)["persistence"]
+
+
+@pytest.mark.parametrize("name", SEPARATES)
+def test_a_measure_that_does_not_separate_misses_its_mark(name):
+    fates = flawless(latents(num_latents=200))
+    columns = {"activation_cross_init": "activation_correlation_cross_init"}
+    columns["relative_shuffled"] = "persistence"
+    column = columns.get(name, name)
+    shuffled = np.random.default_rng(0).permutation(fates[column])
+    row = graded(fates.assign(**{column: shuffled})).loc[name]
+    assert row["auc"] < 0.6
+    assert not row["passed"]
+    assert row["reason"].startswith("misses: AUC")
+
+
+# ---- SAEs that hardly learnt ----
+
+
+def matches_by_step(survived_at):
+    """step -> share of the destroyed latents that the shared start calls survived."""
+    rows = []
+    for step, share in survived_at.items():
+        for number in range(20):
+            cosine = 0.95 if number < 20 * share else 0.2
+            rows.append({"step": step, "cosine": cosine, "mutual": True, "fate": "removed"})
+        rows.append({"step": step, "cosine": 0.99, "mutual": True, "fate": "kept"})
+    return pd.DataFrame(rows)
+
+
+def test_false_survival_by_step_and_its_mark_on_the_first():
+    found = undertrained_grades(matches_by_step({600: 0.1, 5: 0.9, 300: 0.25}))
+    assert list(found["step"]) == [5, 300, 600]
+    assert list(found["false_survival"]) == [0.9, 0.25, 0.1]
+    assert list(found["passed"].fillna("")) == [True, "", ""]
+    assert list(found.columns) == COLUMNS
+    assert (found["num_latents"] == 21).all()
+    honest = undertrained_grades(matches_by_step({5: 0.4, 300: 0.1}))
+    assert not honest["passed"].iloc[0]
+
+
+def test_early_matches_must_be_mutual_and_above_tau():
+    matches = matches_by_step({5: 1.0, 300: 0.0})
+    one_way = undertrained_grades(matches.assign(mutual=False))
+    assert (one_way["false_survival"] == 0).all()
+    at_tau = undertrained_grades(matches.assign(cosine=TAU))
+    assert (at_tau["false_survival"] == 1).all()
+
+
+def test_a_single_step_says_nothing_about_early_training():
+    assert len(undertrained_grades(matches_by_step({600: 0.1}))) == 0
+
+
+# ---- the truth of a latent ----
+
+
+@pytest.fixture(scope="module", params=("independent", "by_rate"))
+def worlds(request):
+    before = planted.dense_world()
+    return before, *planted.pruned_world(before, request.param)
+
+
+@pytest.fixture(scope="module")
+def sigma():
+    return torch.rand(planted.D_MODEL, generator=torch.Generator().manual_seed(0)) + 0.5
+
+
+def test_a_decoder_of_the_planted_directions_gets_their_truth(worlds, sigma):
+    before, after, truth = worlds
+    found = latent_truth(before.directions[:, 0] / sigma, sigma, *worlds)
+    assert list(found["direction"]) == list(range(256)) == list(found["latent"])
+    assert list(found["fate"]) == truth.fates
+    np.testing.assert_allclose(found["recovered"], 1.0, atol=1e-5)
+    clear = found["fate"].isin(["kept", "rescaled", "rotated"])
+    assert found.loc[~clear, "true_cosine"].isna().all()
+    for index in found.index[clear][:40]:
+        pair = [(world.directions[index, 0] / sigma).tolist() for world in (before, after)]
+        cosine = slow.angle_cosine(*pair)
+        assert found.loc[index, "true_cosine"] == pytest.approx(cosine, abs=1e-5)
+        scale = cosine * float(after.scales[index])
+        assert found.loc[index, "true_scale"] == pytest.approx(scale, abs=1e-5)
+    assert (found.loc[found["fate"] == "removed", "true_scale"] == 0).all()
+    assert found.loc[found["fate"].isin(["split", "merged"]), "true_scale"].isna().all()
+
+
+def test_in_raw_space_the_planted_angle_is_the_true_cosine(worlds):
+    before, _, truth = worlds
+    found = latent_truth(before.directions[:, 0], torch.ones(64), *worlds)
+    angles = truth.angles[~truth.angles.isnan()]
+    expected = torch.cos(torch.deg2rad(angles)).numpy()
+    np.testing.assert_allclose(found["true_cosine"].dropna(), expected, atol=1e-5)
+
+
+def test_the_order_and_the_length_of_decoder_rows_do_not_matter(worlds, sigma):
+    rows = worlds[0].directions[:, 0] / sigma
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
+    lengths = torch.rand(256, 1, generator=torch.Generator().manual_seed(2)) * 10 + 0.1
+    plain = latent_truth(rows, sigma, *worlds)
+    found = latent_truth(lengths * rows[order], sigma, *worlds)
+    expected = plain.iloc[order.numpy()].reset_index(drop=True).assign(latent=range(256))
+    pd.testing.assert_frame_equal(found, expected, atol=1e-5)
+
+
+def test_any_decoder_row_is_given_its_nearest_direction(worlds, sigma):
+    generator = torch.Generator().manual_seed(3)
+    decoder = torch.randn(12, planted.D_MODEL, generator=generator)
+    decoder[0] = -worlds[0].directions[7, 0] / sigma  # the opposite is not the direction
+    found = latent_truth(decoder, sigma, *worlds)
+    directions = worlds[0].directions[:, 0].tolist()
+    for row, (latent, decoder_row) in zip(found.itertuples(), enumerate(decoder), strict=True):
+        nearest, cosine = slow.nearest_direction(decoder_row.tolist(), directions, sigma.tolist())
+        assert (row.latent, row.direction) == (latent, nearest)
+        assert row.recovered == pytest.approx(cosine, abs=1e-5)
+    assert found["direction"].iloc[0] != 7

@@ -1,0 +1,282 @@
+"""The planted world is what methods §9 says, and knows what became of every direction."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from prunelens import planted
+from prunelens.planted import dense_world, pruned_world, world_activations
+
+CHOICES = ("independent", "by_rate")
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return dense_world()
+
+
+@pytest.fixture(scope="module", params=CHOICES)
+def pruned(request, dense):
+    return pruned_world(dense, request.param)
+
+
+@pytest.fixture(scope="module")
+def sampled(dense):
+    return world_activations(dense, 40_000, tokens_seed=5, noise_seed=6)
+
+
+def where(truth, *fates):
+    return [i for i, fate in enumerate(truth.fates) if fate in fates]
+
+
+def degrees(a, b):
+    cosine = torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)
+    return torch.rad2deg(cosine.clamp(-1, 1).arccos())
+
+
+def only(world, directions):
+    """The world in which all others are silent."""
+    silenced = torch.zeros(len(world.scales))
+    silenced[directions] = 1.0
+    return world._replace(scales=silenced)
+
+
+def rare_are_destroyed(dense, truth):
+    """Rank correlation of firing rate with being destroyed, over latents of either clear fate."""
+    clear = where(truth, *planted.SURVIVES, *planted.DESTROYED)
+    gone = [truth.fates[i] in planted.DESTROYED for i in clear]
+    return spearmanr(dense.firing_rates[clear], gone).statistic
+
+
+# ---- the dense world ----
+
+
+def test_sizes_are_those_of_the_methods(dense):
+    assert dense.directions.shape == (256, 2, 64)
+    assert torch.equal(dense.directions[:, 0], dense.directions[:, 1])
+    lengths = torch.linalg.vector_norm(dense.directions, dim=-1)
+    torch.testing.assert_close(lengths, torch.ones(256, 2))
+    assert torch.equal(dense.scales, torch.ones(256))
+    assert sum(planted.PER_BLOCK.values()) == planted.BLOCK
+    assert set(planted.PER_BLOCK) == set(planted.FATES)
+    destroyed = sum(planted.PER_BLOCK[fate] for fate in planted.DESTROYED) / planted.BLOCK
+    assert destroyed == planted.SHARE_DESTROYED
+
+
+def test_firing_rates_are_log_uniform(dense):
+    rates = dense.firing_rates
+    assert rates.min() >= 0.001
+    assert rates.max() <= 0.1
+    share = (rates.log() - math.log(0.001)) / math.log(100)
+    evenly = torch.arange(1, 257) / 257
+    assert (share.sort().values - evenly).abs().max() < 0.09  # Kolmogorov-Smirnov, p about 0.03
+
+
+def test_directions_are_isotropic(dense):
+    covariance = dense.directions[:, 0].T @ dense.directions[:, 0] / 256
+    eigenvalues = torch.linalg.eigvalsh(covariance) * 64
+    lowest, highest = (1 - 0.5) ** 2, (1 + 0.5) ** 2  # Marchenko-Pastur, with sqrt(64 / 256)
+    assert 0.8 * lowest < eigenvalues.min() < eigenvalues.max() < 1.1 * highest
+
+
+def test_tokens_fire_at_the_planted_rates_with_positive_strengths_that_spread(dense):
+    """One direction at a time, the other 255 silenced and the noise taken away."""
+    for index in dense.firing_rates.argsort()[[0, 128, 255]].tolist():
+        x, noise = (
+            world_activations(only(dense, chosen), 30_000, tokens_seed=1, noise_seed=2)
+            for chosen in ([index], [])
+        )
+        strength = (x - noise) @ dense.directions[index, 0]
+        fired = strength.abs() > 1e-5
+        expected = float(dense.firing_rates[index])
+        spread = math.sqrt(expected / 30_000)
+        assert abs(float(fired.float().mean()) - expected) < 4 * spread
+        assert (strength[fired] > 0).all()
+        assert float(strength[fired].mean()) == pytest.approx(1.0, abs=0.25)
+        assert 0.25 < float(strength[fired].std()) < 0.75
+
+
+def test_noise_is_a_twentieth_of_the_variance_and_isotropic(dense, sampled):
+    silent = only(dense, [])
+    noise = world_activations(silent, 40_000, tokens_seed=5, noise_seed=6)
+    signal = sampled - noise
+    assert float(noise.var(0).sum() / signal.var(0).sum()) == pytest.approx(0.05, rel=0.02)
+    deviations = noise.std(0)
+    assert float(deviations.max() / deviations.min()) < 1.05
+
+
+def test_directions_fire_independently(dense):
+    """The variance of a sum of independent firings is the sum of their variances."""
+    x = world_activations(dense, 40_000, tokens_seed=3, noise_seed=4)
+    rates = dense.firing_rates
+    variances = rates * 1.25 - rates**2
+    rows = dense.directions[:, 0]
+    expected = torch.einsum("i,ia,ib->ab", variances, rows, rows)
+    found = torch.cov(x.T) - 0.05 * variances.sum() / 64 * torch.eye(64)
+    assert float((found - expected).norm() / expected.norm()) < 0.06
+
+
+def test_equal_seeds_give_equal_worlds_and_tokens(dense):
+    again = dense_world()
+    assert all(torch.equal(a, b) for a, b in zip(dense, again, strict=True))
+    assert not torch.equal(dense.directions, dense_world(seed=1).directions)
+    for choice in CHOICES:
+        (world, truth), (other, truth_again) = (
+            pruned_world(dense, choice),
+            pruned_world(dense, choice),
+        )
+        assert all(torch.equal(a, b) for a, b in zip(world, other, strict=True))
+        assert truth.fates == truth_again.fates
+    x, y = (world_activations(dense, 500, tokens_seed=1, noise_seed=1) for _ in range(2))
+    assert torch.equal(x, y)
+
+
+def test_the_world_draws_nothing_from_the_global_generator(dense):
+    before = torch.random.get_rng_state()
+    world, _ = pruned_world(dense_world(), "by_rate")
+    world_activations(world, 100, tokens_seed=0, noise_seed=0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# ---- what pruning does ----
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_both_worlds_have_the_same_number_of_every_fate(seed):
+    dense = dense_world(seed=seed)
+    counts = [Counter(pruned_world(dense, choice, seed=seed)[1].fates) for choice in CHOICES]
+    assert counts[0] == counts[1]
+    assert counts[0]["merged"] % 2 == 0
+    assert sum(counts[0].values()) == 256
+    destroyed = counts[0]["removed"] + counts[0]["rotated"]
+    assert destroyed / 256 == pytest.approx(planted.SHARE_DESTROYED, abs=0.01)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_fates_follow_firing_rate_in_one_world_alone(seed):
+    dense = dense_world(seed=seed)
+    _, independent = pruned_world(dense, "independent", seed=seed)
+    _, by_rate = pruned_world(dense, "by_rate", seed=seed)
+    assert abs(rare_are_destroyed(dense, independent)) < 0.06  # chance alone would give 0.07
+    assert rare_are_destroyed(dense, by_rate) < -0.3
+
+
+def test_kept_directions_hardly_turn_and_rotated_ones_turn_away(dense, pruned):
+    world, truth = pruned
+    turned = degrees(dense.directions[:, 0], world.directions[:, 0])
+    kept, rotated = where(truth, "kept"), where(truth, "rotated")
+    assert turned[kept].max() <= 15.01
+    assert turned[rotated].min() >= 74.99
+    assert turned[rotated].max() <= 90.01
+    assert turned[kept].max() - turned[kept].min() > 10  # over all of the range
+    torch.testing.assert_close(truth.angles[kept].double(), turned[kept], atol=0.05, rtol=0)
+    torch.testing.assert_close(truth.angles[rotated].double(), turned[rotated], atol=0.05, rtol=0)
+
+
+def test_rescaled_directions_keep_their_place(dense, pruned):
+    world, truth = pruned
+    rescaled = where(truth, "rescaled")
+    assert torch.equal(world.directions[rescaled], dense.directions[rescaled])
+    assert (truth.angles[rescaled] == 0).all()
+    scales = world.scales[rescaled]
+    assert 0.5 <= scales.min() < 0.9
+    assert 1.1 < scales.max() <= 2.0
+    others = [i for i in range(256) if truth.fates[i] not in ("rescaled", "removed")]
+    assert (world.scales[others] == 1).all()
+
+
+def test_split_halves_lie_on_either_side_of_what_they_were(dense, pruned):
+    world, truth = pruned
+    split = where(truth, "split")
+    before, (one, other) = dense.directions[split, 0], world.directions[split].unbind(1)
+    for half in (one, other):
+        torch.testing.assert_close(
+            degrees(before, half), torch.full((len(split),), 30.0).double(), atol=0.01, rtol=0
+        )
+    torch.testing.assert_close(
+        degrees(one, other), torch.full((len(split),), 60.0).double(), atol=0.01, rtol=0
+    )
+    assert truth.angles[split].isnan().all()
+    whole = [i for i in range(256) if truth.fates[i] != "split"]
+    assert torch.equal(world.directions[whole, 0], world.directions[whole, 1])
+
+
+def test_merged_directions_are_pairs_that_share_one_between_them(dense, pruned):
+    world, truth = pruned
+    merged = where(truth, "merged")
+    rows = world.directions[merged, 0]
+    partners = [torch.nonzero((rows == row).all(1)).flatten().tolist() for row in rows]
+    assert all(len(pair) == 2 for pair in partners)
+    for index, pair in enumerate(partners):
+        a, b = (dense.directions[merged[i], 0] for i in pair)
+        torch.testing.assert_close(
+            degrees(rows[index], a), degrees(rows[index], b), atol=0.01, rtol=0
+        )
+        assert torch.linalg.matrix_rank(torch.stack([rows[index], a, b]), rtol=1e-4) == 2
+    assert truth.angles[merged].isnan().all()
+
+
+def test_removed_directions_contribute_nothing(dense, pruned):
+    world, truth = pruned
+    removed = where(truth, "removed")
+    assert (world.scales[removed] == 0).all()
+    assert truth.angles[removed].isnan().all()
+    elsewhere = world.directions.clone()
+    elsewhere[removed] = -elsewhere[removed]
+    x, y = (
+        world_activations(w, 2000, tokens_seed=1, noise_seed=1)
+        for w in (world, world._replace(directions=elsewhere))
+    )
+    assert torch.equal(x, y)
+
+
+# ---- paired tokens ----
+
+
+def test_the_same_tokens_fire_before_and_after(dense, pruned):
+    """A kept direction is read as before; a removed one is not, but for what overlaps with it."""
+    world, truth = pruned
+    x = world_activations(dense, 20_000, tokens_seed=1, noise_seed=1)
+    y = world_activations(world, 20_000, tokens_seed=1, noise_seed=1001)
+    often = dense.firing_rates > 0.02
+    kept = [i for i in where(truth, "kept") if often[i]]
+    removed = [i for i in where(truth, "removed") if often[i]]
+
+    def correlations(before, after, chosen):
+        """Of what is read along each direction, in the dense world's and its own place."""
+        a = (before @ dense.directions[chosen, 0].T).numpy()
+        b = (after @ world.directions[chosen, 0].T).numpy()
+        return np.array([np.corrcoef(a[:, i], b[:, i])[0, 1] for i in range(len(chosen))])
+
+    assert correlations(x, y, kept).min() > 0.5
+    assert correlations(x, y, removed).mean() < correlations(x, y, kept).mean() - 0.15
+    unpaired = world_activations(world, 20_000, tokens_seed=2, noise_seed=1001)
+    assert np.abs(correlations(x, unpaired, kept)).max() < 0.05
+
+
+def test_nothing_but_the_noise_differs_where_no_direction_changed(dense):
+    x, y = (world_activations(dense, 3000, tokens_seed=1, noise_seed=n) for n in (1, 1001))
+    silent = only(dense, [])
+    p, q = (world_activations(silent, 3000, tokens_seed=1, noise_seed=n) for n in (1, 1001))
+    torch.testing.assert_close(x - y, p - q, atol=1e-5, rtol=0)
+    assert abs(np.corrcoef(p.flatten(), q.flatten())[0, 1]) < 0.01
+
+
+def test_a_split_direction_fires_in_one_half_or_the_other(dense, pruned):
+    world, truth = pruned
+    index = max(where(truth, "split"), key=lambda i: float(dense.firing_rates[i]))
+    x, noise = (
+        world_activations(only(world, chosen), 20_000, tokens_seed=1, noise_seed=1)
+        for chosen in ([index], [])
+    )
+    signal = x - noise
+    fired = signal[signal.norm(dim=1) > 1e-5]
+    cosines = torch.nn.functional.normalize(fired) @ world.directions[index].T
+    halves = (cosines > 0.999).sum(0)
+    assert halves.sum() == len(fired)  # every firing points along exactly one half
+    assert 0.35 < float(halves[0] / len(fired)) < 0.65
