@@ -38,6 +38,7 @@ from synthetic_results import synthetic_runs, synthetic_study, synthetic_tables
 HOSTILE = '</script><img src=x onerror="alert(1)">\'&\u2028$x$'
 STUDY = synthetic_study()
 TABLES = synthetic_tables(STUDY)
+OTHER = "gemma-3-1b/L12/wanda-row-0.50"
 
 
 class Page(html.parser.HTMLParser):
@@ -381,8 +382,10 @@ def test_a_study_that_did_not_ask_is_judged_by_the_distance_from_the_start(
     assert found["run"].tolist() == rows["run"].drop_duplicates().tolist()
     assert found["trained_enough"].tolist() == [verdict] * len(found)
     assert found["mean_init_retention"].tolist() == [retention] * len(found)
-    sites_warned = [(each.site.layer, len(each.conditions)) for each in not_enough({**TABLES})]
-    assert sites_warned == [(6, 5), (12, 5)]
+    warned = [
+        (each.site.layer, len(each.conditions)) for each in not_enough({"sae_training": rows})
+    ]
+    assert warned == ([(6, 5), (12, 5)] if retention > 0.9 else [])
     assert training_verdicts({}).empty and not not_enough({}) and not known_of_the_others({})
 
 
@@ -396,31 +399,29 @@ def printed(tables: dict[str, pd.DataFrame], width: int) -> str:
 
 
 def test_identity_stands_beside_the_controls_of_the_same_site() -> None:
-    tables = {name: table.copy() for name, table in TABLES.items()}
+    tables = {**TABLES, "activation_matching": TABLES["activation_matching"].copy()}
     rates = tables["activation_matching"]
-    here = (rates["layer"] == 6) & (rates["arm"] == "chance") & (rates["tau"] == 0.7)
-    rates.loc[here, "mnn"] = 0.123
+    rates.loc[(rates["layer"] == 6) & (rates["arm"] == "chance"), "mnn"] = 0.123
     made = overviews(tables)["identity by run"].set_index("run")
     assert len(made) == 8
-    for run, chance in (("gemma-3-1b/L6/wanda-row-0.30", 0.123), (other := OTHER, None)):
-        wanted = {"activation_shared_init": ("activation_matching", "mnn", "shared_init", run)}
-        wanted |= {"subspace_cross_init": ("subspace", "overlap", "cross_init", run)}
-        dense = run.rsplit("/", 1)[0] + "/dense"
-        wanted |= {"subspace_floor_shared": ("subspace", "overlap", "floor_shared", dense)}
-        for column, (table, value, arm, whose) in wanted.items():
-            mine = [
-                row[value]
-                for row in tables[table].to_dict("records")
-                if row["run"] == whose and row["arm"] == arm and row.get("tau", 0.7) == 0.7
-            ]
-            assert len(mine) == 3
-            assert made.loc[run, column] == pytest.approx(sum(mine) / 3), (run, column)
-        assert made.loc[run, "activation_chance"] == chance or run == other
-        assert made.loc[run, ["scaling_noise", "scaling_unpaired"]].tolist() == [1.0, 0.0]
-        assert made.loc[run, "corrected_warm"] == pytest.approx(1 - float(run[-4:]))
-
-
-OTHER = "gemma-3-1b/L12/wanda-row-0.50"
+    dense = "gemma-3-1b/L12/dense"
+    for column, (table, value, arm, whose) in {
+        "activation_shared_init": ("activation_matching", "mnn", "shared_init", OTHER),
+        "activation_ceiling_cross": ("activation_matching", "mnn", "ceiling_cross", dense),
+        "subspace_cross_init": ("subspace", "overlap", "cross_init", OTHER),
+        "subspace_floor_shared": ("subspace", "overlap", "floor_shared", dense),
+    }.items():
+        mine = [
+            row[value]
+            for row in tables[table].to_dict("records")
+            if (row["run"], row["arm"], row.get("tau", 0.7)) == (whose, arm, 0.7)
+        ]
+        assert len(mine) == 3
+        assert made.loc[OTHER, column] == pytest.approx(sum(mine) / 3), column
+    assert made.loc[OTHER, ["scaling", "scaling_noise", "scaling_unpaired"]].tolist() == [0.5, 1, 0]
+    assert made.loc[OTHER, "corrected_warm"] == 0.5
+    chance = made["activation_chance"].groupby(made.index.str.contains("/L6/")).unique()
+    assert chance[True].tolist() == [0.123] and 0.123 not in chance[False]
 
 
 def test_warm_starts_stand_beside_fresh_saes_of_the_same_run() -> None:

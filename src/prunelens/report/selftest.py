@@ -13,6 +13,7 @@ from prunelens import planted
 from prunelens.analyses.grades import AUC_MARK, FOLLOWS_RATE, MEASURES, SEPARATES
 from prunelens.config import StudyConfig
 from prunelens.errors import UserError
+from prunelens.report.tables import COLUMNS
 from prunelens.report.write import write_report
 from prunelens.study.local import Outcome
 from prunelens.study.run import alone_in, run_study
@@ -65,8 +66,8 @@ def run_selftest(
     study = selftest_study(settings)
     with alone_in(out):
         outcome = run_study(study, out, workers=workers, quiet=quiet)
-        write_report(out, redraw=outcome.num_executed > 0)
-    return judge(_grades(out, outcome), outcome)
+        tables = write_report(out, redraw=outcome.num_executed > 0)
+    return judge(_grades(tables, outcome), outcome)
 
 
 def selftest_study(settings: Mapping[str, str] | None = None) -> StudyConfig:
@@ -118,13 +119,12 @@ def row_name(measure: str, step: float) -> str:
     return f"{measure}, step {step:.0f}" if step == step else measure
 
 
-def _grades(out: pathlib.Path, outcome: Outcome) -> pd.DataFrame:
+def _grades(tables: dict[str, pd.DataFrame], outcome: Outcome) -> pd.DataFrame:
     """As in the report; without rows where every run failed."""
-    path = out / "tables" / "selftest.csv"
-    if not path.is_file():
-        return pd.DataFrame(columns=["world", "measure", "step", "mark", "passed", "reason"])
+    grades = tables.get("selftest", pd.DataFrame(columns=COLUMNS["selftest"])).copy()
+    for name in ("mark", "reason"):
+        grades[name] = grades[name].astype(object).where(grades[name].notna(), "")
     worlds = {r.run.name: r.run.pruning.scope for r in outcome.results if r.run.pruning}
-    grades = pd.read_csv(path, float_precision="round_trip").fillna({"mark": "", "reason": ""})
     grades.insert(0, "world", grades["run"].map(worlds))
     return grades
 

@@ -64,7 +64,7 @@ def _separation(rows: pd.DataFrame) -> Panel:
         points,
         (Level(f"mark {AUC_MARK}", AUC_MARK, "#7f7f7f"),),
         kind="dots",
-        y_range=(lowest - 0.02, 1.01),
+        y_range=(lowest - 0.02, 1.005),
         categories=list(dict.fromkeys(name for series in points for name in map(str, series.x))),
         caption="For every measure, how well it tells planted features that survived from those"
         " that were destroyed: 1 always, 0.5 not at all.",
