@@ -121,7 +121,7 @@ def _add_run(rows: dict[str, list[dict]], run: dict, draw: np.random.Generator) 
 def _add_training(rows: dict[str, list[dict]], run: dict, retention: float, followed: bool) -> None:
     """Plain, control, warm and doubled SAEs; curves of the followed; the verdict."""
     dense = run["method"] == "dense"
-    same = {"mean_init_retention": retention, "fvu_at_three_quarters": 0.22, "folder": "f"}
+    same = {"mean_init_retention": retention, "folder": "f"}
     kinds = [(seed, seed, False, 500, "own") for seed in range(3)]
     kinds += [(0, 1, True, 500, "own"), (0, 1, False, 125, "warm")]
     for init_seed, data_seed, rotated, steps, training in kinds:

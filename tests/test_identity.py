@@ -265,7 +265,6 @@ def by_source(sae, dense, pruned, **options):
 
 def test_scaling_equals_one_regression_per_latent(noisy_world, monkeypatch):
     monkeypatch.setattr(scaling_module, "BATCH_TOKENS", 128)
-    monkeypatch.setattr(scaling_module, "GATHERED_TOKENS", 50)
     sae, x, y = noisy_world
     tokens = torch.arange(100, TOKENS)
     seen = []

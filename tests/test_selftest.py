@@ -16,12 +16,13 @@ from prunelens.report.selftest import judge, run_selftest, selftest_study, what_
 SMALL = {
     "corpus.train_tokens": "60_000",
     "corpus.eval_tokens": "40_000",
-    "sae.k": "5",
-    "sae.steps": "400",
+    "sae.k": "4",
+    "sae.steps": "200",
     "sae.batch_tokens": "512",
+    "sae.learning_rate": "2e-2",
     "sae.seeds": "[0, 1]",
-    "sae.warm_steps": "50",
-    "sufficiency.checkpoints": "[0.01]",
+    "sae.warm_steps": "30",
+    "sufficiency.checkpoints": "[0.015]",
     "taus": "[0.7]",
 }
 WORLDS = ("independent", "by_rate")
@@ -44,7 +45,7 @@ def out(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(out):
     """One finished self-test, shared by the tests that only look."""
-    return run_selftest(out, settings=SMALL, workers=1, quiet=True)
+    return run_selftest(out, settings=SMALL, workers=2, quiet=True)
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def test_a_shared_start_feigns_survival_until_the_saes_have_learnt(finished):
     early = finished.grades.dropna(subset="step").sort_values("step")
     assert set(early["measure"]) == {"shared_init"}
     first, last = early.iloc[0], early.iloc[-1]
-    assert (first["step"], last["step"]) == (4, 400)
+    assert (first["step"], last["step"]) == (3, 200)
     assert first["false_survival"] > 0.9
     assert first["passed"] is True
     assert last["false_survival"] < 0.2

@@ -184,9 +184,7 @@ def _of(fates: pd.DataFrame, values: np.ndarray, which: Sequence[str]) -> np.nda
     return chosen[~np.isnan(chosen)]
 
 
-def _rate(
-    fates: pd.DataFrame, value: np.ndarray, rate: np.ndarray, seed: int
-) -> dict[str, float]:
+def _rate(fates: pd.DataFrame, value: np.ndarray, rate: np.ndarray, seed: int) -> dict[str, float]:
     truth = fates["fate"].map(TRUTH).to_numpy(dtype=float)
     samples = []
     for each in fates["seed"].unique():

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from prunelens.analyses.noise import isotropic_noise_like, other_token
 from prunelens.analyses.persistence import BATCH_TOKENS, FEWEST_FIRINGS, Rows
-from prunelens.sae.topk import SparseLatents, TopKSAE
+from prunelens.sae.kernels import SparseLatents, TransposedPattern, decode
+from prunelens.sae.topk import TopKSAE
 
 SOURCES = ("dense", "pruned", "noise_isotropic", "unpaired")
 SMALLEST_DENSE_SLOPE = 0.1  # below it, the ratio divides by noise
 SMALLEST_VARIANCE = 1e-10  # of the mean square; below it, float32 activations vary by rounding
-GATHERED_TOKENS = 64  # whose k directions each are held at a time
 JOINT_STEPS = 20  # of conjugate gradients at most
 JOINT_RESIDUAL = 1e-3  # relative, at which they stop
 NUM_GROUPS = 20  # of consecutive tokens, left out in turn for the standard error
@@ -138,29 +138,31 @@ def _moments(
         index = latents.indices.flatten()
         return torch.bincount(index, weights.double().flatten(), len(directions)).cpu()
 
-    z = latents.values.double()
-    along = _along(errors, directions, latents.indices)
+    z = latents.values
     return _Moments(
         len(z),
         by_latent(z > 0),
         by_latent(z),
-        by_latent(z.square()),
-        torch.stack([by_latent(z * along[:, source]) for source in range(len(SOURCES))]),
+        by_latent(z.double().square()),
+        _along(latents, errors, directions),
         errors.sum(0, dtype=torch.float64).cpu(),
     )
 
 
 def _along(
+    latents: SparseLatents,
     errors: Float[Tensor, "tokens sources d_model"],
     directions: Float[Tensor, "latents d_model"],
-    indices: Int[Tensor, "tokens k"],
-) -> Float[Tensor, "tokens sources k"]:
-    """Inner products of a token's errors with the directions of its own k latents.
+) -> Float[Tensor, "sources latents"]:
+    """Per source and latent, the sum over tokens of z times the error along its direction.
 
-    A few tokens at a time: k gathered directions per token are more than fits in a cache.
+    The sum of z times the whole error first, then its part along the direction. One batch's sums
+    are float32, whose rounding is far below the noise of any regression; batches add in float64.
     """
-    parts = zip(errors.split(GATHERED_TOKENS), indices.split(GATHERED_TOKENS), strict=True)
-    return torch.cat([error @ directions[index].mT for error, index in parts])
+    transposed = TransposedPattern(latents.indices, len(directions))
+    sums = transposed.product(latents.values.flatten(), errors.flatten(1))
+    along = sums.view(len(directions), -1, directions.shape[1]) * directions[:, None]
+    return along.sum(2, dtype=torch.float64).T.cpu()
 
 
 def _total(parts: list[_Moments]) -> _Moments:
@@ -214,18 +216,15 @@ def _rebuilt(
     directions: Float[Tensor, "latents d_model"],
 ) -> _Moments:
     """The moments of reconstructions whose latents are multiplied by `scales`."""
-    scales = scales.to(rows)
+    scales, no_bias = scales.to(rows), rows.new_zeros(rows.shape[1])
     batches = []
-    for values, indices in kept:
-        latents = SparseLatents(values.to(rows.device), indices.long().to(rows.device))
-        scaled = (scales[:, latents.indices] * latents.values).transpose(
-            0, 1
-        )  # [tokens, sources, k]
-        parts = zip(
-            scaled.split(GATHERED_TOKENS), latents.indices.split(GATHERED_TOKENS), strict=True
-        )
-        rebuilt = torch.cat([part @ rows[index] for part, index in parts])
-        batches.append(_moments(latents, rebuilt, directions))
+    for part in kept:
+        values, indices = part.values.to(rows.device), part.indices.long().to(rows.device)
+        rebuilt = [
+            decode(SparseLatents(values * s[indices], indices), rows, no_bias) for s in scales
+        ]
+        latents = SparseLatents(values, indices)
+        batches.append(_moments(latents, torch.stack(rebuilt, 1), directions))
     return _total(batches)
 
 

@@ -24,7 +24,7 @@ COLUMNS = {
     ],
     "sae_training": [
         *_CONDITION, "init_seed", "data_seed", "rotated", "steps", "mean_init_retention",
-        "fvu_at_three_quarters", "fvu", "folder", "training", "fvu_raw",
+        "fvu", "folder", "training", "fvu_raw",
     ],
     "stability": [*_CONDITION, "seed_a", "seed_b", "tau", "one_way", "mnn", "greedy"],
     "survival": [

@@ -113,32 +113,42 @@ def sparse_gradients(
     x_hat: Float[Tensor, "tokens d_model"], weights: Weights, latents: SparseLatents
 ) -> Gradients:
     """`reference_gradients` at a cost of B K D instead of B F D; CPU only."""
-    B, K = latents.indices.shape
-    F = len(weights.decoder_weight)
+    B, F = len(latents.indices), len(weights.decoder_weight)
     error = decode(latents, weights.decoder_weight, weights.decoder_bias) - x_hat  # [B, D]
     grad = error * (2 / B)
     active = (latents.values > 0).flatten().float()  # [B K]
     grad_z = _row_products(grad, weights.decoder_weight, latents.indices) * active  # [B K]
-    flat = latents.indices.flatten()
-    order = _order_by_latent(flat, F)
-    starts = torch.bincount(flat, minlength=F).cumsum(0).roll(1)
-    starts[0] = 0
-    tokens = order // K
-
-    def transposed_product(entries: Tensor, rows: Tensor) -> Tensor:
-        """(Sparse [B, F] matrix with these entries)^T rows -> [F, D]."""
-        return embedding_bag(tokens, rows, starts, mode="sum", per_sample_weights=entries[order])
-
+    flat, transposed = latents.indices.flatten(), TransposedPattern(latents.indices, F)
     return Gradients(
         loss=error.square().sum(1).mean(),
         weights=Weights(
-            encoder_weight=transposed_product(grad_z, x_hat),
+            encoder_weight=transposed.product(grad_z, x_hat),
             encoder_bias=torch.bincount(flat, weights=grad_z, minlength=F),
-            decoder_weight=transposed_product(latents.values.flatten(), grad),
+            decoder_weight=transposed.product(latents.values.flatten(), grad),
             decoder_bias=grad.sum(0),
         ),
         fires=torch.bincount(flat, weights=active, minlength=F) > 0,
     )
+
+
+class TransposedPattern:
+    """Where a [tokens, latents] matrix of k entries per token has them, latent by latent."""
+
+    def __init__(self, indices: Int[Tensor, "tokens k"], num_latents: int) -> None:
+        flat = indices.flatten()
+        self._order = _order_by_latent(flat, num_latents)
+        self._starts = torch.bincount(flat, minlength=num_latents).cumsum(0).roll(1)
+        self._starts[0] = 0
+        self._tokens = self._order // indices.shape[1]
+
+    def product(
+        self, entries: Float[Tensor, " entries"], rows: Float[Tensor, "tokens width"]
+    ) -> Float[Tensor, "latents width"]:
+        """The matrix with these entries, transposed, times rows."""
+        weights = entries[self._order]
+        return embedding_bag(
+            self._tokens, rows, self._starts, mode="sum", per_sample_weights=weights
+        )
 
 
 def top_k(pre: Float[Tensor, "tokens latents"], k: int) -> SparseLatents:

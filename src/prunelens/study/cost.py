@@ -37,7 +37,7 @@ SECONDS_PER_FLOP = {  # relative to the language model's: sparse products are sl
     "matching": 1.0,
 }
 LEAST_COST = 1e7
-EVALUATIONS = 2.5  # passes over the eval split per SAE: at three quarters, at the end, first half
+EVALUATIONS = 1.5  # passes over the eval split per SAE: at the end, and over its first half
 ABLATION_GROUPS = 10  # of latents: five for each of two groupings
 ABLATED_SHARE = 0.25  # of all (prompt, position) pairs: a latent fires in some prompts, from some
 # position on. An assumption; the true share is known once the SAE is there.

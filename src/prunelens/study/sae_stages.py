@@ -42,7 +42,7 @@ def make_sae(work: Work) -> None:
         data_seed=config["data_seed"],
         start=TopKSAE.load(work.parents["start"]) if "start" in work.parents else None,
         checkpoint=seen.checkpoint,
-        observe=dict.fromkeys(seen.steps, seen.look),
+        observe=dict.fromkeys(config["checkpoints"], seen.look),
         progress=lambda step: work.progress(step / training.steps),
     )
     quality = evaluate_sae(trained.sae, evaluation, dense_variance=variance)
@@ -66,7 +66,6 @@ def make_sae(work: Work) -> None:
     }
     pd.DataFrame(latents).to_parquet(work.out / "latents.parquet")
     numbers = _quality_numbers(trained, quality, rotated=config["rotated"])
-    numbers["fvu_at_three_quarters"] = seen.fvu(seen.three_quarters)
     write_json(work.out / "quality.json", numbers)
 
 
@@ -85,21 +84,17 @@ class _Seen:
         self._folder, self._out = work.partial(), work.out
         self._evaluation, self._dense_variance = evaluation, dense_variance
         self._kept_steps = work.config["checkpoints"]
-        self.three_quarters = max(1, 3 * work.config["steps"] // 4)
-        self.steps = sorted({*self._kept_steps, self.three_quarters})
         self.checkpoint = self._folder / "checkpoint.safetensors"
         self._forget_if_damaged()
 
     def look(self, step: int, sae: TopKSAE) -> None:
-        """Measure the SAE after a step, and keep its decoder if that is asked for."""
-        if step in self._kept_steps:
-            decoder = sae.decoder_weight.detach().cpu().clone()
-            save_file({str(step): decoder}, self._path(step, "safetensors"))
+        """Measure the SAE after a step, and keep its decoder."""
+        decoder = sae.decoder_weight.detach().cpu().clone()
+        save_file({str(step): decoder}, self._path(step, "safetensors"))
         found = evaluate_sae(sae, self._evaluation, dense_variance=self._dense_variance)
         write_json(self._path(step, "json"), {"fvu": found.fvu})
 
-    def fvu(self, step: int) -> float:
-        """Measured after that step."""
+    def _fvu(self, step: int) -> float:
         return float(read_json(self._path(step, "json"))["fvu"])
 
     def keep(self, trained: TrainedSae, fvu: float) -> None:
@@ -109,7 +104,7 @@ class _Seen:
         curve = {
             "step": steps,
             "mean_init_retention": [retention[step] for step in steps],
-            "fvu": [*(self.fvu(step) for step in self._kept_steps), fvu],
+            "fvu": [*(self._fvu(step) for step in self._kept_steps), fvu],
         }
         pd.DataFrame(curve).to_parquet(self._out / "curve.parquet")
         early = [load_file(self._path(step, "safetensors")) for step in self._kept_steps]
