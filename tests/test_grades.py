@@ -59,7 +59,7 @@ def latents(num_latents=60, seeds=(0, 1), seed=0):
             "latent": np.arange(num_latents),
             "alive": rate > 0,
             "firing_rate": rate,
-            "firing_rate_first_half": np.round(rate * generator.uniform(0.5, 1, num_latents), 3),
+            "firing_rate_first_half": rate * generator.choice([0, 0.8, 1.1], num_latents),
             "init_retention": generator.uniform(0, 1, num_latents),
             "fate": fate,
             "true_cosine": cosine,
@@ -197,12 +197,12 @@ def test_a_random_measure_gets_half():
     assert row["rate_low"] <= 0 <= row["rate_high"]
 
 
-def test_a_measure_of_firing_rate_alone_is_found_out():
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_measure_of_firing_rate_alone_is_found_out(sign):
     fates = latents()
-    sorted_by = fates["firing_rate_first_half"]
-    row = graded(alone(fates, sorted_by)).loc["scaling"]
-    assert row["rate_rho"] == pytest.approx(1.0)
-    assert row["rate_low"] > 0.9
+    row = graded(alone(fates, sign * fates["firing_rate_first_half"])).loc["scaling"]
+    assert row["rate_rho"] == pytest.approx(sign)
+    assert min(abs(row["rate_low"]), abs(row["rate_high"])) > 0.9
     assert not row["passed"]
     assert "covers 0" in row["reason"]
 

@@ -45,14 +45,14 @@ def selftest(
     """Do the measures tell the truth where it is known? Exit code 1 if one misses its mark."""
     from prunelens.report.selftest import run_selftest, what_to_believe
 
-    found = run_selftest(
-        out or DEFAULT_OUT, settings=parsed(settings), workers=workers, quiet=quiet or as_json
-    )
+    folder = out or DEFAULT_OUT
+    found = run_selftest(folder, settings=parsed(settings), workers=workers, quiet=quiet or as_json)
     if as_json:
         rows = {"rows": records(found.grades), "believe": what_to_believe(found.grades)}
         print_json({"passed": found.passed, "failures": found.failures, **rows})
     elif not quiet:
         _show(found, what_to_believe(found.grades))
+        print(f"The rest of the study: {folder / 'report.html'}")
     if not as_json:
         for failure in found.failures:
             print(f"prunelens: {failure}", file=sys.stderr)
@@ -84,11 +84,11 @@ def _grades_table(rows: pd.DataFrame, title: str) -> Table:
     """One world; what no mark covers has a dash."""
     from prunelens.report.selftest import row_name
 
-    table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, collapse_padding=True)
     table.add_column("measure", no_wrap=True)
     for name in (*NUMBERS, "rho with firing\nrate [95 %]", "true\nrho"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("mark", max_width=34)
+    table.add_column("mark", max_width=31)
     table.add_column("result", no_wrap=True)
     for row in rows.to_dict("records"):
         table.add_row(
