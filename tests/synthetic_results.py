@@ -133,7 +133,7 @@ def _add_training(rows: dict[str, list[dict]], run: dict, retention: float, foll
         rows["training_curves"].append(
             run | {"seed": seed, "total_steps": STEPS[-1], "step": step} | far
         )
-    for step in (500, 1000) if dense else ():
+    for step in (500, 1000) if followed else ():
         far = {"fvu": 0.2 + 9 / step, "mean_init_retention": retention}
         rows["training_curves"].append(run | {"seed": 0, "total_steps": 1000, "step": step} | far)
     for step, (a, b), tau in itertools.product(STEPS, ((0, 0), (0, 1)), TAUS):
@@ -142,12 +142,12 @@ def _add_training(rows: dict[str, list[dict]], run: dict, retention: float, foll
             rate = 60 / step if a == b else step / 1000
             row = run | {"step": step, "tau": tau, "mnn": rate, "one_way": rate, "greedy": rate}
             rows["survival_by_step"].append(row | pair)
-    verdict = False if retention > 0.9 else True if dense else None
-    beyond = {"fvu_fall_beyond_schedule": 0.011 if dense else NAN}
+    verdict = False if retention > 0.9 else True if followed else None
+    beyond = {"fvu_fall_beyond_schedule": 0.011 if followed else NAN}
     rows["sufficiency"].append(
         run
         | {"trained_enough": verdict, "mean_init_retention": retention, "fvu_fall": 0.05}
-        | {"fvu_fall_schedule": 0.04 if dense else NAN, "reason": f"judged: {verdict}", **beyond}
+        | {"fvu_fall_schedule": 0.04 if followed else NAN, "reason": f"judged: {verdict}", **beyond}
     )
 
 
@@ -162,6 +162,7 @@ def _add_selftest(rows: list[dict], draw: np.random.Generator) -> None:
             if step != step:
                 grade |= {"auc": 0.9 + 0.1 * draw.random(), "precision": 0.9, "recall": 0.8}
                 grade |= {"rate_rho": rho, "rate_low": rho - 0.1, "rate_high": rho + 0.1}
+                grade |= {"share_defined": 0.97, "follows_rate": True}
                 grade |= {"truth_rho": 0.01, "false_survival": 0.02, "mark": "AUC >= 0.95"}
                 grade |= {"passed": not missed, "reason": "misses: AUC >= 0.95" * missed}
             rows.append(run | grade)
@@ -200,7 +201,8 @@ def _add_pruned(
     for seed, (source, left) in itertools.product(
         range(3), {"dense": 0, "pruned": damage, "noise_isotropic": 0, "unpaired": 1}.items()
     ):
-        numbers = {"mean_scaling": 1 - left, "share_above_0.5": 1 - left, "num_undefined": seed}
+        numbers = {"mean_scaling": 1 - left, "median_scaling": 0.9 * (1 - left)}
+        numbers |= {"share_above_half_median": 1 - left / 4, "num_undefined": seed}
         rows["scaling"].append(run | {"seed": seed, "source": source, **numbers})
     for measure, tau in MEASURES:
         for quintile in range(1, 6):

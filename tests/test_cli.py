@@ -70,10 +70,12 @@ def test_plan_shows_the_matrix_and_runs_nothing(tmp_path):
         "bundled/L2/wanda-row-0.30",
         "bundled/L2/wanda-row-0.50",
     ]
-    assert plan["stages"]["sae"] == 21
+    assert plan["stages"]["sae"] == 29
     assert plan["settings"] == {"sae.steps": "400"}
     assert plan["hours"] is None
-    assert sum(row["sae_tokens"] for row in plan["runs"]) == 21 * 400 * 512
+    # 21 SAEs, two of twice the steps, six warm ones of a quarter
+    steps = (21 + 2 * 2) * 400 + 6 * 100
+    assert sum(row["sae_tokens"] for row in plan["runs"]) == steps * 512
     assert list(tmp_path.iterdir()) == []
 
 

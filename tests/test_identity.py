@@ -25,6 +25,7 @@ from prunelens.analyses.scaling import latent_scaling, scaling_summary
 from prunelens.analyses.subspace import subspace_overlaps
 from prunelens.analyses.survival import Comparison, Dictionary
 from prunelens.match import match_rates
+from prunelens.sae import kernels
 from prunelens.sae.topk import TopKSAE
 
 TAUS = (0.5, 0.7, 0.9)
@@ -387,10 +388,11 @@ def test_an_undefined_scaling_is_nan_with_its_reason():
     reasons = found["pruned"]["reason"]
     assert "fewer than 10 dense firings" in reasons[0]
     assert "fewer than 10 dense firings" in reasons[1]
-    assert "below 0.1" in reasons[2]
+    assert reasons[2].startswith("scaling: its joint fit to dense is below 0.1; alone: its slope")
     assert "row is zero" in reasons[3]
     assert (reasons[4:] == "").all()
     for part in found.values():
+        assert part["scaling"].isna().tolist() == [True] * 4 + [False] * 2
         assert part["alone"].isna().tolist() == [True] * 4 + [False] * 2
         assert part["standard_error"].isna().tolist() == [True] * 4 + [False] * 2
     assert found["dense"]["slope"].isna().tolist() == [True, True, False, True, False, False]
@@ -427,15 +429,33 @@ def test_scaling_summary_is_over_what_is_defined():
         for source, values in {
             "dense": [1.0, 1.0, np.nan],
             "pruned": [0.2, 0.9, np.nan],
-            "noise_isotropic": [0.9, 1.2, np.nan],
+            "noise_isotropic": [-0.5, -0.1, np.nan],
             "unpaired": [np.nan, np.nan, np.nan],
         }.items()
     ]
     summary = scaling_summary(pd.concat(parts)).set_index("source")
+    columns = ["mean_scaling", "median_scaling", "share_above_half_median", "num_undefined"]
+    assert list(summary) == columns
     assert summary.loc["pruned"].tolist() == pytest.approx([0.55, 0.55, 0.5, 1])
-    assert summary.loc["noise_isotropic", "share_above_0.5"] == 1.0
+    assert summary.loc["noise_isotropic"].isna().tolist() == [False, False, True, False]
     assert summary.loc["unpaired"].isna().tolist() == [True, True, True, False]
     assert summary["num_undefined"].tolist() == [1, 1, 1, 3]
+
+
+def test_a_common_gain_scales_every_latent_and_is_not_survival():
+    sae, strengths, directions = orthogonal_world()
+    dense = strengths @ directions
+    louder = by_source(sae, dense, 1.7 * dense)["pruned"]
+    np.testing.assert_allclose(louder[["scaling", "alone"]], 1.7, atol=1e-4)
+    scales = torch.tensor([1.0, 0.0, 0.4, 2.0, -1.0, 0.9] * 2)
+    shares = []
+    for gain in (1.0, 1.7):
+        pruned = gain * (strengths * scales) @ directions
+        table = latent_scaling(sae, Rows(dense), Rows(pruned), torch.arange(len(dense)), seed=0)
+        summary = scaling_summary(table).set_index("source").loc["pruned"]
+        shares.append(summary["share_above_half_median"])
+        assert summary["mean_scaling"] == pytest.approx(gain * scales.mean().item(), abs=1e-4)
+    assert shares == [4 / 6, 4 / 6]
 
 
 # ---- subspaces ----
@@ -538,9 +558,63 @@ def test_joint_scaling_equals_one_regression_on_all_latents(noisy_world, monkeyp
     known = found["pruned"]["scaling"].notna().to_numpy()
     assert known.sum() > 30
     np.testing.assert_allclose(
-        found["pruned"]["scaling"][known], (pruned / dense)[known], atol=1e-4
+        found["pruned"]["scaling"][known], pruned[known] / dense[known], atol=1e-4
     )
     np.testing.assert_array_equal(known, found["pruned"]["alone"].notna())
+
+
+def test_an_unsolved_source_has_no_scaling_and_says_so(noisy_world, monkeypatch):
+    """With no steps allowed only what starts solved, at all ones, is solved."""
+    monkeypatch.setattr(scaling_module, "JOINT_STEPS", 0)
+    sae, strengths, directions = orthogonal_world()
+    found = by_source(sae, strengths @ directions, (0.5 * strengths) @ directions)
+    assert (found["dense"]["scaling"] == 1.0).all()
+    assert found["pruned"]["scaling"].isna().all()
+    assert found["pruned"]["alone"].notna().all()
+    assert found["pruned"]["reason"].str.contains("unsolved after 0 steps").all()
+    same = by_source(sae, strengths @ directions, strengths @ directions)["pruned"]
+    assert (same["scaling"] == 1.0).all()
+    assert (same["reason"] == "").all()
+    monkeypatch.setattr(scaling_module, "JOINT_STEPS", 2)
+    assert all(part["scaling"].isna().all() for part in by_source(*noisy_world).values())
+    monkeypatch.setattr(scaling_module, "JOINT_STEPS", 100)
+    solved = by_source(*noisy_world)
+    assert not any(part["reason"].str.contains("unsolved").any() for part in solved.values())
+
+
+def test_scaling_and_alone_are_each_guarded_by_their_own_divisor():
+    """Two oblique latents fire together, and the fate of the second shows in the first's slope.
+
+    In one world that makes up for all of the first, which is there; in the other it stands in for
+    the first, which is missing.
+    """
+    cosine = 0.6
+    rows = torch.tensor([[1.0, 0.0], [cosine, 0.8]])
+    first = 0.5 + uniform(3000, seed=0)
+    strengths = torch.stack([first, first + 0.2 * uniform(3000, seed=1)], dim=1)
+    # Latents are read from two dimensions of their own, whose decoder rows say nothing of them.
+    encoder, decoder = torch.eye(2, 4), torch.cat([torch.zeros(2, 2), rows], dim=1)
+    sae = sae_of(encoder, torch.zeros(2), decoder, 2)
+
+    def found_with(scales):
+        world = torch.cat([strengths, (strengths * torch.tensor(scales).float()) @ rows], dim=1)
+        return by_source(sae, world, world)["pruned"]
+
+    z = strengths.double().numpy()
+    covariance = np.cov(z.T)
+    leak = cosine * covariance[0, 1] / covariance[0, 0]  # of the second in the first's slope
+    no_slope = found_with([1.0, 1 - 1 / leak])
+    assert no_slope["slope"][0] == pytest.approx(0.0, abs=1e-3)
+    assert np.isnan(no_slope["alone"][0])
+    assert np.isnan(no_slope["standard_error"][0])
+    assert no_slope["scaling"][0] == pytest.approx(1.0, abs=1e-3)
+    assert no_slope["reason"][0] == "alone: its slope on dense is below 0.1"
+    missing = found_with([0.0, 1 + 1 / leak])
+    assert missing["slope"][0] == pytest.approx(1.0, abs=1e-3)
+    assert np.isnan(missing["scaling"][0])
+    assert missing["alone"][0] == pytest.approx(1.0, abs=1e-3)
+    assert missing["reason"][0] == "scaling: its joint fit to dense is below 0.1"
+    assert (missing["scaling"][1], missing["reason"][1]) == (pytest.approx(1.0, abs=1e-3), "")
 
 
 def test_joint_scaling_is_free_of_interference():
@@ -555,3 +629,28 @@ def test_joint_scaling_is_free_of_interference():
     np.testing.assert_allclose(found["dense"]["scaling"], 1.0, atol=1e-6)
     errors = found["unpaired"]["scaling"] / found["unpaired"]["standard_error"]
     assert errors.abs().max() < 5
+
+
+# ---- other devices ----
+
+
+def test_entries_are_ordered_alike_by_either_sort():
+    """A GPU, or an SAE of very many latents, sorts with PyTorch; the CPU with numpy."""
+    flat = torch.randint(LATENTS, (5000,), generator=torch.Generator().manual_seed(0))
+    by_numpy = kernels._order_by_latent(flat, LATENTS)
+    by_torch = kernels._order_by_latent(flat, kernels._NUM_RADIX_KEYS + 1)
+    assert torch.equal(by_numpy, by_torch)
+    assert torch.equal(by_numpy, torch.tensor(sorted(range(5000), key=flat.tolist().__getitem__)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_scaling_on_a_gpu_equals_scaling_on_the_cpu(noisy_world):
+    sae, x, y = noisy_world
+    on_cpu = by_source(sae, x, y)
+    on_gpu = by_source(sae.to("cuda"), x.cuda(), y.cuda())
+    for source, part in on_cpu.items():
+        other = on_gpu[source]
+        assert part["reason"].tolist() == other["reason"].tolist()
+        np.testing.assert_allclose(other["slope"], part["slope"], atol=1e-3)
+        np.testing.assert_allclose(other["scaling"], part["scaling"], rtol=2e-2, atol=2e-2)

@@ -5,7 +5,10 @@ the active latents; reconstructions are judged per dimension, against the spread
 activations in it or, where the mean is far larger, against their root mean square.
 """
 
+import argparse
 import json
+import os
+import pathlib
 import sys
 from typing import NamedTuple
 
@@ -15,14 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from independent import interchange
-from prunelens.activations import Statistics
+from prunelens.activations import Activations, Statistics, capture, statistics
 from prunelens.cli import main
-from prunelens.config import PretrainedSaeConfig
+from prunelens.config import ActivationConfig, PretrainedSaeConfig, SaeConfig
 from prunelens.errors import UserError
+from prunelens.model import load_model
 from prunelens.sae.export import export_format, export_sae
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.sparsify import hookpoint
 from prunelens.sae.topk import TopKSAE
+from prunelens.sae.train import train_sae
 
 # What SAELens says of each SAE that names how to load its model, its own included.
 pytestmark = pytest.mark.filterwarnings("ignore:\\s*This SAE has non-empty model_from_pretrained")
@@ -107,20 +112,25 @@ def latent_scale(z):
     return float(z[z > 0].square().mean().sqrt())
 
 
-def near_ties(world, tolerance):
+def assert_same_latents(z, expected, world, *, ties=range(1)):
+    """`assert_latents`, with the ties of a world's own SAE."""
     w_enc, b_enc, *_ = world.weights
-    x = world.x.double().numpy()
-    found = interchange.near_ties(x, *world.normalisation, w_enc, b_enc, K, tolerance)
-    return torch.from_numpy(found)
+    x, k = world.x.double().numpy(), world.sae.k
+    gaps = interchange.gaps(x, *world.normalisation, w_enc, b_enc, k)
+    assert 0 < int((z > 0).sum()) < len(x) * k  # the ReLU matters too
+    return assert_latents(z, expected, gaps, ties=ties)
 
 
-def assert_same_latents(z, expected, world, *, ties=range(TOKENS // 100 + 1)):
-    """Equal to 1e-5 of the scale on every token whose k-th latent is not nearly tied."""
+def assert_latents(z, expected, gaps, *, ties=range(1)):
+    """Equal to 1e-5 of the scale on every token whose k-th latent is not nearly tied.
+
+    `gaps` tell by how much the k-th pre-activation is ahead of the next, `ties` how many tokens may
+    be nearly tied. Gives the tokens that are not.
+    """
     scale = latent_scale(expected)
-    tied = near_ties(world, 2 * CLOSE * scale)
+    tied = torch.from_numpy(gaps <= 2 * CLOSE * scale)
     assert int(tied.sum()) in ties
     assert float((z - expected)[~tied].abs().max()) <= CLOSE * scale
-    assert 0 < int((z > 0).sum()) < TOKENS * K  # the ReLU matters too
     return ~tied
 
 
@@ -188,6 +198,44 @@ def test_where_latents_are_nearly_tied_either_may_win(library, tmp_path, request
     assert_same_latents(z, expected, world, ties=range(TOKENS // 10, TOKENS))
 
 
+@pytest.fixture(scope="module")
+def real_world(tmp_path_factory):
+    """An SAE that was trained on what the bundled model does, and those activations as captured."""
+    folder = tmp_path_factory.mktemp("real")
+    lm = load_model("bundled")
+    text = pathlib.Path(argparse.__file__).read_text(encoding="utf-8")
+    tokens = torch.tensor(lm.tokenizer(text)["input_ids"][: 32 * 100]).view(32, 100)
+    store, place = folder / "activations.safetensors", {"site": "resid_post", "layer": 2}
+    capture(lm, tokens, store, **place, config=ActivationConfig())
+    raw = Activations(store)
+    normalisation = statistics(raw, num_tokens=raw.num_tokens)
+    config = SaeConfig(expansion=4, k=16, steps=60, batch_tokens=512, learning_rate=2e-3)
+    data = Activations(store, statistics=normalisation)
+    trained = train_sae(data, config, init_seed=0, data_seed=0)
+    assert trained.log[-1].fvu < 0.7 * trained.log[0].fvu
+    trained.sae.save(folder / "own")
+    normalisation.save(folder / "own" / "normalisation.safetensors")
+    (folder / "own" / "place.json").write_text(json.dumps(place), encoding="utf-8")
+    x = raw.raw_rows(torch.arange(raw.num_tokens))
+    return World(folder / "own", trained.sae, *normalisation, x)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_an_sae_trained_on_a_real_model_means_the_same_to_them(
+    library, real_world, tmp_path, request
+):
+    out = tmp_path / "layers.2"
+    export_sae(real_world.folder, out, format=library, model="bundled")
+    ours = loaded(real_world.folder)
+    expected = ours.encode(real_world.x)
+    z, x_rec = theirs(library, out, real_world.x, request)
+    ties = range(len(z) // 200)
+    kept = assert_same_latents(z, expected, real_world, ties=ties)
+    error = (x_rec - ours.decode(expected)) / real_world.sigma
+    print("REAL", int((~kept).sum()), len(z), float(error[kept].abs().max()), float((z-expected)[kept].abs().max())/latent_scale(expected), ((z>0)!=(expected>0)).any(1).sum())
+    assert float(error[kept].abs().max()) <= CLOSE
+
+
 def test_what_saelens_reads_of_an_exported_sae(sae_lens, tmp_path):
     world = own_world(tmp_path / "own", place=("mlp_out", 7))
     told = export_sae(world.folder, tmp_path / "out", format="saelens", model="gpt2")
@@ -233,24 +281,53 @@ def test_exported_files_hold_tensors_and_json_alone(library, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "own"]  # nothing left beside it
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_exported_files_are_on_disk_before_they_get_their_name(library, tmp_path, monkeypatch):
+    """Each file and the folder that lists them, by inode, while `out` is not there."""
+    world, flushed = own_world(tmp_path / "own"), set()
+    real_fsync = os.fsync
+
+    def fsync(handle):
+        assert not (tmp_path / "out").exists()
+        flushed.add(os.fstat(handle).st_ino)
+        real_fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    export_sae(world.folder, tmp_path / "out", format=library)
+    written = [tmp_path / "out", *(tmp_path / "out").iterdir()]
+    assert flushed >= {path.stat().st_ino for path in written}
+
+
 # ---- theirs to ours ----
 
 
+@pytest.fixture
+def seeded():
+    """Their SAEs start at random, from the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.mark.usefixtures("seeded")
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("centred", [True, False])
 def test_an_sae_that_saelens_made(sae_lens, tmp_path, centred, rescale):
     generator = torch.Generator().manual_seed(5)
     metadata = sae_lens.saes.sae.SAEMetadata(hook_name="blocks.3.hook_resid_post")
     options = {"apply_b_dec_to_input": centred, "rescale_acts_by_decoder_norm": rescale}
-    sae = sae_lens.TopKSAE(
-        sae_lens.TopKSAEConfig(d_in=D, d_sae=LATENTS, k=K, metadata=metadata, **options)
-    )
+    config = sae_lens.TopKSAEConfig(d_in=D, d_sae=LATENTS, k=K, metadata=metadata, **options)
+    sae = sae_lens.TopKSAE(config)
     x = disturb(sae, generator)
     sae.save_model(tmp_path / "sae")
     with torch.no_grad():
-        assert_imported(loaded(tmp_path / "sae"), x, sae.encode(x), sae(x))
+        norms = sae.W_dec.norm(dim=1) if rescale else torch.ones(LATENTS)
+        start = sae.b_dec if centred else torch.zeros(D)
+        gaps = gaps_of(x, start, sae.W_enc.T * norms[:, None], sae.b_enc * norms)
+        assert_imported(loaded(tmp_path / "sae"), x, sae.encode(x), sae(x), gaps)
 
 
+@pytest.mark.usefixtures("seeded")
 @pytest.mark.parametrize("multi", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_sae_that_sparsify_made(sparsify, tmp_path, dtype, multi):
@@ -265,7 +342,8 @@ def test_an_sae_that_sparsify_made(sparsify, tmp_path, dtype, multi):
         found = sae.encode(x)
         z = torch.zeros(len(x), LATENTS).scatter(1, found.top_indices, found.top_acts)
         x_rec = sae.decode(found.top_acts, found.top_indices)
-        assert_imported(loaded(tmp_path / "layers.3"), x, z, x_rec)
+        gaps = gaps_of(x, sae.b_dec, sae.encoder.weight, sae.encoder.bias)
+        assert_imported(loaded(tmp_path / "layers.3"), x, z, x_rec, gaps)
         assert torch.equal(sae(x).sae_out, x_rec) != multi  # then its forward takes 4 k latents
 
 
@@ -278,13 +356,15 @@ def disturb(module, generator):
     return 4 + 3 * torch.randn(TOKENS, D, generator=generator)
 
 
-def assert_imported(sae, x, z, x_rec):
+def gaps_of(x, start, w_enc, b_enc):
+    """`interchange.gaps` of their SAE, which takes `start` off its input."""
+    x, start, w_enc, b_enc = (part.double().numpy() for part in (x, start, w_enc, b_enc))
+    return interchange.gaps(x, start, np.ones(D), w_enc, b_enc, K)
+
+
+def assert_imported(sae, x, z, x_rec, gaps):
     ours = sae.encode(x)
-    scale = latent_scale(z)
-    # A token whose k-th latents are nearly tied shows in which latents are active.
-    same = ((ours > 0) == (z > 0)).all(1)
-    assert int((~same).sum()) <= TOKENS // 100
-    assert float((ours - z)[same].abs().max()) <= CLOSE * scale
+    same = assert_latents(ours, z, gaps)
     error = (sae.decode(ours) - x_rec)[same]
     assert float(error.abs().max()) <= CLOSE * float(x_rec.square().mean().sqrt())
     assert (sae.architecture, sae.d_model, sae.num_latents) == ("topk", D, LATENTS)
@@ -413,6 +493,33 @@ def test_where_and_how_to_export_is_checked(tmp_path):
     export_sae(world.folder, tmp_path / "layers.4", format="saelens")  # to SAELens just a name
     (tmp_path / "empty").mkdir()
     assert export_sae(world.folder, tmp_path / "empty", format="sparsify").hook is None
+
+
+@pytest.mark.parametrize(
+    ("site", "fitting", "wrong"),
+    [
+        ("resid_post", ["layers.3", "h.3"], ["layers.3.mlp", "layers.3.attn", "layers.3.other"]),
+        (
+            "mlp_out",
+            ["h.3.mlp", "layers.3.mlp.down_proj", "layers.3.post_feedforward_layernorm"],
+            ["layers.3", "layers.3.self_attn", "h.3.attn", "h.3.attn.c_proj", "layers.4.mlp"],
+        ),
+        (
+            "attn_out",
+            ["layers.3.self_attn", "h.3.attn", "layers.3.self_attn.o_proj", "layers.3.mixer"],
+            ["layers.3", "layers.3.mlp", "h.3.mlp.c_proj", "layers.4.self_attn"],
+        ),
+    ],
+)
+def test_an_export_to_sparsify_is_named_after_its_own_place(site, fitting, wrong, tmp_path):
+    """A module that is not known may be any place within its block."""
+    world = own_world(tmp_path / "own", place=(site, 3))
+    for name in fitting:
+        assert export_sae(world.folder, tmp_path / name, format="sparsify").hook == name
+    for name in wrong:
+        with pytest.raises(UserError, match=rf"out: '{name}' is another place than {site}") as told:
+            export_sae(world.folder, tmp_path / name, format="sparsify")
+        assert "\n" not in str(told.value) and not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from prunelens.analyses.grades import MEASURES
 from prunelens.config import StudyConfig
 from prunelens.errors import UserError
 from prunelens.report.tables import COLUMNS
+from prunelens.study_file import read_study
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -78,7 +79,12 @@ def test_every_measure_is_graded_in_both_worlds_and_in_its_section():
         if line.startswith("| `")
     ]
     assert sorted(in_sections) == sorted(MEASURES)
-    assert "prunelens run selftest" in found["made"]
+
+
+def test_the_grades_are_those_of_the_shipped_self_test():
+    found = blocks(PAGE)
+    assert tool.described(read_study("selftest")) in found["made"]
+    assert not any("misses" in text for text in found.values())
 
 
 def test_links_lead_somewhere():

@@ -1,6 +1,7 @@
 """The planted world is what methods §9 says, and knows what became of every direction."""
 
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,10 @@ import torch
 from scipy.stats import spearmanr
 
 from prunelens import planted
+from prunelens.errors import UserError
 from prunelens.planted import dense_world, pruned_world, world_activations
+from prunelens.study.plan import plan_study
+from prunelens.study_file import read_study
 
 CHOICES = ("independent", "by_rate")
 SEEDS = (0, 1, 2)
@@ -280,3 +284,23 @@ def test_a_split_direction_fires_in_one_half_or_the_other(dense, pruned):
     halves = (cosines > 0.999).sum(0)
     assert halves.sum() == len(fired)  # every firing points along exactly one half
     assert 0.35 < float(halves[0] / len(fired)) < 0.65
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("sae.k", "9999", "sae.k: 9999 is more than the 256 latents"),
+        ("sae.batch_tokens", "999999", "sae.batch_tokens: 999999 is more than"),
+        ("activations.skip_first", "3", "activations.skip_first: 3 means nothing in the planted"),
+        ("activations.storage", "bfloat16", "activations.storage: 'bfloat16' means nothing"),
+        ("models", "[{name: planted, layers: [1]}]", "the planted world has only [0]"),
+        (
+            "prunings",
+            "[{criterion: planted, scope: by_rate, sparsities: [0.5]}]",
+            "0.5 is not the share of directions that the planted world loses; give [0.3]",
+        ),
+    ],
+)
+def test_a_study_of_the_planted_world_refuses_what_means_nothing_there(field, value, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan_study(read_study("selftest", {field: value}))

@@ -355,6 +355,23 @@ def test_untrained_dictionaries_are_warned_of_before_the_claims(made: Page) -> N
     assert all("cosine to the start 0.950 (limit 0.9)" in line for line in warnings)
 
 
+def test_a_warning_has_the_violated_number_alone_and_whom_dense_dictionaries_taint() -> None:
+    """FVU that would still fall, in dictionaries far from their start."""
+    rows = synthetic_tables(STUDY, retention=0.7)["sufficiency"]
+    dense, follower = (rows["method"] == "dense"), rows["run"].str.contains("L6/magnitude.*0.30")
+    refused = (dense & (rows["layer"] == 12)) | follower
+    rows.loc[refused, "fvu_fall_beyond_schedule"] = 0.174
+    rows["trained_enough"] = rows["trained_enough"].where(~refused, False)
+    said = {each.site.layer: each for each in not_enough({"sufficiency": rows})}
+    assert said[6].conditions == ["magnitude-global-0.30"]
+    assert said[6].numbers == "twice the steps lower FVU by 17.4 % (limit 2 %)"
+    assert said[12].conditions == ["dense"]
+    start, taints = said[12].numbers.split(". ")
+    assert start == said[6].numbers
+    assert "Pruned runs are compared with these dense dictionaries" in taints
+    assert "\n" not in said[12].text
+
+
 def test_trained_dictionaries_are_not_warned_of_and_unknown_ones_named(
     tmp_path: pathlib.Path,
 ) -> None:
@@ -365,9 +382,9 @@ def test_trained_dictionaries_are_not_warned_of_and_unknown_ones_named(
     assert "cannot be said" in text
     said = printed(tables, width=1000)
     assert "warning" not in said and "not trained enough" not in said
-    assert "2 runs trained enough: mean cosine to the start 0.500 (limit 0.9)" in said
+    assert "4 runs trained enough: mean cosine to the start 0.500 (limit 0.9)" in said
     assert "twice the steps lower FVU by 1.1 % (limit 2 %)" in said
-    assert "of 8 runs only the distance from the start is known" in said
+    assert "of 6 runs only the distance from the start is known" in said
 
 
 @pytest.mark.parametrize(("retention", "verdict"), [(0.95, False), (0.5, None)])
@@ -419,6 +436,7 @@ def test_identity_stands_beside_the_controls_of_the_same_site() -> None:
         assert len(mine) == 3
         assert made.loc[OTHER, column] == pytest.approx(sum(mine) / 3), column
     assert made.loc[OTHER, ["scaling", "scaling_noise", "scaling_unpaired"]].tolist() == [0.5, 1, 0]
+    assert made.loc[OTHER, "scaling_median"] == pytest.approx(0.45)
     assert made.loc[OTHER, "corrected_warm"] == 0.5
     chance = made["activation_chance"].groupby(made.index.str.contains("/L6/")).unique()
     assert chance[True].tolist() == [0.123] and 0.123 not in chance[False]
@@ -465,6 +483,7 @@ def test_training_curves_are_of_the_runs_that_were_followed() -> None:
         "dense": [60, 125, 250, 500],
         "dense, one seed twice as long": [500, 1000],
         "magnitude-global-0.30": [60, 125, 250, 500],
+        "magnitude-global-0.30, one seed twice as long": [500, 1000],
     }
     assert [level.y for level in distance.levels] == [0.9]
     same, other = survival.points

@@ -92,13 +92,29 @@ def test_persistence_tells_survived_from_destroyed(row, world):
     assert found["num_latents"] > 100
 
 
-def test_the_controlled_measure_follows_firing_rate_only_where_the_truth_does(row):
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", SEPARATES)
+def test_the_measures_that_carry_conclusions_tell_survived_from_destroyed(row, world, name):
+    found = row[world, name]
+    assert found["auc"] >= 0.95
+    assert 0.7 < found["share_defined"] <= 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", FOLLOWS_RATE)
+def test_the_controlled_measures_depend_on_firing_rate_as_the_truth_does(row, world, name):
+    found = row[world, name]
+    assert abs(found["rate_rho"] - found["truth_rho"]) <= 0.1
+    assert found["follows_rate"] is True
+
+
+def test_a_match_of_directions_depends_on_firing_rate_where_the_truth_does_not(row):
     controlled = row["independent", "relative_shuffled"]
-    assert abs(controlled["rate_rho"] - controlled["truth_rho"]) < 0.2
     assert row["by_rate", "relative_shuffled"]["rate_low"] > 0
     paper = row["independent", "shared_init"]  # rises with firing rate where nothing was planted
     assert paper["rate_low"] > 0
     assert paper["rate_rho"] > controlled["rate_rho"]
+    assert paper["follows_rate"] is False
 
 
 def test_a_shared_start_feigns_survival_until_the_saes_have_learnt(finished):
@@ -148,6 +164,7 @@ def test_all_marks_reached_is_exit_code_0(told, out, capsys):
     assert told(out) == 0
     printed = capsys.readouterr()
     assert "MISSED" not in printed.out
+    assert "fined" in printed.out
     assert printed.err == ""
     for measure in MEASURES:
         assert printed.out.count(f"  {measure} ") == len(WORLDS), measure
@@ -214,28 +231,28 @@ def test_what_was_not_held_against_its_mark_does_not_pass(finished):
 def sentence(**numbers):
     """On `cross_init` in both worlds, flawless but for what is given by world."""
     flawless = {"auc": 0.99, "recall": 1.0, "false_survival": 0.0, "bias": 0.0, "truth_rho": 0.0}
-    flawless |= {"bias_rotated": 0.0, "rate_rho": 0.2, "rate_high": 0.3}
+    flawless |= {"bias_rotated": 0.0, "rate_rho": 0.05, "follows_rate": True}
     rows = []
-    for world, low in (("independent", -0.1), ("by_rate", 0.1)):
+    for world in WORLDS:
         row = {"world": world, "measure": "cross_init", "step": float("nan"), "threshold": 0.7}
-        rows.append({**row, **flawless, "rate_low": low, **numbers.get(world, {})})
+        rows.append({**row, **flawless, **numbers.get(world, {})})
     return what_to_believe(pd.DataFrame(rows))["cross_init"]
 
 
 def test_what_to_believe_follows_from_the_numbers():
     assert sentence() == "believe it for which features survive, and for whether rare ones do"
-    astray = sentence(independent={"rate_low": 0.05, "rate_rho": 0.31})
+    astray = sentence(independent={"follows_rate": False, "rate_rho": 0.31})
     assert astray.startswith("believe it for which features survive, not for whether rare ones do")
     assert "0.31 where the truth has 0.00" in astray
-    assert "not for whether rare ones do" in sentence(by_rate={"rate_low": -0.01})
+    assert "not for whether rare ones do" in sentence(by_rate={"follows_rate": False})
     assert "AUC 0.80" in sentence(by_rate={"auc": 0.8})
     assert sentence(by_rate={"auc": 0.8}).startswith("believe its trend over firing rate")
-    both = sentence(independent={"auc": 0.7, "rate_low": 0.05})
+    both = sentence(independent={"auc": 0.7, "follows_rate": False})
     assert both.startswith("do not believe it")
     assert "calls 30% of the destroyed" in sentence(by_rate={"false_survival": 0.3})
     assert "misses 40% of the survived" in sentence(independent={"recall": 0.6})
     assert "-0.20 off" in sentence(independent={"bias": -0.2}, by_rate={"bias": -0.2})
-    undefined = sentence(by_rate={"auc": float("nan"), "rate_low": float("nan")})
+    undefined = sentence(by_rate={"auc": float("nan"), "follows_rate": float("nan")})
     assert undefined.startswith("do not believe it")
 
 

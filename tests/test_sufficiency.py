@@ -162,6 +162,18 @@ def test_reasons_have_the_numbers_and_are_one_line():
     assert "\n" not in warned
 
 
+def test_a_reason_begins_with_what_is_violated_and_brackets_what_is_not():
+    start = "their mean cosine to the start is {} (limit 0.9)".format
+    fall = "twice the steps lower their FVU by {} % (limit 2 %)".format
+    for retention, end, words in (
+        (0.70, 0.20, f"{NOT_ENOUGH}: {fall('20.0')} [within its limit: {start('0.710')}]"),
+        (0.95, 0.248, f"{NOT_ENOUGH}: {start('0.960')} [within its limit: {fall('0.8')}]"),
+        (0.95, 0.20, f"{NOT_ENOUGH}: {start('0.960')}; {fall('20.0')}"),
+        (0.70, 0.248, f"trained enough: {start('0.710')}; {fall('0.8')}"),
+    ):
+        assert sufficiency(curves(retention=retention), doubled(end=end)).reason == words
+
+
 def test_without_a_doubled_training_only_a_warning_is_possible():
     found = sufficiency(curves())
     assert found.trained_enough is None

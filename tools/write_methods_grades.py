@@ -22,6 +22,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from prunelens.analyses.grades import MEASURES, grades
+from prunelens.config import StudyConfig
 from prunelens.errors import UserError
 from prunelens.planted import Choice
 from prunelens.study.matrix import Run
@@ -87,24 +88,29 @@ def read_selftest(folder: pathlib.Path) -> SelfTest:
     path = folder / "tables" / "selftest.csv"
     if not path.is_file():
         raise UserError(
-            f"FOLDER: {str(folder)!r} has no tables/selftest.csv; make it with `prunelens run"
+            f"FOLDER: {str(folder)!r} has no tables/selftest.csv; make it with `prunelens"
             " selftest --out FOLDER`"
         )
     text = (folder / "environment.json").read_text(encoding="utf-8")
     version = json.loads(text)["libraries"]["prunelens"]
     plan, store = open_study(folder)
-    sae, corpus = plan.study.sae, plan.study.corpus
-    made_from = (
-        f"prunelens {version}, study `{plan.study.name}`: {corpus.train_tokens:,} tokens to train"
-        f" on and {corpus.eval_tokens:,} to measure on; expansion {sae.expansion}, k {sae.k},"
-        f" {sae.steps:,} steps of {sae.batch_tokens:,} tokens at a learning rate of"
-        f" {sae.learning_rate:g}; seeds {', '.join(map(str, sae.seeds))}, of which the first"
-        f" {sae.control_seeds} with control SAEs. Made by `prunelens run selftest --out FOLDER`,"
-        " then `python tools/write_methods_grades.py FOLDER`."
-    )
+    made_from = f"prunelens {version}, {described(plan.study)}"
     pruned = [run for run in plan.runs if "grades" in run.stages]
     alone = [_grade_alone(run, store) for run in pruned if store.has(run.stages["grades"])]
     return SelfTest(pd.read_csv(path), pd.DataFrame(alone), made_from)
+
+
+def described(study: StudyConfig) -> str:
+    """The settings of a self-test in a sentence, and the commands that make the grades."""
+    sae, corpus = study.sae, study.corpus
+    return (
+        f"study `{study.name}`: {corpus.train_tokens:,} tokens to train"
+        f" on and {corpus.eval_tokens:,} to measure on; expansion {sae.expansion}, k {sae.k},"
+        f" {sae.steps:,} steps of {sae.batch_tokens:,} tokens at a learning rate of"
+        f" {sae.learning_rate:g}; seeds {', '.join(map(str, sae.seeds))}, of which the first"
+        f" {sae.control_seeds} with control SAEs. Made by `prunelens selftest --out FOLDER`,"
+        " then `python tools/write_methods_grades.py FOLDER`."
+    )
 
 
 def _grade_alone(run: Run, store: Store) -> dict[str, object]:

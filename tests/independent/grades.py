@@ -6,11 +6,15 @@ import numpy as np
 from tests.independent.statistics import auc, spearman
 
 SURVIVED, DESTROYED = {"kept", "rescaled"}, {"removed", "rotated"}
-AMOUNT = {"kept": 1, "rescaled": 1, "split": 0.5, "merged": 0.5, "removed": 0, "rotated": 0}
+AMOUNT_LEFT = {"kept": 1, "rescaled": 1, "split": 0.5, "merged": 0.5, "removed": 0, "rotated": 0}
+AMOUNT_FIRING = {"kept": 1, "rescaled": 1, "split": 0.5, "merged": 0.5, "removed": 0, "rotated": 1}
 
 
-def grade(rows, threshold, *, survived=SURVIVED):
+def grade(rows, threshold, *, rotated_survives=False):
     """Of rows {seed, alive, fate, value, mutual (None: no match), rate, planted (or NaN)}."""
+    survived = {"kept", "rescaled", "rotated"} if rotated_survives else SURVIVED
+    amount = AMOUNT_FIRING if rotated_survives else AMOUNT_LEFT
+    asked = [row for row in rows if row["alive"] and row["fate"] in SURVIVED | DESTROYED]
     known = [row for row in rows if row["alive"] and not math.isnan(row["value"])]
     judged = [row for row in known if row["fate"] in SURVIVED | DESTROYED]
     did = [row["fate"] in survived for row in judged]
@@ -19,6 +23,7 @@ def grade(rows, threshold, *, survived=SURVIVED):
     feigned = sum(s and not d for d, s in zip(did, said, strict=True))
     return {
         "num_latents": len(judged),
+        "share_defined": len(judged) / len(asked) if asked else math.nan,
         "auc": auc(did, [row["value"] for row in judged]) if 0 < sum(did) < len(did) else math.nan,
         "precision": hits / sum(said) if any(said) else math.nan,
         "recall": hits / sum(did) if any(did) else math.nan,
@@ -26,7 +31,7 @@ def grade(rows, threshold, *, survived=SURVIVED):
         "bias": mean_error(known, SURVIVED),
         "bias_rotated": mean_error(known, {"rotated"}),
         "rate_rho": mean_rho(known, lambda row: row["value"]),
-        "truth_rho": mean_rho(known, lambda row: AMOUNT[row["fate"]]),
+        "truth_rho": mean_rho(known, lambda row: amount[row["fate"]]),
     }
 
 
@@ -56,6 +61,13 @@ def nearest_direction(row, directions, sigma):
         if cosine > best[1]:
             best = (index, cosine)
     return best
+
+
+def part_along(later, earlier):
+    """Length of `later`'s shadow on the line of `earlier`, in lengths of `earlier`."""
+    length = math.sqrt(sum(x * x for x in earlier))
+    shadow = sum(x * y for x, y in zip(later, earlier, strict=True)) / length
+    return shadow / length
 
 
 def angle_cosine(a, b):

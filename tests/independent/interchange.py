@@ -1,4 +1,4 @@
-"""Exported SAEs in plain numpy float64: the files as each library defines them, and near-ties."""
+"""Exported SAEs in plain numpy float64: the files as each library defines them, and ties."""
 
 import json
 import pathlib
@@ -37,10 +37,12 @@ def own_forward(x, mean, sigma, w_enc, b_enc, w_dec, b_dec, k):
     return z, sigma * sae.decode(z, w_dec, b_dec) + mean
 
 
-def near_ties(x, mean, sigma, w_enc, b_enc, k, tolerance):
-    """Per token: the k-th and the next latent are so close that rounding may swap them."""
+def gaps(x, mean, sigma, w_enc, b_enc, k):
+    """Per token: how far the k-th largest pre-activation is ahead of the next; rounding may swap
+    the two where that is little. Infinite where the ReLU drops the k-th, so that none is cut off.
+    """
     found = []
     for row in (x - mean) / sigma:
-        pre = sorted((float(w @ row + b) for w, b in zip(w_enc, b_enc, strict=True)), reverse=True)
-        found.append(pre[k - 1] > 0 and pre[k - 1] - pre[k] <= tolerance)
+        pre = np.sort(w_enc @ row + b_enc)[::-1]
+        found.append(pre[k - 1] - pre[k] if pre[k - 1] > 0 else np.inf)
     return np.array(found)

@@ -2,9 +2,9 @@
 
 Pearson correlation of activations over the same tokens, with the rates of methods §6. Decoders are
 not looked at, so neither shared coordinates nor a shared start can make two latents alike; what a
-latent fires on can. A correlation of its own kind of chance remains: of thousands of latents the
-best partner of a rare one correlates a little with it by luck. Series of one side on tokens in
-another order (`noise.other_token`) show how much.
+latent fires on can. Chance of another kind remains: of thousands of latents the best partner of a
+rare one correlates a little with it by luck. The floor that is reported is the `chance` arm:
+untrained SAEs on the same tokens.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def quintiles(fates: pd.DataFrame, taus: Sequence[float]) -> pd.DataFrame:
         survival_rate (of the latents with a value; NaN without any), num_latents (over all seeds).
         survival_rate is a share for an arm, for `persistence` a mean correlation, for `excess_*` a
         mean difference in Fisher z (below 0: harm particular to pruning), for `relative_*` the mean
-        share of what noise leaves, for `scaling` the mean share of the direction that remains.
+        share of what noise leaves, for `scaling` the mean multiple of the direction that is there.
     Source: paper §4.5 and Table 3; methods §7 RQ4.
     """
     return pd.concat([_over_seeds(fates, m) for m in _measures(fates, taus)], ignore_index=True)

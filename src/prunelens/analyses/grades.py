@@ -25,11 +25,11 @@ from prunelens.match import unit_rows
 TAU = 0.7
 AUC_MARK = 0.95
 FALSE_SURVIVAL_MARK = 0.5
-TRUTH = {"kept": 1.0, "rescaled": 1.0, "split": 0.5, "merged": 0.5, "removed": 0.0, "rotated": 0.0}
+RHO_MARK = 0.1  # |rate_rho - truth_rho|; an interval alone gets wider the less is measured
 COLUMNS = [
-    "measure", "step", "threshold", "num_latents", "auc", "precision", "recall", "false_survival",
-    "bias", "bias_rotated", "rate_rho", "rate_low", "rate_high", "truth_rho", "mark", "passed",
-    "reason",
+    "measure", "step", "threshold", "num_latents", "share_defined", "auc", "precision", "recall",
+    "false_survival", "bias", "bias_rotated", "rate_rho", "rate_low", "rate_high", "truth_rho",
+    "follows_rate", "mark", "passed", "reason",
 ]  # fmt: skip
 
 GRADED = (*planted.SURVIVES, *planted.DESTROYED)  # split and merged are neither
@@ -42,8 +42,8 @@ class Measure(NamedTuple):
     threshold: float
     """At or above it the latent counts as survived; a match must be mutual as well."""
     truth: Literal["", "cosine", "scale"] = ""
-    """What it should equal: the cosine between the direction before and after, or that times the
-    factor of its activations; nothing in particular where empty."""
+    """What it should equal: `latent_truth`'s true_cosine or true_scale; nothing in particular where
+    empty."""
     survives: tuple[str, ...] = planted.SURVIVES
     """The fates that it should call survived, against the others of GRADED."""
 
@@ -67,6 +67,12 @@ MEASURES = {
 }
 SEPARATES = ("persistence", "relative_shuffled", "scaling", "activation_cross_init")
 FOLLOWS_RATE = ("relative_shuffled", "scaling")  # only where the truth does: controlled RQ4
+RATE_MARKS: dict[planted.Choice, str] = {
+    "independent": "no effect of firing rate: interval covers 0,"
+    f" rho within {RHO_MARK} of the truth's",
+    "by_rate": "finds the effect of firing rate: interval above 0,"
+    f" rho within {RHO_MARK} of the truth's",
+}
 
 
 def latent_truth(
@@ -82,17 +88,20 @@ def latent_truth(
         decoder, sigma: rows in normalised coordinates, and the deviations of those.
         before, after, truth: the world, dense and pruned.
     Returns: latent, direction, recovered (cosine of the decoder row to that direction), fate,
-        true_cosine (between that direction before and after, normalised coordinates; NaN where it
-        was removed, split or merged) and true_scale (that times the factor of its activations; 0
-        where it was removed).
+        true_cosine (between that direction before and after, both divided by the dense `sigma`,
+        also where the pruned SAE was trained in coordinates of its own; NaN where the direction was
+        removed, split or merged) and true_scale (what scaling measures: the part of the later
+        direction along the earlier one, in lengths of the earlier one, times the factor of its
+        activations; 0 where it was removed, NaN where it was split or merged).
     """
-    planted_rows = unit_rows(before.directions[:, 0] / sigma)
-    later_rows = unit_rows(after.directions[:, 0] / sigma)
-    recovered, nearest = (unit_rows(decoder) @ planted_rows.T).max(1)
+    earlier, later = (world.directions[:, 0] / sigma for world in (before, after))
+    recovered, nearest = (unit_rows(decoder) @ unit_rows(earlier).T).max(1)
     fates = np.array(truth.fates)[nearest.numpy()]
-    cosine = (planted_rows * later_rows).sum(1)[nearest].numpy().astype(float)
-    cosine[~np.isin(fates, ("kept", "rescaled", "rotated"))] = math.nan
-    scale = cosine * after.scales[nearest].numpy()
+    cosines = (unit_rows(earlier) * unit_rows(later)).sum(1)
+    scales = after.scales * (earlier * later).sum(1) / earlier.square().sum(1)
+    cosine, scale = (each[nearest].numpy().astype(float) for each in (cosines, scales))
+    one_direction = np.isin(fates, ("kept", "rescaled", "rotated"))
+    cosine[~one_direction] = scale[~one_direction] = math.nan
     scale[fates == "removed"] = 0.0
     columns = {"direction": nearest.numpy(), "recovered": recovered.numpy(), "fate": fates}
     table = pd.DataFrame({**columns, "true_cosine": cosine, "true_scale": scale})
@@ -107,13 +116,17 @@ def grades(fates: pd.DataFrame, *, choice: planted.Choice, seed: int = 0) -> pd.
             columns.
         choice: what the planted fates depend on.
         seed: of the bootstrap.
-    Returns: `auc`, `precision`, `recall` of survived (kept, rescaled) against destroyed (removed,
+    Returns: `share_defined`: share of the alive latents with a fate of GRADED, over all seeds, for
+        which the measure has a value (the others count nowhere else); `auc`, `precision`, `recall` of survived (kept, rescaled) against destroyed (removed,
         rotated) alive latents with a value (for matching by activation, which does not look at
         directions, rotated ones survived); `false_survival`: share of the destroyed ones that
         the measure calls survived; `bias`: mean of measure minus truth over survived ones,
         `bias_rotated` over rotated ones; `rate_rho` with a 95 % interval (bootstrap of seeds, and
         latents within each): rank correlation with firing rate over all of them, split and merged
-        ones included; `truth_rho`: that of the truth itself. `passed` is NaN without a mark.
+        ones included; `truth_rho`: that of the truth itself (1 for what the measure is to call
+        survived, 0.5 for split and merged, 0 otherwise); `follows_rate`: whether the former is
+        shown to be that of the truth, by the rule of RATE_MARKS (False where it is undefined).
+        `passed` is NaN without a mark.
     """
     values = latent_measures(fates)
     alive = fates["alive"].to_numpy()
@@ -124,7 +137,9 @@ def grades(fates: pd.DataFrame, *, choice: planted.Choice, seed: int = 0) -> pd.
             row: dict[str, Any] = {"measure": name, "threshold": measure.threshold}
             row |= _separation(fates, value, values[name].mutual, measure)
             row |= _bias(fates, value, measure)
-            row |= _rate(fates, value, fates[values[name].rate].to_numpy(dtype=float), seed)
+            truth = _amounts(fates["fate"], measure)
+            row |= _rate(fates, value, truth, fates[values[name].rate].to_numpy(dtype=float), seed)
+            row["follows_rate"] = _follows_rate(row, choice)
             rows.append(row | _judged(name, row, choice))
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
@@ -144,7 +159,7 @@ def undertrained_grades(matches: pd.DataFrame) -> pd.DataFrame:
         row |= {"num_latents": len(part), "false_survival": float(survived)}
         if step == matches["step"].min():
             mark = f"false survival of hardly trained SAEs >= {FALSE_SURVIVAL_MARK}"
-            row |= {"mark": mark, "passed": bool(survived >= FALSE_SURVIVAL_MARK)}
+            row |= _verdict({mark: bool(survived >= FALSE_SURVIVAL_MARK)})
         rows.append(row)
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
@@ -159,8 +174,10 @@ def _separation(
     if mutual is not None:
         said &= mutual
     graded = survived | destroyed
+    alive = fates["alive"].to_numpy(dtype=bool) & fates["fate"].isin(GRADED).to_numpy()
     return {
         "num_latents": int(graded.sum()),
+        "share_defined": _share(graded, alive),
         "auc": _auc(value[survived], value[destroyed]),
         "precision": _share(survived, said & graded),
         "recall": _share(said, survived),
@@ -184,8 +201,15 @@ def _of(fates: pd.DataFrame, values: np.ndarray, which: Sequence[str]) -> np.nda
     return chosen[~np.isnan(chosen)]
 
 
-def _rate(fates: pd.DataFrame, value: np.ndarray, rate: np.ndarray, seed: int) -> dict[str, float]:
-    truth = fates["fate"].map(TRUTH).to_numpy(dtype=float)
+def _amounts(fates: pd.Series, measure: Measure) -> np.ndarray:
+    """How much of every latent's feature is left, of what this measure looks at."""
+    neither = ~fates.isin(GRADED)
+    return np.select([fates.isin(measure.survives), neither], [1.0, 0.5], default=0.0)
+
+
+def _rate(
+    fates: pd.DataFrame, value: np.ndarray, truth: np.ndarray, rate: np.ndarray, seed: int
+) -> dict[str, float]:
     samples = []
     for each in fates["seed"].unique():
         rows = (fates["seed"] == each).to_numpy() & (rate > 0) & ~np.isnan(value)
@@ -204,18 +228,26 @@ def _rate(fates: pd.DataFrame, value: np.ndarray, rate: np.ndarray, seed: int) -
     }
 
 
+def _follows_rate(row: dict[str, Any], choice: planted.Choice) -> bool:
+    """No effect of firing rate where none was planted, and the planted one where there is one."""
+    near = abs(row["rate_rho"] - row["truth_rho"]) <= RHO_MARK
+    if choice == "independent":
+        return bool(near and row["rate_low"] <= 0 <= row["rate_high"])
+    return bool(near and row["rate_low"] > 0)
+
+
 def _judged(name: str, row: dict[str, Any], choice: planted.Choice) -> dict[str, str | bool]:
     """The marks of a measure, and which it missed; nothing where it has none."""
-    low, high = row["rate_low"], row["rate_high"]
     marks: dict[str, bool] = {}
     if name in SEPARATES:
         marks[f"AUC >= {AUC_MARK}"] = row["auc"] >= AUC_MARK
-    if name in FOLLOWS_RATE and choice == "independent":
-        marks["no effect of firing rate: interval covers 0"] = low <= 0 <= high
-    if name in FOLLOWS_RATE and choice == "by_rate":
-        marks["finds the effect of firing rate: interval above 0"] = low > 0
-    if not marks:
-        return {}
+    if name in FOLLOWS_RATE:
+        marks[RATE_MARKS[choice]] = row["follows_rate"]
+    return _verdict(marks) if marks else {}
+
+
+def _verdict(marks: dict[str, bool]) -> dict[str, str | bool]:
+    """Of marks, and whether each was reached."""
     missed = [mark for mark, reached in marks.items() if not reached]
     reason = f"misses: {'; '.join(missed)}" if missed else ""
     return {"mark": "; ".join(marks), "passed": not missed, "reason": reason}

@@ -42,7 +42,7 @@ def latent_measures(fates: pd.DataFrame) -> dict[str, LatentMeasure]:
     share of the direction inside the span of its nearest rows. persistence: correlation of the
     dense SAE's activations before and after; persistence_jaccard: overlap of where it fires;
     excess_<noise>: Fisher z of the former minus that of noise; relative_<noise>: the former as a
-    share of what noise of equal size leaves. scaling: share of its direction that is still there.
+    share of what noise of equal size leaves. scaling: multiple of its direction that is there.
     """
     found = {}
     for arm in ARMS:

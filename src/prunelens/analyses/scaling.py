@@ -4,17 +4,22 @@ Where a dense latent fires on dense activations, its direction carries so much; 
 token it carries a multiple of that. The multiple is found by regression, so nothing is encoded
 after pruning: a feature that is there at half its size, below the SAE's threshold, counts as half,
 where persistence sees it fall silent.
+
+It is a multiple and not a share: a gain common to all activations, which says nothing about any one
+feature, raises every latent's scaling alike, above 1 where nothing survived better than before.
+What tells latents apart is their scaling next to the median of the same activations.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prunelens.analyses.noise import isotropic_noise_like, other_token
@@ -25,8 +30,9 @@ from prunelens.sae.topk import TopKSAE
 SOURCES = ("dense", "pruned", "noise_isotropic", "unpaired")
 SMALLEST_DENSE_SLOPE = 0.1  # below it, the ratio divides by noise
 SMALLEST_VARIANCE = 1e-10  # of the mean square; below it, float32 activations vary by rounding
-JOINT_STEPS = 20  # of conjugate gradients at most
+JOINT_STEPS = 100  # of conjugate gradients at most
 JOINT_RESIDUAL = 1e-3  # relative, at which they stop
+JOINT_ROUNDING = 1e-6  # relative to what the latents add; a residual below it is float32's own
 NUM_GROUPS = 20  # of consecutive tokens, left out in turn for the standard error
 
 
@@ -56,6 +62,7 @@ def latent_scaling(
     `scaling` is free of it: all c are fitted together, min over c of the sum over tokens of
     |y - mean - sum_j c_j (z_j - mean) d_j|^2, by conjugate gradients from all ones, so that where
     latents cannot be told apart the answer is the least change; over the same of `dense`.
+    Both are multiples: if y is g times the dense activations, both are g for every latent.
 
     Args:
         sae: trained on dense activations; rows of its decoder need not have unit norm.
@@ -65,8 +72,9 @@ def latent_scaling(
     Returns: one row per source and latent: source, latent, dense_firings, slope, scaling (1 as
         before, 0 gone, above 1 larger, below 0 turned round), alone (slope over the slope of
         `dense`), standard_error (of alone: jackknife over 20 groups of consecutive tokens; NaN
-        where all firings lie in one), reason. All are NaN with fewer than 10 dense firings, scaling
-        and alone where the dense slope is below 0.1; `reason` says which.
+        where all firings lie in one), reason. All are NaN with fewer than 10 dense firings or
+        without a slope; scaling where the joint fit is unsolved or gives `dense` less than 0.1,
+        alone and its error where the dense slope is below 0.1. `reason` says which.
     """
     assert len(tokens) > 1, "a single token has no other to be paired with"
     generator = torch.Generator().manual_seed(seed)
@@ -94,18 +102,24 @@ def latent_scaling(
 def scaling_summary(latents: pd.DataFrame) -> pd.DataFrame:
     """One row per source from the per-latent table, over the latents whose scaling is defined.
 
-    Returns: columns source, mean_scaling, median_scaling, share_above_0.5, num_undefined.
+    Scaling is a multiple, so its mean and median count a gain common to all activations as if every
+    feature had grown. The share is free of that: of latents above half of their source's median.
+
+    Returns: columns source, mean_scaling, median_scaling, share_above_half_median (NaN where the
+        median is not positive; near 0, as for `unpaired`, it says little), num_undefined.
     """
     rows = []
     for source in SOURCES:
         scaling = latents.loc[latents["source"] == source, "scaling"]
         known = scaling.dropna()
+        median = known.median()
+        above = (known > median / 2).mean() if median > 0 else np.nan
         rows.append(
             {
                 "source": source,
                 "mean_scaling": known.mean(),
-                "median_scaling": known.median(),
-                "share_above_0.5": (known > 0.5).mean(),
+                "median_scaling": median,
+                "share_above_half_median": above,
                 "num_undefined": len(scaling) - len(known),
             }
         )
@@ -180,33 +194,44 @@ def _slopes(
     return torch.where(varies, 1 + covariance / variance, torch.nan)
 
 
+class _Joint(NamedTuple):
+    """The regression on all latents together."""
+
+    scales: Float[Tensor, "sources latents"]
+    """Latents without a slope of their own stay at 1."""
+    solved: Bool[Tensor, " sources"]
+
+
 def _joint(
     whole: _Moments,
     kept: list[SparseLatents],
     rows: Float[Tensor, "latents d_model"],
     directions: Float[Tensor, "latents d_model"],
-) -> Float[Tensor, "sources latents"]:
-    """The regression on all latents together; latents without a slope of their own stay at 1.
+) -> _Joint:
+    """Conjugate gradients, preconditioned by each latent's own variance.
 
-    Conjugate gradients, preconditioned by each latent's own variance: with Q the normal matrix and
-    M its diagonal, M^-1 Q c is the slope of every latent in the reconstruction from c * z, less 1,
-    and is self-adjoint in the inner product that M weighs.
+    With Q the normal matrix and M its diagonal, M^-1 Q c is the slope of every latent in the
+    reconstruction from c * z, less 1, and is self-adjoint in the inner product that M weighs.
     """
     precise = directions.double().cpu()
     change = (_slopes(whole, precise) - 1).nan_to_num(0)  # M^-1 times the residual at all ones
     weight = (whole.zz - whole.z.square() / whole.num_tokens) * rows.double().cpu().square().sum(1)
-    joint, residual, step = torch.ones_like(change), change, change
-    size = start = (weight * residual.square()).sum(1, keepdim=True)
+    scales, residual, step = torch.ones_like(change), change, change
+    size = (weight * residual.square()).sum(1, keepdim=True)
+    enough = (JOINT_RESIDUAL**2 * size).clamp_min(JOINT_ROUNDING**2 * float(weight.sum()))
+    solved = size <= enough
     for _ in range(JOINT_STEPS):
-        if bool((size <= JOINT_RESIDUAL**2 * start).all()):
+        if bool(solved.all()):
             break
         answer = (_slopes(_rebuilt(step, kept, rows, directions), precise) - 1).nan_to_num(0)
-        length = size / (weight * step * answer).sum(1, keepdim=True)
-        length = length.nan_to_num(0)  # 0 / 0: this source is already solved
-        joint, residual = joint + length * step, residual - length * answer
+        curvature = (weight * step * answer).sum(1, keepdim=True)
+        # A source stands still once it is solved; so does one that rounding lets go no further.
+        length = torch.where(solved | (curvature <= 0), 0.0, size / curvature)
+        scales, residual = scales + length * step, residual - length * answer
         before, size = size, (weight * residual.square()).sum(1, keepdim=True)
-        step = residual + (size / before).nan_to_num(0) * step
-    return joint
+        step = residual + torch.where(solved, 0.0, size / before) * step
+        solved = size <= enough
+    return _Joint(scales, solved.squeeze(1))
 
 
 def _rebuilt(
@@ -231,52 +256,64 @@ def _rebuilt(
 def _table(
     groups: list[_Moments],
     directions: Float[Tensor, "latents d_model"],
-    joint: Float[Tensor, "sources latents"],
+    joint: _Joint,
 ) -> pd.DataFrame:
     directions = directions.double().cpu()
     whole = _total(groups)
     slopes = _slopes(whole, directions)
     errors = _standard_errors(groups, directions)
     fires_enough = whole.firings >= FEWEST_FIRINGS
-    defined = fires_enough & (slopes[0] >= SMALLEST_DENSE_SLOPE)
+    alone_defined = fires_enough & (slopes[0] >= SMALLEST_DENSE_SLOPE)
+    scaling_defined = (
+        fires_enough & slopes[0].isfinite() & (joint.scales[0] >= SMALLEST_DENSE_SLOPE)
+    )
     parts = []
-    for source, slope, together, error in zip(SOURCES, slopes, joint, errors, strict=True):
+    for number, source in enumerate(SOURCES):
+        slope, solved = slopes[number], joint.solved[0] & joint.solved[number]
+        scaling = joint.scales[number] / joint.scales[0]
         columns = {
             "latent": np.arange(len(slope)),
             "dense_firings": whole.firings.long().numpy(),
             "slope": slope.where(fires_enough, torch.nan).numpy(),
-            "scaling": (together / joint[0]).where(defined, torch.nan).numpy(),
-            "alone": (slope / slopes[0]).where(defined, torch.nan).numpy(),
-            "standard_error": error.where(defined, torch.nan).numpy(),
-            "reason": _reasons(whole.firings, slopes[0]),
+            "scaling": scaling.where(scaling_defined & solved, torch.nan).numpy(),
+            "alone": (slope / slopes[0]).where(alone_defined, torch.nan).numpy(),
+            "standard_error": errors[number].where(alone_defined, torch.nan).numpy(),
+            "reason": _reasons(whole.firings, slopes[0], joint.scales[0], bool(solved)),
         }
         parts.append(pd.DataFrame({"source": source, **columns}))
     return pd.concat(parts, ignore_index=True)
 
 
 def _reasons(
-    firings: Float[Tensor, " latents"], dense_slope: Float[Tensor, " latents"]
-) -> np.ndarray:
-    """Why a latent has no scaling; empty where it has."""
-    return np.select(
-        [
-            (firings < FEWEST_FIRINGS).numpy(),
-            dense_slope.isnan().numpy(),
-            (dense_slope < SMALLEST_DENSE_SLOPE).numpy(),
-        ],
-        [
-            f"fewer than {FEWEST_FIRINGS} dense firings",
-            "its dense activation never varies, or its decoder row is zero",
-            f"its slope on dense activations is below {SMALLEST_DENSE_SLOPE}",
-        ],
-        default="",
-    )
+    firings: Float[Tensor, " latents"],
+    dense_slope: Float[Tensor, " latents"],
+    dense_scale: Float[Tensor, " latents"],
+    solved: bool,
+) -> list[str]:
+    """Why a latent has no scaling, or none alone; empty where it has both."""
+
+    def reason(fires: float, slope: float, scale: float) -> str:
+        if fires < FEWEST_FIRINGS:
+            return f"fewer than {FEWEST_FIRINGS} dense firings"
+        if math.isnan(slope):
+            return "its dense activation never varies, or its decoder row is zero"
+        found = []
+        if not solved:
+            found.append(f"scaling: the joint fit is unsolved after {JOINT_STEPS} steps")
+        elif scale < SMALLEST_DENSE_SLOPE:
+            found.append(f"scaling: its joint fit to dense is below {SMALLEST_DENSE_SLOPE}")
+        if slope < SMALLEST_DENSE_SLOPE:
+            found.append(f"alone: its slope on dense is below {SMALLEST_DENSE_SLOPE}")
+        return "; ".join(found)
+
+    numbers = (column.tolist() for column in (firings, dense_slope, dense_scale))
+    return [reason(*each) for each in zip(*numbers, strict=True)]
 
 
 def _standard_errors(
     groups: list[_Moments], directions: Float[Tensor, "latents d_model"]
 ) -> Float[Tensor, "sources latents"]:
-    """Of scaling, by leaving out one group of consecutive tokens at a time.
+    """Of `alone`, by leaving out one group of consecutive tokens at a time.
 
     Neighbouring tokens are not independent and firing ones vary more than others; neither is
     assumed. NaN where a latent fires in one group alone.

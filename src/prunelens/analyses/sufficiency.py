@@ -34,10 +34,10 @@ class Sufficiency(NamedTuple):
     mean_init_retention: float
     """Cosine to the start at the end: mean over latents, the largest over seeds."""
     fvu_fall: float
-    """1 - fvu(end) / fvu(last checkpoint before it), the largest over seeds."""
+    """1 - fvu(end) / fvu(last checkpoint before it), the largest over seeds. Shown, not judged."""
     fvu_fall_schedule: float
     """1 - fvu(end) / fvu(same step of the doubled training); below 0: coming down cost more
-    progress than it gave. NaN without a doubled training."""
+    progress than it gave. Shown, not judged. NaN without a doubled training."""
     fvu_fall_beyond_schedule: float
     """1 - fvu(end of the doubled training) / fvu(end). NaN without a doubled training."""
     trained_enough: bool | None
@@ -49,13 +49,17 @@ class Sufficiency(NamedTuple):
 def sufficiency(curves: pd.DataFrame, doubled: pd.DataFrame | None = None) -> Sufficiency:
     """The verdict on the SAEs of one run.
 
-    FVU falls towards the end of any training, because its rate comes down. What that explains is
-    seen at an equal number of steps: halfway, the doubled training has taken as many steps as ours
-    at its end, from the same start through the same tokens, but its rate has not come down
-    (`fvu_fall_schedule`). At its end it has, so between the two ends the schedule is the same and
-    what is left is what more steps add (`fvu_fall_beyond_schedule`). They are not trained enough
-    if their mean cosine to the start is above RETENTION_LIMIT or what more steps add is above
-    FALL_LIMIT. Each sees what the other cannot: at a very small rate twice the steps change little.
+    They are not trained enough if their mean cosine to the start is above RETENTION_LIMIT, or if
+    twice the steps lower FVU by more than FALL_LIMIT (`fvu_fall_beyond_schedule`). Each sees what
+    the other cannot: at a very small rate twice the steps change little.
+
+    The plain fall from the last checkpoint to the end (`fvu_fall`) is not judged, for it is large
+    in a training that is long enough too: its rate comes down there. To take that part away one
+    would have to know it, and `fvu_fall_schedule` is only near it: halfway, the doubled training
+    has taken as many steps as ours at its end, from the same start through the same tokens, but
+    its rate is still high, and it has restarted dead latents where ours had ceased to. Between the
+    two ends nothing need be taken away: at both the rate has come down and restarts have long
+    ceased, so that what is left is what more steps add.
 
     Args:
         curves: of the run's SAEs, all at the same steps.
@@ -152,9 +156,7 @@ def _reason(found: Sufficiency, *, has_checkpoint: bool, has_doubled: bool) -> s
         False: NOT_ENOUGH,
         None: "only the distance from the start was looked at",
     }[found.trained_enough]
-    cosine = f"{found.mean_init_retention:.3f} (limit {RETENTION_LIMIT})"
-    parts = [f"their mean cosine to the start is {cosine}"]
-    expected = {}
+    parts, expected = [_judged_numbers(found)], {}
     if has_checkpoint:
         expected["fvu_fall"] = found.fvu_fall
     else:
@@ -164,12 +166,25 @@ def _reason(found: Sufficiency, *, has_checkpoint: bool, has_doubled: bool) -> s
         expected["fvu_fall_beyond_schedule"] = found.fvu_fall_beyond_schedule
     else:
         parts.append("no training twice as long belongs to them")
-    if not math.isnan(found.fvu_fall_beyond_schedule):
-        fall = f"{100 * found.fvu_fall_beyond_schedule:.1f} % (limit {100 * FALL_LIMIT:g} %)"
-        parts.append(f"twice the steps lower their FVU by {fall}")
     if undefined := [name for name, value in expected.items() if math.isnan(value)]:
         parts.append(f"undefined, for want of an FVU above 0 to compare: {', '.join(undefined)}")
     return f"{head}: {'; '.join(parts)}"
+
+
+def _judged_numbers(found: Sufficiency) -> str:
+    """What is above its limit; what is not follows in brackets, or stands alone."""
+    beyond = found.fvu_fall_beyond_schedule
+    cosine = f"{found.mean_init_retention:.3f} (limit {RETENTION_LIMIT})"
+    fall = f"{100 * beyond:.1f} % (limit {100 * FALL_LIMIT:g} %)"
+    judged = [
+        (f"their mean cosine to the start is {cosine}", found.mean_init_retention, RETENTION_LIMIT),
+        (f"twice the steps lower their FVU by {fall}", beyond, FALL_LIMIT),
+    ]
+    above = "; ".join(words for words, value, limit in judged if value > limit)
+    within = "; ".join(words for words, value, limit in judged if value <= limit)  # nor NaN
+    if above and within:
+        return f"{above} [within its limit: {within}]"
+    return above or within
 
 
 def _common_steps(conditions: Mapping[str, Mapping[int, Mapping[int, Tensor]]]) -> list[int]:

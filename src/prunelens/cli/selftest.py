@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DEFAULT_OUT = pathlib.Path("runs/selftest")
 WIDE = 140  # letters; a narrower terminal wraps lines, which reads better than cells cut short
 NUMBERS = {  # heading -> column
+    "de-\nfined": "share_defined",
     "AUC": "auc",
     "prec.": "precision",
     "recall": "recall",
@@ -72,8 +73,9 @@ def _show(found: SelfTest, believe: dict[str, str]) -> None:
     marked = found.grades["mark"] != ""
     reached = found.grades["passed"].eq(True)
     for line in (
-        "bias: measure minus the planted cosine (scaling: minus cosine times factor). rho: rank"
-        " correlation with firing rate; true rho: that of the fates.",
+        "defined: share of the living latents that were kept, rescaled, removed or rotated for"
+        " which the measure has a value. bias: measure minus the planted cosine (scaling: minus the"
+        " planted scale). rho: rank correlation with firing rate; true rho: that of the fates.",
         f"{reached.sum()} of {marked.sum()} marked rows pass; {(~marked).sum()} rows (-) have no"
         " mark: their numbers say how far to trust them.",
     ):

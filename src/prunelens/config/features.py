@@ -76,7 +76,8 @@ class SufficiencyConfig(Frozen):
     """Shares of the training after which SAEs are judged, beside its end; rising, inside (0, 1)."""
     condition: str | None = None
     """The pruned condition by label whose SAEs are followed beside the dense ones; null: the
-    first."""
+    first. Which SAEs are followed is part of their identity: name the condition where others may be
+    put before it."""
 
     @field_validator("checkpoints")
     @classmethod

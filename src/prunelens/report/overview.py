@@ -84,6 +84,7 @@ def _identity(tables: Tables) -> pd.DataFrame:
         made[f"activation_{arm}"] = _of_dense(made, rates, "mnn", arm)
     for source, name in (("pruned", ""), ("noise_isotropic", "_noise"), ("unpaired", "_unpaired")):
         made[f"scaling{name}"] = _of_run(made, scaling, "mean_scaling", source=source)
+    made["scaling_median"] = _of_run(made, scaling, "median_scaling", source="pruned")
     for arm in ("shared_init", "cross_init"):
         made[f"subspace_{arm}"] = _of_run(made, spans, "overlap", arm=arm)
     for arm in ("ceiling_cross", "floor_shared", "chance"):
@@ -157,8 +158,9 @@ def _training(verdicts: pd.DataFrame) -> pd.DataFrame:
 def _selftest(grades: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """One table per planted world, one row per measure; and what comes before training's end."""
     end, early = grades[grades["step"].isna()], grades[grades["step"].notna()]
-    names = ["measure", "auc", "precision", "recall", "false_survival", "bias", "bias_rotated"]
-    names += ["rate_rho", "rate_low", "rate_high", "truth_rho", "mark"]
+    names = ["measure", "share_defined", "auc", "precision", "recall", "false_survival"]
+    names += ["bias", "bias_rotated", "rate_rho", "rate_low", "rate_high", "truth_rho"]
+    names += ["mark"]
     found = {}
     for world, part in end.groupby(world_of(end["run"]), sort=False):
         made = part[names].reset_index(drop=True)

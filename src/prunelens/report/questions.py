@@ -62,10 +62,14 @@ QUESTIONS = (
         "Nearly every latent is alive at the end of training. That says nothing about how far"
         " latents have come.",
         f"The mean cosine of latents to their start: above {RETENTION_LIMIT} they hardly left it."
-        " And what twice the steps would change, from one SAE trained twice as long: an FVU that"
-        f" falls by more than {100 * FALL_LIMIT:g} % between the two ends was not settled. Between"
-        " the middle of the longer training and the end of ours the steps are equal, so that fall"
-        " is the learning rate's alone.",
+        " And what twice the steps change, from one seed of the dense and of the followed condition"
+        f" trained twice as long: an FVU that falls by more than {100 * FALL_LIMIT:g} % between the"
+        " two ends (fvu_fall_beyond_schedule) was not settled. At both ends the learning rate has"
+        " come down. That replaces the fall from the last checkpoint to the end (fvu_fall), which"
+        " is shown but not judged: the learning rate coming down there makes it large in a training"
+        " that is long enough too. fvu_fall_schedule compares the two trainings at equal steps, the"
+        " end of ours: there they differ in the learning rate, and in that the longer one still"
+        " restarted dead latents where ours no longer did.",
         figures=("fig7_training",),
         tables=("training by run",),
         more=("training_curves", "survival_by_step"),
@@ -103,9 +107,11 @@ QUESTIONS = (
         "A direction that is found again need not mean that the feature is, nor the reverse.",
         "Decoder directions alone: the mutual nearest neighbour at a cosine of 0.7.",
         "By activations: do two latents fire alike on the same tokens, wherever they point? A"
-        " rotated feature counts as the same here. Latent scaling: which share of a dense direction"
-        " do pruned activations still hold, by regression on paired tokens; 1 is expected of noise"
-        " of equal size, 0 of unpaired tokens. Subspace overlap: does the direction lie in the span"
+        " rotated feature counts as the same here. Latent scaling: how many times its own size is"
+        " a dense direction in pruned activations, by regression on paired tokens? A multiple of"
+        " the direction, not a share: a gain common to all activations raises every latent's, so"
+        " read one latent's beside the run's median. 1 is expected of noise of equal size, 0 of"
+        " unpaired tokens. Subspace overlap: does the direction lie in the span"
         " of its four nearest in the pruned SAE, as that of a split feature would? Among many"
         " directions chance alone finds much of it there. Warm start: the dense SAE trained on with"
         " pruned activations, between the same on dense ones and on a rotated space.",

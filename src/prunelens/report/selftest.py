@@ -148,7 +148,7 @@ def _without_mark(marked: pd.DataFrame) -> list[str]:
 def _sentence(rows: pd.DataFrame) -> str:
     """From one measure's rows, one per world: what to believe, and where it is off."""
     separates = bool((rows["auc"] >= AUC_MARK).all())
-    follows = rows.apply(_follows_rate, axis=1)
+    follows = rows["follows_rate"].eq(True)
     told = [] if separates else [f"AUC {rows['auc'].min():.2f}"]
     told += _threshold_mistakes(rows)
     for row in rows[~follows].itertuples():
@@ -161,13 +161,6 @@ def _sentence(rows: pd.DataFrame) -> str:
     if MEASURES[rows["measure"].iloc[0]].survives != planted.SURVIVES:
         told.append("a rotated direction that fires where it did has survived for it")
     return BELIEVE[separates, bool(follows.all())] + (f" ({'; '.join(told)})" if told else "")
-
-
-def _follows_rate(row: pd.Series) -> bool:
-    """No effect of firing rate where none was planted, and the planted one where there is one."""
-    if row["world"] == "independent":
-        return bool(row["rate_low"] <= 0 <= row["rate_high"])
-    return bool(row["rate_low"] > 0)
 
 
 def _threshold_mistakes(rows: pd.DataFrame) -> list[str]:

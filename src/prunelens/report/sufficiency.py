@@ -10,6 +10,7 @@ from prunelens.analyses.sufficiency import FALL_LIMIT, NOT_ENOUGH, RETENTION_LIM
 from prunelens.report.panels.panel import Site, Tables
 from prunelens.report.published import condition_of
 
+TAINTS = "Pruned runs are compared with these dense dictionaries, so this taints every one of them."
 RUN = ["run", "model", "layer", "method", "sparsity"]
 VERDICTS = {True: "trained enough", False: "not trained enough", None: "cannot be said"}
 
@@ -21,7 +22,7 @@ class NotEnough(NamedTuple):
     conditions: list[str]
     """The conditions that this is known of, as in run names."""
     numbers: str
-    """What says so."""
+    """What says so, and what follows if the dense dictionaries are among them."""
 
     @property
     def text(self) -> str:
@@ -58,7 +59,10 @@ def not_enough(tables: Tables) -> list[NotEnough]:
     found = []
     for (model, layer), part in rows[_judged(rows, False)].groupby(["model", "layer"], sort=False):
         conditions = [str(name) for name in condition_of(part["run"])]
-        found.append(NotEnough(Site(str(model), int(layer)), conditions, _numbers(part)))
+        numbers = _numbers(part, above=True)
+        if part["method"].eq("dense").any():
+            numbers = f"{numbers}. {TAINTS}"
+        found.append(NotEnough(Site(str(model), int(layer)), conditions, numbers))
     return found
 
 
@@ -97,11 +101,17 @@ def _runs(rows: pd.DataFrame) -> str:
     return f"{len(rows)} {'run' if len(rows) == 1 else 'runs'}"
 
 
-def _numbers(rows: pd.DataFrame) -> str:
-    """Smallest and largest of the runs beside the limits."""
-    cosine = _range([f"{value:.3f}" for value in sorted(rows["mean_init_retention"])])
-    parts = [f"mean cosine to the start {cosine} (limit {RETENTION_LIMIT})"]
+def _numbers(rows: pd.DataFrame, *, above: bool = False) -> str:
+    """Smallest and largest of the runs beside the limits; `above`: of what is above its limit."""
+    cosines = sorted(rows["mean_init_retention"].dropna())
     falls = sorted(rows["fvu_fall_beyond_schedule"].dropna())
+    if above:
+        cosines = [value for value in cosines if value > RETENTION_LIMIT]
+        falls = [value for value in falls if value > FALL_LIMIT]
+    parts = []
+    if cosines:
+        cosine = _range([f"{value:.3f}" for value in cosines])
+        parts.append(f"mean cosine to the start {cosine} (limit {RETENTION_LIMIT})")
     if falls:
         fall = _range([f"{100 * value:.1f}" for value in falls])
         parts.append(f"twice the steps lower FVU by {fall} % (limit {100 * FALL_LIMIT:g} %)")

@@ -43,7 +43,7 @@ COLUMNS = {
         "greedy", "one_way_reverse",
     ],
     "scaling": [
-        *_CONDITION, "seed", "source", "mean_scaling", "median_scaling", "share_above_0.5",
+        *_CONDITION, "seed", "source", "mean_scaling", "median_scaling", "share_above_half_median",
         "num_undefined",
     ],
     "subspace": [*_CONDITION, "arm", "init_a", "order_a", "init_b", "order_b", "overlap"],

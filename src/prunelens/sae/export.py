@@ -9,6 +9,7 @@ rescaled by that norm.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import tempfile
 from typing import Any, Literal, NamedTuple, get_args
@@ -62,14 +63,14 @@ def export_sae(
     """Write an SAE of ours so that SAELens (`SAE.load_from_disk`) or sparsify
     (`Sae.load_from_disk`) loads it and computes the same from raw activations.
 
-    The files are safetensors and JSON. They are written beside `out` and renamed, so `out` is whole
-    or not there.
+    The files are safetensors and JSON. They are written beside `out`, flushed to disk and renamed,
+    so `out` is whole or not there.
 
     Args:
         folder: an SAE with its normalisation: one that a study made (`folder` in
             `tables/sae_training.csv`).
-        out: a new folder. sparsify reads an SAE's place off its name: call it as the module,
-            `layers.3` for block 3 of a Llama.
+        out: a new folder. sparsify reads an SAE's place off its name: call it as the module whose
+            output is the site, `layers.3` or `layers.3.mlp` for block 3 of a Llama.
         format: whose files to write.
         model: the model's name, for the description.
     Raises: UserError where `folder` holds no SAE with its normalisation, `format` is unknown,
@@ -166,12 +167,8 @@ def _sparsify(
 ) -> _Layout:
     """sparsify 1.3. It tells of every field that it does not know, so the place gets a file."""
     named = sparsify.hookpoint(out)
-    place = (given.layer, given.site == "resid_post")
-    if named and given.layer is not None and place != (named.layer, not named.module):
-        raise UserError(
-            f"out: {named.name!r} is another place than {given.site} of layer {given.layer}, where"
-            " the SAE is from; sparsify reads the place off that name, so give it the module's"
-        )
+    if named:
+        _refuse_another_place(named, given)
     config = {
         "activation": "topk",
         "expansion_factor": max(1, given.num_latents // given.d_model),
@@ -196,6 +193,16 @@ def _sparsify(
     return _Layout(sparsify.WEIGHTS_FILE, tensors, descriptions, named.name if named else None)
 
 
+def _refuse_another_place(named: sparsify.Hookpoint, given: GivenSae) -> None:
+    """Of what the SAE's own files do not say, nothing is refused."""
+    same_layer = given.layer is None or named.layer == given.layer
+    if not same_layer or (given.site is not None and not named.can_be(given.site)):
+        raise UserError(
+            f"out: {named.name!r} is another place than {given.site} of layer {given.layer}, where"
+            " the SAE is from; sparsify reads the place off that name, so give it the module's"
+        )
+
+
 def _stated_l0(given: GivenSae) -> float | None:
     return given.nominal_l0 if given.nominal_l0 > 0 else None
 
@@ -209,4 +216,15 @@ def _write(layout: _Layout, out: pathlib.Path) -> None:
         for name, description in layout.descriptions.items():
             text = json.dumps(description, indent=2) + "\n"
             (partial / name).write_text(text, encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
         partial.replace(out)
+
+
+def _flush(path: pathlib.Path) -> None:
+    """Have the operating system write a file or a folder's entries to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

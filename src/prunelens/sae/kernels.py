@@ -201,7 +201,7 @@ def _row_products(
 
 
 def _order_by_latent(flat: Int[Tensor, " entries"], num_latents: int) -> Int[Tensor, " entries"]:
-    """The stable order that sorts entries by latent."""
-    if num_latents > _NUM_RADIX_KEYS:
+    """The stable order that sorts entries by latent; numpy's on a CPU, where its keys suffice."""
+    if flat.device.type != "cpu" or num_latents > _NUM_RADIX_KEYS:
         return flat.sort(stable=True).indices
     return torch.from_numpy(np.argsort(flat.numpy().astype(np.uint16), kind="stable"))

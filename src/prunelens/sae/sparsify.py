@@ -33,6 +33,20 @@ TENSORS = {
     "decoder_weight": "W_dec",
     "decoder_bias": "b_dec",
 }
+# By a module's first name, the only site that its output, or a part's, can be in any model. Whether
+# it is depends on the model: where blocks normalise what a sublayer adds, that norm has the site.
+_SITES: dict[str, Site] = {
+    "": "resid_post",
+    "mlp": "mlp_out",
+    "feed_forward": "mlp_out",
+    "post_feedforward_layernorm": "mlp_out",
+    "post_mlp_layernorm": "mlp_out",
+    "self_attn": "attn_out",
+    "attn": "attn_out",
+    "attention": "attn_out",
+    "post_attention_layernorm": "attn_out",
+    "post_self_attn_layernorm": "attn_out",
+}
 
 
 class Hookpoint(NamedTuple):
@@ -44,6 +58,11 @@ class Hookpoint(NamedTuple):
     """The decoder block."""
     module: str
     """A module within the block, e.g. `mlp`; empty for the block itself."""
+
+    def can_be(self, site: Site) -> bool:
+        """Whether the place may be that site; of a module that is not known: any but the block."""
+        known = _SITES.get(self.module.partition(".")[0])
+        return site == known if known else site != "resid_post"
 
 
 def sparsify_sae(folder: pathlib.Path, *, name: str, device: str = "cpu") -> GivenSae:

@@ -69,8 +69,7 @@ class StepLog(NamedTuple):
     num_dead: int
     """Latents that have not fired since the last check for dead latents."""
     mean_init_retention: float
-    """Mean over the latents of `TrainedSae.init_retention`, had the training ended here. A latent
-    that restarts in this step has 1."""
+    """Mean over the latents of `TrainedSae.init_retention`, had the training ended here."""
 
 
 class TrainedSae(NamedTuple):
@@ -172,28 +171,30 @@ class Training:
 
     @torch.no_grad()
     def advance(self, *, log: bool = False) -> None:
-        """One step: gradients, Adam, unit norm; restart dead latents when due.
+        """One step: restart what was dead after the last one if due, gradients, Adam, unit norm.
 
-        A point is added to the log every hundredth of the steps, at a check, and where asked.
+        Restarts open a step, so that whoever looks between two steps sees what was trained and not
+        what was just restarted. A point is added to the log every hundredth of the steps, where
+        dead latents are counted, and where asked.
         """
+        if self.step and self.step % self.config.resample_interval == 0:
+            if self.step < 0.75 * self.config.steps and not bool(self.fired.all()):
+                self._restart(~self.fired)
+            self.fired.zero_()
         self.step += 1
         config = self.config
         x_hat = self.data.rows(self.order.batch(self.step))
         rate = config.learning_rate * (1 + math.cos(math.pi * (self.step - 1) / config.steps)) / 2
         loss, fires = self._descend(x_hat, rate)
         self.fired |= fires
-        check = self.step % config.resample_interval == 0
-        dead = ~self.fired
-        if check:
-            if self.step < 0.75 * config.steps and bool(dead.any()):
-                self._restart(dead)
-            self.fired.zero_()
+        due = self.step % config.resample_interval == 0
         hundredth = self.step % max(1, config.steps // 100) == 0
-        if log or check or hundredth or self.step in (1, config.steps):
+        if log or due or hundredth or self.step in (1, config.steps):
             spread = float((x_hat - x_hat.mean(0)).square().sum(1).mean())
             fvu = loss / spread if spread > 0 else math.nan
             retention = float(self._init_retention().mean())
-            self.log.append(StepLog(self.step, loss, fvu, rate, int(dead.sum()), retention))
+            num_dead = int((~self.fired).sum())
+            self.log.append(StepLog(self.step, loss, fvu, rate, num_dead, retention))
 
     def _descend(self, x_hat: Float[Tensor, "batch d_model"], rate: float) -> tuple[float, Tensor]:
         """Update the weights on one batch; returns the loss before it and which latents fired."""

@@ -29,6 +29,8 @@ KINDS = {  # stage -> the kind of work whose rate it runs at; other stages are m
     "activation_matching": "SAE encoding",
     "stability": "matching",
     "survival": "matching",
+    "subspace": "matching",
+    "sufficiency": "matching",
 }
 SECONDS_PER_FLOP = {  # relative to the language model's: sparse products are slower (2 cores)
     "language model": 1.0,
@@ -217,6 +219,23 @@ def _survival(
     return Work(matching_flops(d_model, num_latents, comparisons * len(COORDINATES)))
 
 
+def _subspace(
+    config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    """Every arm's cosines again, in one system of coordinates."""
+    return Work(_survival(config, parents, shape, study).flops / len(COORDINATES))
+
+
+def _sufficiency(
+    _config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    """Every dense SAE against every pruned one at every checkpoint, where both are followed."""
+    d_model, num_latents, _ = sae_size(shape, study)
+    dense = _count(parents, "dense-")
+    steps = len(study.sufficiency.checkpoints) + 1
+    return Work(matching_flops(d_model, num_latents, dense**2 * steps))
+
+
 def _transfer(
     config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
 ) -> Work:
@@ -259,6 +278,8 @@ _COUNTS: dict[str, _Count] = {
     "activation_matching": _activation_matching,
     "stability": _stability,
     "survival": _survival,
+    "subspace": _subspace,
+    "sufficiency": _sufficiency,
     "transfer": _transfer,
     "causal": _causal,
 }

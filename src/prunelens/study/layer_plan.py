@@ -206,8 +206,7 @@ class LayerPlan:
     def _lengths(self, sae: Sae) -> dict[str, Any]:
         """Steps, and at which of them something happens.
 
-        A doubled training goes the way of the own one for as long as that one: it restarts latents
-        at the same steps.
+        A doubled training restarts latents as often as the own one, counted in steps.
         """
         study = self._model.study
         own = study.sae.steps
@@ -243,7 +242,7 @@ class LayerPlan:
                 yield Sae(init_seed, data_seed, training=training)
                 if dense:
                     yield Sae(init_seed, data_seed, rotated=True, training=training)
-        if "sufficiency" in questions and dense:
+        if "sufficiency" in questions and self._is_followed():
             first = self._seeds()[0]
             yield dataclasses.replace(first, training="doubled")
 

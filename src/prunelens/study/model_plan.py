@@ -267,6 +267,9 @@ class ModelPlan:
                 f"corpus.context_tokens: {corpus.context_tokens} is more than the {longest} that"
                 f" {self._model.label} was built for; make it at most {longest}"
             )
+        self._check_saes(shape)
+
+    def _check_saes(self, shape: ModelShape) -> None:
         sae = self._study.sae
         if sae.k > sae.expansion * shape.d_model:
             raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from prunelens import planted
-from prunelens.config import ModelConfig, PruningConfig, StudyConfig
+from prunelens.config import ActivationConfig, ModelConfig, PruningConfig, StudyConfig
 from prunelens.errors import UserError
 from prunelens.model import model_shape
 from prunelens.study.model_plan import ModelPlan
@@ -28,6 +28,14 @@ class PlantedPlan(ModelPlan):
                 )
         if set(model.layers) != {0}:
             raise UserError(f"models.layers: {list(model.layers)}; the planted world has only [0]")
+        given, usual = study.activations, ActivationConfig()
+        for field in ("skip_first", "storage"):
+            if getattr(given, field) != getattr(usual, field):
+                raise UserError(
+                    f"activations.{field}: {getattr(given, field)!r} means nothing in the planted"
+                    " world, which has no windows and stores float32; leave it out"
+                )
+        self._check_saes(self._shape)
 
     def prune(self, pruning: PruningConfig) -> Stage:
         """The world with its directions changed, and what became of each."""

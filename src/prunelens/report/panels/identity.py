@@ -71,14 +71,15 @@ def _scaling(rows: pd.DataFrame) -> Panel:
         points += over_sparsity(part, "mean_scaling", spread="range", suffix=label, line=line)
     return Panel(
         "controlled",
-        "what is left of each dense direction",
+        "multiple of each dense direction",
         "sparsity",
         "latent scaling (mean)",
         points,
         (Level("", 1.0, ARM_COLOURS["ceiling_shared"]), Level("", 0.0, ARM_COLOURS["chance"])),
         x_ticks=ticks(rows),
-        caption="Mean share of dense latents' directions in pruned activations over sparsity,"
-        " beside noise of the same size (1 expected) and activations of other tokens (0 expected).",
+        caption="Mean multiple of dense latents' directions in pruned activations over sparsity,"
+        " beside noise of the same size (1 expected) and activations of other tokens (0 expected)."
+        " A gain common to all activations raises it.",
     )
 
 

@@ -59,7 +59,7 @@ def _curves(
         points,
         levels,
         caption=f"{title.capitalize()} of the dense and of one pruned condition's SAEs over the"
-        " steps of their training, and of one trained for twice as long.",
+        " steps of their training, and of one seed of each trained for twice as long.",
     )
 
 
