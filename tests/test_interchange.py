@@ -117,12 +117,12 @@ def assert_same_latents(z, expected, world, *, ties=range(1)):
     w_enc, b_enc, *_ = world.weights
     x, k = world.x.double().numpy(), world.sae.k
     gaps = interchange.gaps(x, *world.normalisation, w_enc, b_enc, k)
-    assert 0 < int((z > 0).sum()) < len(x) * k  # the ReLU matters too
     return assert_latents(z, expected, gaps, ties=ties)
 
 
 def assert_latents(z, expected, gaps, *, ties=range(1)):
-    """Equal to 1e-5 of the scale on every token whose k-th latent is not nearly tied.
+    """Equal to 1e-5 of the scale on every token whose k-th latent is not nearly tied. On one that
+    is either latent may win, with the same value.
 
     `gaps` tell by how much the k-th pre-activation is ahead of the next, `ties` how many tokens may
     be nearly tied. Gives the tokens that are not.
@@ -131,6 +131,7 @@ def assert_latents(z, expected, gaps, *, ties=range(1)):
     tied = torch.from_numpy(gaps <= 2 * CLOSE * scale)
     assert int(tied.sum()) in ties
     assert float((z - expected)[~tied].abs().max()) <= CLOSE * scale
+    assert float((z.sort(1).values - expected.sort(1).values).abs().max()) <= CLOSE * scale
     return ~tied
 
 
@@ -162,6 +163,7 @@ def test_their_library_computes_what_ours_does(library, offset, tmp_path, reques
     expected = ours.encode(world.x)
     z, x_rec = theirs(library, tmp_path / "out", world.x, request)
     kept = assert_same_latents(z, expected, world)
+    assert 0 < int((z > 0).sum()) < TOKENS * K  # the ReLU matters too
     error = ((x_rec - ours.decode(expected)) / world.sigma)[kept]
     assert float(error.abs().max()) <= CLOSE
 
@@ -229,10 +231,9 @@ def test_an_sae_trained_on_a_real_model_means_the_same_to_them(
     ours = loaded(real_world.folder)
     expected = ours.encode(real_world.x)
     z, x_rec = theirs(library, out, real_world.x, request)
-    ties = range(len(z) // 200)
-    kept = assert_same_latents(z, expected, real_world, ties=ties)
+    # 8 of 3,168 tokens were nearly tied, and 1 of them differed; the text is this Python's.
+    kept = assert_same_latents(z, expected, real_world, ties=range(len(z) // 200))
     error = (x_rec - ours.decode(expected)) / real_world.sigma
-    print("REAL", int((~kept).sum()), len(z), float(error[kept].abs().max()), float((z-expected)[kept].abs().max())/latent_scale(expected), ((z>0)!=(expected>0)).any(1).sum())
     assert float(error[kept].abs().max()) <= CLOSE
 
 

@@ -97,7 +97,7 @@ def test_persistence_tells_survived_from_destroyed(row, world):
 def test_the_measures_that_carry_conclusions_tell_survived_from_destroyed(row, world, name):
     found = row[world, name]
     assert found["auc"] >= 0.95
-    assert 0.7 < found["share_defined"] <= 1
+    assert 0.6 < found["share_defined"] < 0.9  # rare latents fire too seldom to have a value
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -117,16 +117,16 @@ def grades(fates: pd.DataFrame, *, choice: planted.Choice, seed: int = 0) -> pd.
         choice: what the planted fates depend on.
         seed: of the bootstrap.
     Returns: `share_defined`: share of the alive latents with a fate of GRADED, over all seeds, for
-        which the measure has a value (the others count nowhere else); `auc`, `precision`, `recall` of survived (kept, rescaled) against destroyed (removed,
-        rotated) alive latents with a value (for matching by activation, which does not look at
-        directions, rotated ones survived); `false_survival`: share of the destroyed ones that
-        the measure calls survived; `bias`: mean of measure minus truth over survived ones,
-        `bias_rotated` over rotated ones; `rate_rho` with a 95 % interval (bootstrap of seeds, and
-        latents within each): rank correlation with firing rate over all of them, split and merged
-        ones included; `truth_rho`: that of the truth itself (1 for what the measure is to call
-        survived, 0.5 for split and merged, 0 otherwise); `follows_rate`: whether the former is
-        shown to be that of the truth, by the rule of RATE_MARKS (False where it is undefined).
-        `passed` is NaN without a mark.
+        which the measure has a value (the others count nowhere else); `auc`, `precision`, `recall`
+        of survived (kept, rescaled) against destroyed (removed, rotated) alive latents with a value
+        (for matching by activation, which does not look at directions, rotated ones survived);
+        `false_survival`: share of the destroyed ones that the measure calls survived; `bias`: mean
+        of measure minus truth over survived ones, `bias_rotated` over rotated ones; `rate_rho` with
+        a 95 % interval (bootstrap of seeds, and latents within each): rank correlation with firing
+        rate over all of them, split and merged ones included; `truth_rho`: that of the truth itself
+        (1 for what the measure is to call survived, 0.5 for split and merged, 0 otherwise);
+        `follows_rate`: whether the former is shown to be that of the truth, by the rule of
+        RATE_MARKS (False where it is undefined). `passed` is NaN without a mark.
     """
     values = latent_measures(fates)
     alive = fates["alive"].to_numpy()
