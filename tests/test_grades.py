@@ -357,7 +357,7 @@ def test_a_rank_correlation_far_from_the_truth_misses_whatever_its_interval(choi
     """Few latents make wide intervals, and what leaks is above 0 as well."""
     fates = latents(num_latents=80, seeds=(0,))
     fates = with_rare_ones_destroyed(fates) if choice == "by_rate" else fates
-    if choice == "by_rate":  # half of them dealt at random: the truth is no staircase of rates
+    if choice == "by_rate":  # a third dealt at random: the truth is no staircase of rates
         mixed = fates.index[::3]
         fates.loc[mixed, "fate"] = np.random.default_rng(0).permutation(fates.loc[mixed, "fate"])
     near = graded(alone(fates, leaking(fates, 0.0)), choice).loc["scaling"]

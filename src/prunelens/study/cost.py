@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from prunelens.analyses.persistence import NOISE_DRAWS
-from prunelens.analyses.scaling import JOINT_STEPS, SOURCES
+from prunelens.analyses.scaling import SOURCES
 from prunelens.analyses.survival import COORDINATES
 from prunelens.checkpoint import ModelShape
 from prunelens.config import StudyConfig
@@ -40,6 +40,7 @@ SECONDS_PER_FLOP = {  # relative to the language model's: sparse products are sl
 }
 LEAST_COST = 1e7
 EVALUATIONS = 1.5  # passes over the eval split per SAE: at the end, and over its first half
+FIT_STEPS = 10  # of the joint regression; three to five were seen
 ABLATION_GROUPS = 10  # of latents: five for each of two groupings
 ABLATED_SHARE = 0.25  # of all (prompt, position) pairs: a latent fires in some prompts, from some
 # position on. An assumption; the true share is known once the SAE is there.
@@ -183,7 +184,7 @@ def _scaling(
     """
     d_model, num_latents, k = sae_size(shape, study)
     tokens = study.corpus.eval_tokens // 2 * _count(parents, "sae-")
-    sparse = 4.0 * tokens * d_model * k * len(SOURCES) * JOINT_STEPS
+    sparse = 4.0 * tokens * d_model * k * len(SOURCES) * FIT_STEPS
     return Work(encoding_flops(d_model, num_latents, k, tokens) + sparse)
 
 
