@@ -37,8 +37,10 @@ tool = load_tool()
 def selftest():
     """Grades of both worlds; every number is the row's own."""
     rows, numbers = [], itertools.count(1)
+    columns = COLUMNS["selftest"]
+    measured = columns[columns.index("share_defined") : columns.index("truth_rho") + 1]
     for world, measure in itertools.product(tool.WORLDS, MEASURES):
-        values = {name: next(numbers) / 1000 for name in COLUMNS["selftest"][9:18]}
+        values = {name: next(numbers) / 1000 for name in measured}
         row = {"run": f"planted/L0/planted-{world}-0.30", "measure": measure, "threshold": 0.7}
         rows.append({**row, "num_latents": 400, **values, "mark": np.nan, "passed": np.nan})
     undertrained = {"measure": "shared_init", "num_latents": 700, "mark": "false survival >= 0.5"}
@@ -210,7 +212,7 @@ def test_an_unfinished_selftest_is_refused(tmp_path):
     without = found.grades[found.grades["step"].isna()]
     with pytest.raises(UserError, match=r"`sufficiency`"):
         tool.filled(PAGE, found._replace(grades=without))
-    with pytest.raises(UserError, match=r"prunelens run selftest --out FOLDER"):
+    with pytest.raises(UserError, match=r"prunelens selftest --out FOLDER"):
         tool.read_selftest(tmp_path)
     with pytest.raises(SystemExit, match=r"error: FOLDER: give one folder"):
         tool.main([])

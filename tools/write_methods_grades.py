@@ -1,6 +1,6 @@
 """Write the planted world's grades into docs/methods.md, from a finished self-test.
 
-.venv/bin/prunelens run selftest --out FOLDER
+.venv/bin/prunelens selftest --out FOLDER
 .venv/bin/python tools/write_methods_grades.py FOLDER
 
 A block of the page that starts with `<!-- grades:begin NAME -->` and ends with
