@@ -1,19 +1,19 @@
-"""Time one TopK SAE training step against its floor and against dense autograd; JSON to stdout.
+"""Time one TopK SAE training step against its floor and against other libraries; JSON to stdout.
 
-usage: python benchmarks/sae_step.py [--threads 2] [--rounds 7] [--shapes demo paper]
+usage: python benchmarks/sae_step.py [--threads 2] [--rounds 7] [--shapes demo paper] [--save]
 
-Per shape, interleaved in one process so that a busy machine slows all alike: one encoder product in
-float32 and in bfloat16 (the floor), our whole step with either encoder (batch selection, gradients,
-Adam, unit norm), and dense autograd with torch's Adam as the paper writes it. Read the ratios.
+The floor is one encoder product in the faster of float32 and bfloat16. A step is everything
+between two batches' reading: selection of the batch, encoding, gradients, Adam, unit norm. Beside
+ours stand dense autograd as the paper writes it and, where they are installed (the `dev` extra),
+EleutherAI's sparsify (with its Triton kernels switched off: they need a GPU) and SAELens. All
+train on the same batches, at equal settings.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
+import importlib.util
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ import torch
 
 from prunelens.config import SaeConfig
 from prunelens.sae import TopKSAE
-from prunelens.sae.train import Training
+from prunelens.sae.training import Training
+from side_by_side import Mark, Times, options, publish, take_turns
 
 
 class Shape(NamedTuple):
@@ -34,10 +35,10 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "demo": Shape(128, 1024, 16, 1024),
-    "demo-2048": Shape(128, 1024, 16, 2048),
+    "demo": Shape(128, 1024, 16, 512),
     "paper": Shape(1152, 9216, 64, 2048),
 }
+LEARNING_RATE = 5e-5
 
 
 class RandomActivations:
@@ -59,94 +60,144 @@ class RandomActivations:
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    """Measure and publish."""
+    parser = options(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    report = {
-        "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "shapes": {name: measure(SHAPES[name], options.rounds) for name in options.shapes},
-    }
-    print(json.dumps(report, indent=2))
+    given = parser.parse_args()
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    warnings.filterwarnings("ignore")  # of other libraries
+    torch.set_num_threads(given.threads)
+    times = {name: measure(SHAPES[name], given.rounds) for name in given.shapes}
+    publish(
+        "sae_step",
+        settings={name: SHAPES[name]._asdict() for name in given.shapes},
+        results={name: {"milliseconds": times[name]} for name in given.shapes},
+        marks=marks(times["paper"]) if "paper" in times else [],
+        save=given.save,
+    )
 
 
-def measure(shape: Shape, rounds: int) -> dict[str, Any]:
-    """Milliseconds of every contender: median and least over the rounds."""
+def marks(times: dict[str, Times]) -> list[Mark]:
+    """What was asked at the paper's shape."""
+    floor = min(times["product float32"].median, times["product bfloat16"].median)
+    ours = min(times["ours float32"].median, times["ours bfloat16"].median)
+    found = [
+        Mark(1, "SAE step / encoder product in the faster precision", 2.8, "at most", ours / floor)
+    ]
+    for name, asked in (("sparsify", 2.7), ("SAELens", 6.0)):
+        if name in times:
+            ratio = times[name].median / ours
+            found.append(Mark(1, f"{name}'s step / ours", asked, "at least", ratio))
+    return found
+
+
+def measure(shape: Shape, rounds: int) -> dict[str, Times]:
+    """Milliseconds of every contender, in turns."""
     data = RandomActivations(4 * shape.batch_tokens, shape.d_model)
-    contenders = {
-        "encoder_product_float32": encoder_product(shape, data, torch.float32),
-        "encoder_product_bfloat16": encoder_product(shape, data, torch.bfloat16),
-        "ours_float32": our_step(shape, data, "float32"),
-        "ours_bfloat16": our_step(shape, data, "bfloat16"),
-        "dense_autograd": dense_step(shape, data),
+    batch = data.values[: shape.batch_tokens]
+    contenders: dict[str, Callable[[], object]] = {
+        "product float32": encoder_product(shape, batch, torch.float32),
+        "product bfloat16": encoder_product(shape, batch, torch.bfloat16),
+        "ours float32": our_step(shape, data, "float32"),
+        "ours bfloat16": our_step(shape, data, "bfloat16"),
+        "dense autograd": dense_step(shape, batch),
     }
+    if importlib.util.find_spec("sparsify"):
+        contenders["sparsify"] = sparsify_step(shape, batch)
+    if importlib.util.find_spec("sae_lens"):
+        contenders["SAELens"] = saelens_step(shape, batch)
     repeats = max(1, 20_000_000 // (shape.batch_tokens * shape.num_latents))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_ in range(rounds + 1):
-        for name, step in contenders.items():
-            started = time.perf_counter()
-            for _ in range(repeats):
-                step()
-            if round_ > 0:  # the first warms up
-                times[name].append(1e3 * (time.perf_counter() - started) / repeats)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    floor = min(median["encoder_product_float32"], median["encoder_product_bfloat16"])
-    best = min(median["ours_float32"], median["ours_bfloat16"])
-    return {
-        **shape._asdict(),
-        "median_ms": {name: round(value, 3) for name, value in median.items()},
-        "least_ms": {name: round(min(values), 3) for name, values in times.items()},
-        "ours_over_floor": round(best / floor, 2),
-        "dense_over_ours": round(median["dense_autograd"] / best, 2),
-    }
+    return take_turns(contenders, rounds=rounds, repeats=repeats)
 
 
-def encoder_product(
-    shape: Shape, data: RandomActivations, dtype: torch.dtype
-) -> Callable[[], object]:
+def encoder_product(shape: Shape, batch: torch.Tensor, dtype: torch.dtype) -> Callable[[], object]:
     """One x @ W_enc^T."""
     weight = torch.randn(shape.d_model, shape.num_latents).to(dtype)
-    x_hat = data.values[: shape.batch_tokens]
-    return lambda: x_hat.to(dtype) @ weight
+    return lambda: batch.to(dtype) @ weight
 
 
-def our_step(shape: Shape, data: RandomActivations, encoder_dtype: str) -> Callable[[], object]:
+def our_step(shape: Shape, data: RandomActivations, dtype: str) -> Callable[[], object]:
     """One step of train_sae."""
     config = SaeConfig.model_validate(
         {
             "expansion": shape.num_latents // shape.d_model,
             "k": shape.k,
             "batch_tokens": shape.batch_tokens,
-            "encoder_dtype": encoder_dtype,
+            "learning_rate": LEARNING_RATE,
+            "dtype": dtype,
         }
     )
-    return Training(data, config, init_seed=0, data_seed=0).advance
+    training = Training(data, config, init_seed=0, data_seed=0)
+    return lambda: training.advance(training.next_batch())
 
 
-def dense_step(shape: Shape, data: RandomActivations) -> Callable[[], object]:
+def dense_step(shape: Shape, batch: torch.Tensor) -> Callable[[], object]:
     """A dense step by autograd and torch.optim.Adam, decoder rows kept at unit norm."""
     sae = TopKSAE.initialise(shape.d_model, shape.num_latents, shape.k, init_seed=0)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=5e-5)
-    x_hat = data.values[: shape.batch_tokens]
+    optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE)
 
     def step() -> None:
-        pre = torch.relu(x_hat @ sae.encoder_weight.T + sae.encoder_bias)
+        pre = torch.relu(batch @ sae.encoder_weight.T + sae.encoder_bias)
         values, indices = pre.topk(shape.k, sorted=False)
         z = torch.zeros_like(pre).scatter(1, indices, values)
         x_rec = z @ sae.decoder_weight + sae.decoder_bias
-        loss = (x_rec - x_hat).square().sum(1).mean()
+        loss = (x_rec - batch).square().sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         with torch.no_grad():
             norms = torch.linalg.vector_norm(sae.decoder_weight, dim=1, keepdim=True)
             sae.decoder_weight.div_(norms)
+
+    return step
+
+
+def sparsify_step(shape: Shape, batch: torch.Tensor) -> Callable[[], object]:
+    """A step of EleutherAI's sparsify: its coder, its decoder normalisation, torch's Adam."""
+    from sparsify.config import SparseCoderConfig
+    from sparsify.sparse_coder import SparseCoder
+
+    expansion = shape.num_latents // shape.d_model
+    coder: Any = SparseCoder(
+        shape.d_model, SparseCoderConfig(expansion_factor=expansion, k=shape.k)
+    )
+    optimizer = torch.optim.Adam(coder.parameters(), lr=LEARNING_RATE)
+
+    def step() -> None:
+        coder.set_decoder_norm_to_unit_norm()
+        optimizer.zero_grad()
+        coder(batch).fvu.backward()
+        optimizer.step()
+
+    return step
+
+
+def saelens_step(shape: Shape, batch: torch.Tensor) -> Callable[[], object]:
+    """A step of SAELens' TopK SAE, torch's Adam.
+
+    Dense activations: with sparse ones its backward pass does not run on a CPU (6.54.12).
+    """
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput
+
+    config = TopKTrainingSAEConfig(
+        d_in=shape.d_model, d_sae=shape.num_latents, k=shape.k, use_sparse_activations=False
+    )
+    sae: Any = TopKTrainingSAE(config)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE)
+    given = TrainStepInput(
+        sae_in=batch,
+        coefficients={},
+        dead_neuron_mask=None,
+        n_training_steps=1,
+        is_logging_step=False,
+    )
+
+    def step() -> None:
+        loss = sae.training_forward_pass(given).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
     return step
 

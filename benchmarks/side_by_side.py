@@ -140,11 +140,20 @@ def publish(
         "marks": [{**mark._asdict(), "reached": mark.reached} for mark in marks],
         "setting": _where_it_ran(),
     }
-    text = json.dumps(report, indent=1, default=lambda value: value._asdict()) + "\n"
+    text = json.dumps(_plain(report), indent=1) + "\n"
     print(text, end="")
     if save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """Named tuples as objects, whatever holds them."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _where_it_ran() -> dict[str, Any]:

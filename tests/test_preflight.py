@@ -19,7 +19,7 @@ from prunelens.model import logits, run_to_site
 from prunelens.prune.masks import save_masks
 from prunelens.sae import kernels
 from prunelens.sae.topk import TopKSAE
-from prunelens.sae.train import Training
+from prunelens.sae.training import Training
 from prunelens.study import calibrate as calibrate_module
 from prunelens.study import preflight as preflight_module
 from prunelens.study.calibrate import Rate, calibrate

@@ -8,6 +8,7 @@ from independent import sae as independent
 from prunelens.errors import UserError
 from prunelens.sae import TopKSAE, evaluate_sae, kernels
 from prunelens.sae.kernels import SparseLatents, Weights
+from prunelens.sae.pattern import TransposedPattern
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +67,9 @@ def test_top_k_finds_the_values_that_torch_finds(num_latents, k, dtype):
     pre[1] = -pre[1].abs()
     pre[2, : num_latents // 2] = 0.5
     found = kernels.top_k(pre, k)
-    expected = pre.topk(k).values
+    expected = pre.relu().topk(k).values
     assert torch.equal(found.values.sort(descending=True).values, expected)
-    assert torch.equal(pre.gather(1, found.indices), found.values)
+    assert torch.equal(pre.gather(1, found.indices).relu(), found.values)
     assert all(len(set(row)) == k for row in found.indices.tolist())
 
 
@@ -136,18 +137,77 @@ def test_gradients_for_a_dictionary_wider_than_16_bits():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_bfloat16_is_the_product_alone():
+def rounded(tensor):
+    return tensor.bfloat16().float()
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_bfloat16_rounds_the_factors_of_the_encoder_product(monkeypatch, has_units):
+    """With or without bfloat16 units: the slow product of rounded factors, summed in float64."""
+    monkeypatch.setattr(kernels, "_has_bfloat16_units", lambda: has_units)
     sae, x_hat = random_sae(num_latents=96), inputs(64)
     weights = Weights(*(w.detach() for w in sae.weights))
-    exact = kernels.encode(x_hat, weights.encoder_weight, weights.encoder_bias, sae.k)
-    rough = kernels.encode(
+    encoder, bias = (rounded(w).double() for w in weights[:2])
+    exact = (rounded(x_hat).double() @ encoder.T + bias).relu().topk(sae.k).values
+    found = kernels.encode(
         x_hat, weights.encoder_weight, weights.encoder_bias, sae.k, dtype=torch.bfloat16
     )
-    assert rough.values.dtype == torch.float32
-    torch.testing.assert_close(
-        rough.values.sort().values, exact.values.sort().values, atol=0.1, rtol=0.02
+    assert found.values.dtype == torch.float32
+    in_order = found.values.sort(descending=True).values.double()
+    # What is left is the rounding of the result, where the units give bfloat16.
+    torch.testing.assert_close(in_order, exact, atol=1e-3, rtol=2**-8 if has_units else 1e-5)
+
+
+def test_bfloat16_gradients_are_those_of_rounded_factors():
+    sae, x_hat = random_sae(num_latents=96), inputs(64)
+    weights = Weights(*(w.detach() for w in sae.weights))
+    latents = sae.encode(x_hat)
+    latents = SparseLatents(rounded(latents.values.detach()), latents.indices)
+    fast = kernels.sparse_gradients(x_hat, weights, latents, dtype=torch.bfloat16)
+    slow = kernels.reference_gradients(
+        x_hat, weights._replace(decoder_weight=rounded(weights.decoder_weight)), latents
     )
-    assert kernels.gradients(x_hat, weights, rough).weights.encoder_weight.dtype == torch.float32
+    assert all(w.dtype == torch.float32 for w in fast.weights)
+    torch.testing.assert_close(fast.loss, slow.loss, rtol=1e-2, atol=0.0)
+    for ours, theirs in zip(fast.weights, slow.weights, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buffers_used_again_change_no_bit(dtype):
+    """Also after other shapes: a last batch, a restart's pool."""
+    sae, buffers = random_sae(num_latents=96), kernels.Buffers()
+    weights = Weights(*(w.detach() for w in sae.weights))
+    encoder, bias = weights[:2]
+    for x_hat in (inputs(64), inputs(10), inputs(64) + 1):
+        plain = kernels.encode(x_hat, encoder, bias, sae.k, dtype=dtype)
+        again = kernels.encode(x_hat, encoder, bias, sae.k, dtype=dtype, buffers=buffers)
+        assert torch.equal(plain.values, again.values)
+        assert torch.equal(plain.indices, again.indices)
+        fresh = kernels.gradients(x_hat, weights, plain, dtype=dtype)
+        reused = kernels.gradients(x_hat, weights, plain, dtype=dtype, buffers=buffers)
+        for ours, theirs in zip(fresh.weights, reused.weights, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_products_over_the_transposed_pattern_equal_loops():
+    generator = torch.Generator().manual_seed(3)
+    indices = torch.stack([torch.randperm(9, generator=generator)[:4] for _ in range(7)])
+    entries = torch.randn(28, generator=generator)
+    latent_rows, token_rows = torch.randn(9, 5, generator=generator), torch.randn(7, 5)
+    pattern = TransposedPattern(indices, 9)
+    product, sums = torch.zeros(9, 5), torch.zeros(9)
+    inner = torch.zeros(28)
+    for entry, latent in enumerate(indices.flatten().tolist()):
+        token = entry // 4
+        product[latent] += entries[entry] * token_rows[token]
+        sums[latent] += entries[entry]
+        inner[entry] = latent_rows[latent] @ token_rows[token]
+    by_latent = pattern.by_latent(entries)
+    torch.testing.assert_close(pattern.product(by_latent, token_rows), product)
+    torch.testing.assert_close(pattern.sums(by_latent), sums)
+    found = pattern.row_products(latent_rows, token_rows)
+    torch.testing.assert_close(found, pattern.by_latent(inner))
 
 
 def test_initialisation():

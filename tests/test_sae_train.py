@@ -6,10 +6,10 @@ import torch
 
 from prunelens.config import SaeConfig
 from prunelens.errors import UserError
-from prunelens.sae import TopKSAE, evaluate_sae, train_sae
+from prunelens.sae import SaeRequest, TopKSAE, evaluate_sae, train_sae, train_saes
 from prunelens.sae.order import TokenOrder, derived_generator
 from prunelens.sae.resample import draw_by_weight, restart_dead
-from prunelens.sae.train import Training
+from prunelens.sae.training import Training
 from test_sae import InMemory, inputs
 
 SMALL = SaeConfig(
@@ -85,10 +85,73 @@ def test_a_planted_dictionary_is_recovered():
     torch.testing.assert_close(trained.sae.decoder_weight.norm(dim=1), torch.ones(32))
 
 
-@pytest.mark.parametrize("encoder_dtype", ["float32", "bfloat16"])
-def test_the_same_seeds_give_the_same_bits(encoder_dtype):
-    config = SMALL.model_copy(update={"encoder_dtype": encoder_dtype})
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_same_seeds_give_the_same_bits(dtype):
+    config = SMALL.model_copy(update={"dtype": dtype})
     assert_same(train(clustered(), config), train(clustered(), config))
+
+
+class CountedReads(InMemory):
+    """Counts how often rows were asked for, by how many."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.reads = []
+
+    def rows(self, index):
+        self.reads.append(len(index))
+        return super().rows(index)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_several_at_once_equal_one_by_one_and_read_a_shared_order_once(dtype):
+    config = SMALL.model_copy(update={"dtype": dtype, "resample_every": 1000})
+    seeds = [(0, 0), (1, 0), (2, 0), (0, 1)]
+    longer = config.model_copy(update={"steps": config.steps + 5})
+    data = CountedReads(clustered().raw)
+    requests = [SaeRequest(config, *pair) for pair in seeds] + [SaeRequest(longer, 3, 0)]
+    together = train_saes(data, requests)
+    batches = [read for read in data.reads if read == config.batch_tokens]
+    assert len(batches) == longer.steps + config.steps  # two orders, not five
+    for request, trained in zip(requests, together, strict=True):
+        alone = train(
+            clustered(), request.config, init_seed=request.init_seed, data_seed=request.data_seed
+        )
+        assert_same(trained, alone)
+
+
+def test_one_of_several_resumes_from_its_own_checkpoint(tmp_path, straight):
+    """Killed at different steps, they meet again and end as if nothing had happened."""
+    ahead, behind = tmp_path / "ahead", tmp_path / "behind"
+
+    def stop_at(last):
+        def stop(step):
+            if step == last:
+                raise StopHereError
+
+        return stop
+
+    for path, last in ((ahead, 21), (behind, 11)):
+        with pytest.raises(StopHereError):
+            train(clustered(), checkpoint=path, progress=stop_at(last))
+    steps = {ahead: [], behind: []}
+    requests = [
+        SaeRequest(SMALL, 0, 0, checkpoint=path, progress=steps[path].append)
+        for path in (ahead, behind)
+    ]
+    for trained in train_saes(clustered(), requests):
+        assert_same(trained, straight)
+    assert steps[ahead][0] == 21
+    assert steps[behind][0] == 11
+
+
+def test_bfloat16_ends_at_the_fvu_of_float32():
+    found = {}
+    data = InMemory(inputs(600))
+    for dtype in ("float32", "bfloat16"):
+        config = SMALL.model_copy(update={"dtype": dtype, "steps": 150})
+        found[dtype] = evaluate_sae(train(data, config).sae, data, dense_variance=1.0).fvu
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.01)
 
 
 def test_the_two_seeds_are_independent():

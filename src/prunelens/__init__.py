@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from prunelens.sae.pretrained import load_given_sae
     from prunelens.sae.quality import evaluate_sae
     from prunelens.sae.topk import TopKSAE
-    from prunelens.sae.train import train_sae
+    from prunelens.sae.train import SaeRequest, train_sae, train_saes
     from prunelens.study.plan import plan_study
     from prunelens.study.predict import predict_latents
     from prunelens.study.preflight import preflight
@@ -180,7 +180,11 @@ _HOMES = {
     "prunelens.sae.pretrained": ("load_given_sae",),
     "prunelens.sae.quality": ("evaluate_sae",),
     "prunelens.sae.topk": ("TopKSAE",),
-    "prunelens.sae.train": ("train_sae",),
+    "prunelens.sae.train": (
+        "SaeRequest",
+        "train_sae",
+        "train_saes",
+    ),
     "prunelens.study.plan": ("plan_study",),
     "prunelens.study.predict": ("predict_latents",),
     "prunelens.study.preflight": ("preflight",),

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from prunelens.analyses.noise import isotropic_noise_like, other_token
 from prunelens.analyses.persistence import BATCH_TOKENS, FEWEST_FIRINGS, Rows
-from prunelens.sae.kernels import SparseLatents, TransposedPattern, decode
+from prunelens.sae.kernels import SparseLatents, decode
+from prunelens.sae.pattern import TransposedPattern
 from prunelens.sae.topk import TopKSAE
 
 SOURCES = ("dense", "pruned", "noise_isotropic", "unpaired")
@@ -174,7 +175,7 @@ def _along(
     are float32, whose rounding is far below the noise of any regression; batches add in float64.
     """
     transposed = TransposedPattern(latents.indices, len(directions))
-    sums = transposed.product(latents.values.flatten(), errors.flatten(1))
+    sums = transposed.product(transposed.by_latent(latents.values.flatten()), errors.flatten(1))
     along = sums.view(len(directions), -1, directions.shape[1]) * directions[:, None]
     return along.sum(2, dtype=torch.float64).T.cpu()
 

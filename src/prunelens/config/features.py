@@ -42,8 +42,9 @@ class SaeConfig(Frozen):
     """Steps between restarts of dead latents; null: a tenth of the steps."""
     checkpoint_every: int = Field(1000, ge=1)
     """Steps between checkpoints from which a killed training goes on."""
-    encoder_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the encoder's matrix product in training; sums and weights stay float32."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the factors of a training step's products; sums, weights, Adam's moments and
+    every measurement stay float32. bfloat16 is faster and leaves the final FVU as it is."""
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     """Seed s means init_seed = data_seed = s."""
     control_seeds: int = Field(1, ge=1)

@@ -6,11 +6,13 @@ from prunelens.sae.kernels import SparseLatents
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.quality import SaeQuality, evaluate_sae
 from prunelens.sae.topk import TopKSAE
-from prunelens.sae.train import StepLog, TokenActivations, TrainedSae, train_sae
+from prunelens.sae.train import SaeRequest, TrainedSae, train_sae, train_saes
+from prunelens.sae.training import StepLog, TokenActivations
 
 __all__ = [
     "GivenSae",
     "SaeQuality",
+    "SaeRequest",
     "SparseLatents",
     "StepLog",
     "TokenActivations",
@@ -19,4 +21,5 @@ __all__ = [
     "evaluate_sae",
     "load_given_sae",
     "train_sae",
+    "train_saes",
 ]

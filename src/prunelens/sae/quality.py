@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunelens.errors import UserError
 from prunelens.sae.topk import TopKSAE
-from prunelens.sae.train import TokenActivations
+from prunelens.sae.training import TokenActivations
 
 _BATCH_TOKENS = 4096
 

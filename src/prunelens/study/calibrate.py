@@ -21,7 +21,7 @@ from prunelens.checkpoint import model_shape, text_config
 from prunelens.config import ModelConfig, StudyConfig
 from prunelens.match import match_dictionaries
 from prunelens.model import LanguageModel, as_language_model, forward_tokens, run_to_site
-from prunelens.sae.train import Training
+from prunelens.sae.training import Training
 from prunelens.study.cost import (
     KINDS,
     encoding_flops,
@@ -168,7 +168,7 @@ class _Trainings:
             self._training = None  # free the last one first
             config = self._study.sae.model_copy(update={"batch_tokens": tokens})
             self._training = Training(self._data, config, init_seed=0, data_seed=0)
-        self._training.advance()
+        self._training.advance(self._training.next_batch())
         _finish(self._data.device)
 
     def encode(self, tokens: int) -> None:
