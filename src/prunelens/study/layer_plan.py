@@ -184,6 +184,9 @@ class LayerPlan:
         study, warm = self._model.study, sae.training == "warm"
         own = study.activations.normalisation == "own" and not warm
         start = self._dense.saes[Sae(sae.init_seed, sae.init_seed)] if warm else None
+        statistics = self.statistics if own else self._dense.statistics
+        batches = [self.activations.identity, self._dense.screening.identity, statistics.identity]
+        batches += [str(sae.rotated), str(sae.data_seed), str(study.sae.batch_tokens)]
         return self._stage(
             "sae",
             {
@@ -196,11 +199,12 @@ class LayerPlan:
             {
                 "activations": self.activations,
                 "screening": self._dense.screening,
-                "statistics": self.statistics if own else self._dense.statistics,
+                "statistics": statistics,
                 "dense_statistics": self._dense.statistics,
                 "start": start,
             },
             suffix=_role("", sae),
+            together=" ".join(batches),
         )
 
     def _lengths(self, sae: Sae) -> dict[str, Any]:
@@ -274,9 +278,10 @@ class LayerPlan:
         parents: Mapping[str, Stage | None],
         *,
         suffix: str = "",
+        together: str = "",
     ) -> Stage:
         label = f"{self._name} {suffix}".strip()
-        return self._model.stage(name, config, parents, label=label)
+        return self._model.stage(name, config, parents, label=label, together=together)
 
 
 def _role(condition: str, sae: Sae) -> str:

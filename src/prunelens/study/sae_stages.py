@@ -1,10 +1,11 @@
-"""The stage that trains and judges one SAE."""
+"""The stages that train and judge SAEs."""
 
 from __future__ import annotations
 
 import logging
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -17,7 +18,7 @@ from prunelens.config import SaeConfig
 from prunelens.sae.formats import PLACE_FILE
 from prunelens.sae.quality import SaeQuality, evaluate_sae
 from prunelens.sae.topk import TopKSAE
-from prunelens.sae.train import TrainedSae, train_sae
+from prunelens.sae.train import SaeRequest, TrainedSae, train_saes
 from prunelens.study.work import Work, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -26,29 +27,43 @@ CHECKPOINTS_FILE = "checkpoints.safetensors"  # decoders by step
 ROTATION_SEED = 7919  # one fixed rotation for every floor_shared SAE
 
 
-def make_sae(work: Work) -> None:
-    """Train one SAE, going on from a checkpoint if there is one, and measure it."""
+def make_saes(works: Sequence[Work]) -> None:
+    """Train SAEs on the same activations in turn, each from its checkpoint if there is one.
+
+    What they share is read once: see `train_saes`.
+    """
+    seen = [_Seen(work) for work in works]
+    requests = [_request(work, beheld) for work, beheld in zip(works, seen, strict=True)]
+    trained = train_saes(_sae_data(works[0], "train"), requests)
+    for work, beheld, found in zip(works, seen, trained, strict=True):
+        _write(work, beheld, found)
+
+
+def _request(work: Work, seen: _Seen) -> SaeRequest:
     config = work.config
     fields = {name: value for name, value in config.items() if name in SaeConfig.model_fields}
     assert work.stage.source
     training = SaeConfig(**fields, checkpoint_every=work.stage.source.checkpoint_every)
-    train, evaluation = _sae_data(work, "train"), _sae_data(work, "eval")
-    variance = read_json(work.parents["dense_statistics"] / "variance.json")["eval_total_variance"]
-    seen = _Seen(work, evaluation, variance)
-    trained = train_sae(
-        train,
+    return SaeRequest(
         training,
-        init_seed=config["init_seed"],
-        data_seed=config["data_seed"],
+        config["init_seed"],
+        config["data_seed"],
         start=TopKSAE.load(work.parents["start"]) if "start" in work.parents else None,
         checkpoint=seen.checkpoint,
         observe=dict.fromkeys(config["checkpoints"], seen.look),
         progress=lambda step: work.progress(step / training.steps),
     )
-    quality = evaluate_sae(trained.sae, evaluation, dense_variance=variance)
+
+
+def _write(work: Work, seen: _Seen, trained: TrainedSae) -> None:
+    """Measure a trained SAE and write its artifact."""
+    quality = seen.quality(trained.sae)
     first_half = _sae_data(work, "eval", first_half=True)
-    rate_first_half = evaluate_sae(trained.sae, first_half, dense_variance=variance).firing_rate
+    rate_first_half = evaluate_sae(
+        trained.sae, first_half, dense_variance=seen.dense_variance
+    ).firing_rate
     trained.sae.save(work.out)
+    evaluation = seen.evaluation
     Statistics(evaluation.mean.cpu(), evaluation.sigma.cpu()).save(
         work.out / "normalisation.safetensors"
     )
@@ -65,7 +80,7 @@ def make_sae(work: Work) -> None:
         "resampled": trained.resampled.cpu().numpy(),
     }
     pd.DataFrame(latents).to_parquet(work.out / "latents.parquet")
-    numbers = _quality_numbers(trained, quality, rotated=config["rotated"])
+    numbers = _quality_numbers(trained, quality, rotated=work.config["rotated"])
     write_json(work.out / "quality.json", numbers)
 
 
@@ -80,9 +95,11 @@ def decoders_by_step(folder: pathlib.Path) -> dict[int, Tensor]:
 class _Seen:
     """What was seen of an SAE while it was trained; outlives a kill beside its checkpoint."""
 
-    def __init__(self, work: Work, evaluation: Activations, dense_variance: float) -> None:
+    def __init__(self, work: Work) -> None:
         self._folder, self._out = work.partial(), work.out
-        self._evaluation, self._dense_variance = evaluation, dense_variance
+        self.evaluation = _sae_data(work, "eval")
+        variance = read_json(work.parents["dense_statistics"] / "variance.json")
+        self.dense_variance = float(variance["eval_total_variance"])
         self._kept_steps = work.config["checkpoints"]
         self.checkpoint = self._folder / "checkpoint.safetensors"
         self._forget_if_damaged()
@@ -91,8 +108,11 @@ class _Seen:
         """Measure the SAE after a step, and keep its decoder."""
         decoder = sae.decoder_weight.detach().cpu().clone()
         save_file({str(step): decoder}, self._path(step, "safetensors"))
-        found = evaluate_sae(sae, self._evaluation, dense_variance=self._dense_variance)
-        write_json(self._path(step, "json"), {"fvu": found.fvu})
+        write_json(self._path(step, "json"), {"fvu": self.quality(sae).fvu})
+
+    def quality(self, sae: TopKSAE) -> SaeQuality:
+        """On all tokens of eval."""
+        return evaluate_sae(sae, self.evaluation, dense_variance=self.dense_variance)
 
     def _fvu(self, step: int) -> float:
         return float(read_json(self._path(step, "json"))["fvu"])
