@@ -6,7 +6,10 @@ random state and a resumed training repeats the uninterrupted one bit for bit.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
+import logging
 import math
 import os
 import pathlib
@@ -27,6 +30,8 @@ from prunelens.sae.order import TokenOrder, derived_generator
 from prunelens.sae.resample import restart_dead
 from prunelens.sae.start import fingerprint, starting_sae
 from prunelens.sae.topk import TopKSAE
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -93,9 +98,7 @@ class Training:
         self.data, self.config, self.data_seed = data, config, data_seed
         self.sae = sae.to(device)
         self.order = order or TokenOrder(data.num_tokens, config.batch_tokens, data_seed=data_seed)
-        self.descent = Descent(
-            self.sae.weights, sae.k, dtype=getattr(torch, config.dtype), buffers=buffers
-        )
+        self.descent = _descent(self.sae, getattr(torch, config.dtype), buffers)
         self.start = self.sae.decoder_weight.detach().clone()
         self.resampled = torch.zeros(sae.num_latents, dtype=torch.bool, device=device)
         self.fired = torch.zeros(sae.num_latents, dtype=torch.bool, device=device)
@@ -222,3 +225,19 @@ class Training:
             tensor.copy_(saved[name])
         self.log = [StepLog(*entry) for entry in state["log"]]
         self.step = state["step"]
+
+
+def _descent(sae: TopKSAE, dtype: torch.dtype, buffers: Buffers | None) -> Descent:
+    """By our own kernels on a CUDA device, where Triton is there to compile them."""
+    if sae.decoder_bias.device.type == "cuda":
+        if importlib.util.find_spec("triton"):
+            from prunelens.sae.cuda_descent import CudaDescent
+
+            return CudaDescent(sae.weights, sae.k, dtype=dtype)
+        _say_that_triton_is_missing()
+    return Descent(sae.weights, sae.k, dtype=dtype, buffers=buffers)
+
+
+@functools.cache
+def _say_that_triton_is_missing() -> None:
+    log.warning("no triton: SAEs are trained by dense products, several times slower; install it")

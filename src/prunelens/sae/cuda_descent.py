@@ -1,0 +1,163 @@
+"""One training step on a CUDA device: `Descent` by our kernels, captured in a CUDA graph.
+
+A step launches some fifty kernels of a few microseconds each, which is more than a processor can
+keep up with; captured once, they are launched together.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prunelens.sae import triton_kernels, triton_products
+from prunelens.sae.descent import Descended, Descent
+from prunelens.sae.kernels import Gradients, SparseLatents, Weights
+
+_WIDTH_MULTIPLE = 8  # bfloat16 values in the 16 bytes that a thread loads at once
+
+
+class CudaDescent(Descent):
+    """`Descent` on a CUDA device.
+
+    With bfloat16, copies of both weight matrices in it are kept up to date by the update itself;
+    the weights, Adam's moments and all sums are float32. A batch size is captured at its second
+    step, and what `step` returns is overwritten by the next one.
+    """
+
+    def __init__(self, weights: Weights, k: int, *, dtype: torch.dtype) -> None:
+        super().__init__(weights, k, dtype=dtype)
+        (F, D), device = self.weights.encoder_weight.shape, self.weights.encoder_weight.device
+        copied = dtype == torch.bfloat16
+        self._encoder = torch.zeros(F, _width(D), dtype=dtype, device=device) if copied else None
+        self._decoder = torch.zeros(F, D, dtype=dtype, device=device) if copied else None
+        self._versions: list[int] = []
+        self._rate, self._number = (torch.zeros((), device=device) for _ in range(2))
+        self._x_hat = torch.zeros(0, D, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured: Descended | None = None
+
+    @torch.no_grad()
+    def step(self, x_hat: Float[Tensor, "batch d_model"], *, rate: float, number: int) -> Descended:
+        """See `Descent.step`."""
+        self._renew_copies()
+        self._rate.fill_(rate)
+        self._number.fill_(number)
+        if x_hat.shape != self._x_hat.shape:  # compiles what is missing, so that it can be captured
+            self._x_hat, self._graph = x_hat.clone(), None
+            return self._run()
+        self._x_hat.copy_(x_hat)
+        if x_hat.device.type != "cuda":  # in Triton's interpreter
+            return self._run()
+        if self._graph is None or self._captured is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):  # records, and runs nothing
+                self._captured = self._run()
+        self._graph.replay()
+        return self._captured
+
+    def _run(self) -> Descended:
+        weights, x_hat = self.weights, self._x_hat
+        if self._encoder is None:
+            inputs = with_ones(x_hat, torch.float32)
+            pre = torch.addmm(weights.encoder_bias, x_hat, weights.encoder_weight.T)
+        else:
+            inputs = with_ones(x_hat, self._encoder.dtype)
+            pre = inputs @ self._encoder.T
+        latents = triton_kernels.top_k(pre, None, self._k)
+        rows = weights.decoder_weight if self._decoder is None else self._decoder
+        found = gradients(x_hat, inputs, latents, rows, weights.decoder_bias)
+        self._apply(found.weights)
+        return Descended(found.loss, found.fires)
+
+    def _apply(self, gradients: Weights) -> None:
+        """Adam, unit norm and copies. Biases are updated as tables of one column or one row."""
+        (F, D), encoder = self.weights.encoder_weight.shape, self._encoder
+        shapes = ((F, D), (F, 1), (F, D), (1, D))
+        copies: tuple[Tensor | None, ...] = (None, None, None, None)
+        if encoder is not None:
+            copies = (encoder[:, :D], encoder[:, D : D + 1], self._decoder, None)
+        scales = triton_kernels.step_scales(self._rate, self._number)
+        groups = zip(self.weights, gradients, self.mean, self.mean_square, strict=True)
+        plans = zip(Weights._fields, groups, shapes, copies, strict=True)
+        for name, tensors, shape, copy in plans:
+            weight, grad, mean, mean_square = (tensor.view(shape) for tensor in tensors)
+            unit = name == "decoder_weight"
+            triton_kernels.adam_rows(
+                weight, grad, mean, mean_square, scales, normalise=unit, shadow=copy
+            )
+
+    def _renew_copies(self) -> None:
+        """Where another hand wrote to the weights (restarts, a checkpoint), copy them anew.
+
+        PyTorch counts its own writes to a tensor; those of the kernels it does not see.
+        """
+        versions = [weight._version for weight in self.weights]
+        if self._encoder is not None and self._decoder is not None and versions != self._versions:
+            D = len(self.weights.decoder_bias)
+            self._encoder[:, :D] = self.weights.encoder_weight
+            self._encoder[:, D] = self.weights.encoder_bias
+            self._decoder.copy_(self.weights.decoder_weight)
+        self._versions = versions
+
+
+def gradients(
+    x_hat: Float[Tensor, "tokens d_model"],
+    inputs: Float[Tensor, "tokens width"],
+    latents: SparseLatents,
+    rows: Float[Tensor, "latents d_model"],
+    bias: Float[Tensor, " d_model"],
+) -> Gradients:
+    """`kernels.reference_gradients` at a cost of B K D.
+
+    Args:
+        x_hat: what is to be reconstructed, in float32.
+        inputs: `with_ones(x_hat)` in the precision of `rows`.
+        latents: as the encoder found them.
+        rows: the decoder's. Factors of all sparse products are rounded to their precision, and
+            bfloat16 halves the traffic; sums stay float32.
+        bias: the decoder's.
+    """
+    (B, D), F = x_hat.shape, len(rows)
+    error = triton_products.decode(latents.values, latents.indices, rows, bias).sub_(x_hat)
+    loss = error.square().sum() / B
+    grad = error.mul_(2 / B)  # d loss / d x_rec
+    grad_rows = grad.to(rows.dtype)
+    pattern = triton_products.by_latent(latents.indices, F)
+    z = latents.values.flatten()[pattern.order]
+    active = z > 0  # only active latents learn
+    products = triton_products.entry_products(grad_rows, rows, pattern.tokens, pattern.latents)
+    grad_z = products * active
+    encoder = triton_products.transposed_product(pattern, grad_z, inputs)
+    fires = torch.zeros(F + 1, dtype=torch.bool, device=x_hat.device)  # the last for the inactive
+    fires.scatter_(0, pattern.latents.long().masked_fill(~active, F), True)
+    return Gradients(
+        loss=loss,
+        weights=Weights(
+            encoder_weight=encoder[:, :D],
+            encoder_bias=encoder[:, D],
+            decoder_weight=triton_products.transposed_product(pattern, z, grad_rows),
+            decoder_bias=grad.sum(0),
+        ),
+        fires=fires[:F],
+    )
+
+
+def with_ones(
+    x_hat: Float[Tensor, "tokens d_model"], dtype: torch.dtype
+) -> Float[Tensor, "tokens width"]:
+    """Inputs with a column of ones after them, for the bias, and zeros up to whole 16 bytes.
+
+    Against it, a product with the weights adds the bias, and the gradient's has the bias's.
+    """
+    B, D = x_hat.shape
+    inputs = torch.zeros(B, _width(D), dtype=dtype, device=x_hat.device)
+    inputs[:, :D] = x_hat
+    inputs[:, D] = 1
+    return inputs
+
+
+def _width(d_model: int) -> int:
+    return math.ceil((d_model + 1) / _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
