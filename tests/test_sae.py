@@ -256,8 +256,12 @@ def test_quality_agrees_with_the_slow_definitions():
 def test_quality_does_not_depend_on_the_batch_and_survives_a_far_mean():
     sae = random_sae()
     data = InMemory(inputs(100) + 5e3, mean=torch.zeros(12), sigma=torch.ones(12))
-    whole = evaluate_sae(sae, data, dense_variance=1.0, batch_tokens=100)
-    parts = evaluate_sae(sae, data, dense_variance=1.0, batch_tokens=7)
+    whole = evaluate_sae(sae, data, dense_variance=1.0, first_tokens=31, batch_tokens=100)
+    parts = evaluate_sae(sae, data, dense_variance=1.0, first_tokens=31, batch_tokens=7)
+    first = evaluate_sae(sae, InMemory(data.raw[:31], data.mean, data.sigma), dense_variance=1.0)
+    for found in (whole, parts):
+        assert torch.equal(found.firing_rate_first, first.firing_rate)
+    assert bool(first.firing_rate_first.isnan().all())  # asked of no token
     assert whole.fvu == pytest.approx(parts.fvu, rel=1e-6)
     x_hat = data.raw.double().numpy()
     x_rec = sae(data.raw).detach().double().numpy()

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunelens.errors import UserError
+from prunelens.sae.kernels import Buffers, encode
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.training import TokenActivations
 
@@ -33,6 +34,8 @@ class SaeQuality(NamedTuple):
     """float64: share of the tokens on which a latent fires."""
     mean_activation: Float[Tensor, " latents"]
     """float64: mean over the tokens on which it fires; NaN where it never does."""
+    firing_rate_first: Float[Tensor, " latents"]
+    """float64: share of the first `first_tokens` tokens on which it fires; NaN where there are 0."""
 
 
 def evaluate_sae(
@@ -40,6 +43,7 @@ def evaluate_sae(
     data: TokenActivations,
     *,
     dense_variance: float,
+    first_tokens: int = 0,
     batch_tokens: int = _BATCH_TOKENS,
 ) -> SaeQuality:
     """Encode and decode every token once, in order.
@@ -51,6 +55,7 @@ def evaluate_sae(
         sae: the SAE, on the device of `data`.
         data: activations with their own mu and sigma.
         dense_variance: sum over tokens of |x - mean(x)|^2 of the dense condition, raw.
+        first_tokens: how many of the first tokens `firing_rate_first` is about.
         batch_tokens: tokens encoded at a time.
     Raises: UserError where there are no tokens or the widths differ.
     """
@@ -60,7 +65,7 @@ def evaluate_sae(
         )
     if data.num_tokens == 0:
         raise UserError("corpus.eval_tokens: no activations to evaluate on; raise it")
-    sums = _add_up(sae, data, batch_tokens)
+    sums = _add_up(sae, data, first_tokens, batch_tokens)
     raw = data.sigma.to(sums.error).square()
     raw_error = float((raw * sums.error).sum())
     # Shifted sums: sum (y - mean y)^2 = sum y^2 - (sum y)^2 / n, y near 0 loses no digits.
@@ -73,6 +78,7 @@ def evaluate_sae(
         alive=int((sums.fires > 0).sum()),
         firing_rate=(sums.fires / data.num_tokens).cpu(),
         mean_activation=(sums.activation / sums.fires).cpu(),  # 0 / 0 is NaN
+        firing_rate_first=(sums.fires_first / first_tokens).cpu(),
     )
 
 
@@ -82,27 +88,35 @@ class _Sums(NamedTuple):
     squares: Float[Tensor, " d_model"]
     fires: Float[Tensor, " latents"]
     activation: Float[Tensor, " latents"]
+    fires_first: Float[Tensor, " latents"]
 
 
 @torch.no_grad()
-def _add_up(sae: TopKSAE, data: TokenActivations, batch_tokens: int) -> _Sums:
+def _add_up(sae: TopKSAE, data: TokenActivations, first_tokens: int, batch_tokens: int) -> _Sums:
     """Squared error, shifted values and their squares per dimension; firings per latent."""
-    device = sae.decoder_bias.device
+    device, num_latents = sae.decoder_bias.device, sae.num_latents
     error, total, squares = torch.zeros(3, sae.d_model, dtype=torch.float64, device=device)
-    fires, activation = torch.zeros(2, sae.num_latents, dtype=torch.float64, device=device)
-    shift = None
+    fires, activation, first = torch.zeros(3, num_latents, dtype=torch.float64, device=device)
+    shift, buffers, left = None, Buffers(), first_tokens
     for x_hat in data.batches(batch_tokens):
-        latents = sae.encode(x_hat)
+        latents = encode(x_hat, sae.encoder_weight, sae.encoder_bias, sae.k, buffers=buffers)
         exact = x_hat.double()
         shift = exact.mean(0) if shift is None else shift
-        error += (exact - sae.decode(latents)).square().sum(0)
-        total += (exact - shift).sum(0)
-        squares += (exact - shift).square().sum(0)
-        index = latents.indices.flatten()
-        values = latents.values.flatten().double()
-        fires.index_add_(0, index, (values > 0).double())
-        activation.index_add_(0, index, values)
-    return _Sums(error, total, squares, fires, activation)
+        error += (exact - sae.decode(latents)).square_().sum(0)
+        exact -= shift
+        total += exact.sum(0)
+        squares += exact.square_().sum(0)
+        fired = (latents.values > 0).double()
+        fires += _per_latent(latents.indices, fired, num_latents)
+        activation += _per_latent(latents.indices, latents.values.double(), num_latents)
+        if left > 0:
+            first += _per_latent(latents.indices[:left], fired[:left], num_latents)
+            left -= len(x_hat)
+    return _Sums(error, total, squares, fires, activation, first)
+
+
+def _per_latent(indices: Tensor, values: Tensor, num_latents: int) -> Float[Tensor, " latents"]:
+    return torch.bincount(indices.flatten(), values.flatten(), minlength=num_latents)
 
 
 def _ratio(error: float, variance: float) -> float:

@@ -58,10 +58,6 @@ def _request(work: Work, seen: _Seen) -> SaeRequest:
 def _write(work: Work, seen: _Seen, trained: TrainedSae) -> None:
     """Measure a trained SAE and write its artifact."""
     quality = seen.quality(trained.sae)
-    first_half = _sae_data(work, "eval", first_half=True)
-    rate_first_half = evaluate_sae(
-        trained.sae, first_half, dense_variance=seen.dense_variance
-    ).firing_rate
     trained.sae.save(work.out)
     evaluation = seen.evaluation
     Statistics(evaluation.mean.cpu(), evaluation.sigma.cpu()).save(
@@ -73,9 +69,9 @@ def _write(work: Work, seen: _Seen, trained: TrainedSae) -> None:
     seen.keep(trained, quality.fvu)
     latents = {
         "latent": range(trained.sae.num_latents),
-        "firing_rate": quality.firing_rate.cpu().numpy(),
-        "firing_rate_first_half": rate_first_half.cpu().numpy(),
-        "mean_activation": quality.mean_activation.cpu().numpy(),
+        "firing_rate": quality.firing_rate.numpy(),
+        "firing_rate_first_half": quality.firing_rate_first.numpy(),
+        "mean_activation": quality.mean_activation.numpy(),
         "init_retention": trained.init_retention.cpu().numpy(),
         "resampled": trained.resampled.cpu().numpy(),
     }
@@ -97,9 +93,9 @@ class _Seen:
 
     def __init__(self, work: Work) -> None:
         self._folder, self._out = work.partial(), work.out
-        self.evaluation = _sae_data(work, "eval")
+        self.evaluation, self._first_tokens = _sae_data(work, "eval"), _first_half(work)
         variance = read_json(work.parents["dense_statistics"] / "variance.json")
-        self.dense_variance = float(variance["eval_total_variance"])
+        self._dense_variance = float(variance["eval_total_variance"])
         self._kept_steps = work.config["checkpoints"]
         self.checkpoint = self._folder / "checkpoint.safetensors"
         self._forget_if_damaged()
@@ -112,7 +108,12 @@ class _Seen:
 
     def quality(self, sae: TopKSAE) -> SaeQuality:
         """On all tokens of eval."""
-        return evaluate_sae(sae, self.evaluation, dense_variance=self.dense_variance)
+        return evaluate_sae(
+            sae,
+            self.evaluation,
+            dense_variance=self._dense_variance,
+            first_tokens=self._first_tokens,
+        )
 
     def _fvu(self, step: int) -> float:
         return float(read_json(self._path(step, "json"))["fvu"])
@@ -162,16 +163,20 @@ def _quality_numbers(trained: TrainedSae, quality: SaeQuality, *, rotated: bool)
     }
 
 
-def _sae_data(work: Work, split: str, *, first_half: bool = False) -> Activations:
-    """The rows that an SAE is trained or judged on, normalised (and rotated for `floor_shared`).
+def _first_half(work: Work) -> int:
+    """How many of the eval rows belong to the first half of the eval documents.
 
-    The first half of the eval documents is what latents may be sorted by: persistence is measured
-    on the second.
+    Latents may be sorted by them: persistence is measured on the second half.
     """
+    kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
+    rows = read_json(work.parents["activations"] / "rows.json")["eval_first_rows"]
+    return int((kept < rows).sum())  # rows are in order
+
+
+def _sae_data(work: Work, split: str) -> Activations:
+    """The rows that an SAE is trained or judged on, normalised (and rotated for `floor_shared`)."""
     found = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
     kept = load_file(work.parents["screening"] / "kept.safetensors")[split]
-    if first_half:
-        kept = kept[kept < read_json(work.parents["activations"] / "rows.json")["eval_first_rows"]]
     rotation = None
     if work.config["rotated"]:
         rotation = random_rotation(len(found.mean), seed=ROTATION_SEED)
