@@ -1,18 +1,17 @@
 """Time ablations through the blocks above the site against one whole forward pass per latent.
 
-usage: python benchmarks/ablation.py [--threads 2] [--rounds 3] [--latents 32] [--device cpu]
+usage: python benchmarks/ablation.py [--latents 200] [--prompts 64] [--timed 4] [--threads 2]
+       [--rounds 3] [--device cpu] [--save]
 
-A random Llama and a random SAE whose ablated latents fire on 1 to 5 % of the tokens. Both ways are
-timed in turn in one process, per latent, so that a busy machine slows both alike. Read the ratios:
-`single position` should be at least 20, `of what its count allows` (how much of the saving in
-blocks x positions arrives as saving in time) at least 0.6.
+A random Llama and a random SAE whose ablated latents fire on 1 to 5 % of the tokens. `paper` is the
+KL at the prompt's end, `single position` the KL where the latent fires, one place per prompt. What
+takes long is timed on a few latents and given per latent: `paper` on `--timed` of them, the whole
+pass on one; `single position` on all.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,13 +28,14 @@ from prunelens.analyses.ablation import (
     measure,
     where_it_matters,
 )
-from prunelens.model import LanguageModel, as_language_model, site_module
+from prunelens.model import LanguageModel, as_language_model, forward_tokens, site_module
 from prunelens.sae import TopKSAE
 from prunelens.upper_blocks import UpperBlocks
+from side_by_side import Mark, Times, options, publish, take_turns
 
-NUM_BLOCKS, LAYER, D_MODEL, VOCABULARY = 16, 7, 512, 8192
-PROMPTS, CONTEXT = 8, 256
+NUM_BLOCKS, LAYER, D_MODEL, VOCABULARY, CONTEXT = 16, 7, 512, 8192, 256
 NUM_LATENTS, K = 2048, 64
+SINGLE, PAPER, WHOLE = "single position", "paper", "whole pass"
 
 
 class Setting(NamedTuple):
@@ -47,27 +47,20 @@ class Setting(NamedTuple):
 
 
 def main() -> None:
-    """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--latents", type=int, default=32)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    """Measure, check, publish."""
+    parser = options(__doc__)
+    parser.set_defaults(rounds=3)
+    parser.add_argument("--latents", type=int, default=200, help="latents of `single position`")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--timed", type=int, default=4, help="latents of `paper`")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
     with torch.no_grad():
-        started = time.perf_counter()
-        setting = prepare(options.latents, options.device)
-        print(f"prepared (both baselines) in {time.perf_counter() - started:.1f} s")
-        fires = (setting.scene.z > 0).double().mean((0, 1))
-        print(
-            f"{options.latents} latents on {100 * fires.min():.1f} to {100 * fires.max():.1f} % of"
-            f" {PROMPTS} x {CONTEXT} tokens; {NUM_BLOCKS - LAYER - 1} of {NUM_BLOCKS} blocks above"
-        )
-        compare(setting, options.rounds)
+        setting = prepare(chosen.latents, chosen.prompts, chosen.device)
+        compare(setting, timed=chosen.timed, rounds=chosen.rounds, save=chosen.save)
 
 
-def prepare(num_latents: int, device: str) -> Setting:
+def prepare(num_latents: int, num_prompts: int, device: str) -> Setting:
     """A random model and SAE; of the SAE the first latents that fire on 1 to 5 % of the tokens."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -81,60 +74,110 @@ def prepare(num_latents: int, device: str) -> Setting:
     )
     model = transformers.AutoModelForCausalLM.from_config(config).to(device)
     lm = as_language_model(model, label="random-llama")
-    tokens = torch.randint(VOCABULARY, (PROMPTS, CONTEXT))
+    tokens = torch.randint(VOCABULARY, (num_prompts, CONTEXT))
     upper = UpperBlocks(lm, tokens, site="resid_post", layer=LAYER)
     rows = upper.states.flatten(0, 1).float()
     sae = TopKSAE.initialise(D_MODEL, NUM_LATENTS, K, init_seed=0).to(device)
     scale = Statistics(rows.mean(0), rows.std(0))
-    found = sae.encode((rows - scale.mean) / scale.sigma)
-    rate = torch.bincount(found.indices[found.values > 0], minlength=NUM_LATENTS) / len(rows)
+    counts = torch.zeros(NUM_LATENTS, device=device)
+    for part in rows.split(forward_tokens(lm.device.type)):
+        found = sae.encode((part - scale.mean) / scale.sigma)
+        counts += torch.bincount(found.indices[found.values > 0], minlength=NUM_LATENTS)
+    rate = counts / len(rows)
     chosen = ((rate > 0.01) & (rate < 0.05)).nonzero().flatten()[:num_latents]
     columns = [("latent", int(latent)) for latent in chosen]
     return Setting(lm, tokens, make_scene(upper, sae, scale, columns, skip_first=0, seed=0))
 
 
-def compare(setting: Setting, rounds: int) -> None:
-    """Rounds of each way in turn; prints milliseconds per latent and their ratios."""
+def compare(setting: Setting, *, timed: int, rounds: int, save: bool) -> None:
+    """Time all ways in turn and publish."""
     scene = setting.scene
     num_latents = scene.z.shape[2]
-    final = where_it_matters(scene.z)
     single = one_place_per_prompt(scene)
-    times: dict[str, list[float]] = {"paper": [], "single position": [], "whole pass": []}
-    for turn in range(rounds):
-        for name, items in (("paper", final), ("single position", single)):
-            references = [scene.original, scene.replaced] if name == "paper" else [scene.replaced]
-            started = clock(setting)
-            measure(scene, items, scene.replaced, references, Progress(items.num_positions, None))
-            times[name].append((clock(setting) - started) / num_latents)
-        started = clock(setting)
-        whole_passes(setting, turn)
-        times["whole pass"].append((clock(setting) - started) / 2)
-    milliseconds = {name: 1e3 * statistics.median(found) for name, found in times.items()}
-    for name, value in milliseconds.items():
-        print(f"{name:16} {value:10.2f} ms per latent")
-    whole = NUM_BLOCKS * CONTEXT * PROMPTS
-    ours = (NUM_BLOCKS - LAYER - 1) * final.num_positions / num_latents
-    allowed = whole / ours
-    faster = milliseconds["whole pass"] / milliseconds["paper"]
-    print(f"blocks x positions: whole pass {whole}, ours {ours:.0f}, allowed {allowed:.2f} x")
-    print(f"paper           {faster:.2f} x, {faster / allowed:.2f} of what its count allows")
-    print(f"single position {milliseconds['whole pass'] / milliseconds['single position']:.1f} x")
-
-
-def whole_passes(setting: Setting, turn: int) -> None:
-    """Two latents, each by a whole pass over all prompts at once, as a first version would be."""
-    scene = setting.scene
-    module = site_module(setting.lm, "resid_post", LAYER)
-    tokens = setting.tokens.to(setting.lm.device)
-    own = scene.upper.logits_at(
-        scene.original.kept, torch.arange(PROMPTS), torch.full((PROMPTS,), CONTEXT - 1)
+    paper = where_it_matters(scene.z[:, :, :timed])
+    check(setting, paper)
+    ways: dict[str, Callable[[], object]] = {
+        SINGLE: lambda: ablated(scene, single),
+        PAPER: lambda: ablated(scene, paper),
+        WHOLE: lambda: whole_pass(setting, 0),
+    }
+    times = take_turns(ways, rounds=rounds, device=str(setting.lm.device))
+    per_latent = {
+        SINGLE: _divided(times[SINGLE], num_latents),
+        PAPER: _divided(times[PAPER], timed),
+        WHOLE: times[WHOLE],
+    }
+    ours = (NUM_BLOCKS - LAYER - 1) * paper.num_positions / timed
+    allowed = NUM_BLOCKS * setting.tokens.numel() / ours
+    faster = {name: times[WHOLE].median / per_latent[name].median for name in (SINGLE, PAPER)}
+    firing = (scene.z > 0).double().mean((0, 1))
+    publish(
+        "ablation",
+        settings={
+            "prompts": len(setting.tokens),
+            "context": CONTEXT,
+            "blocks": NUM_BLOCKS,
+            "blocks_above": NUM_BLOCKS - LAYER - 1,
+            "d_model": D_MODEL,
+            "tokens_per_pass": forward_tokens(setting.lm.device.type),
+            "latents": {SINGLE: num_latents, PAPER: timed, WHOLE: 1},
+            "firing_rates": [float(firing.min()), float(firing.max())],
+            "device": str(setting.lm.device),
+        },
+        results={
+            "milliseconds_per_latent": per_latent,
+            "faster": faster,
+            "paper_allowed_by_its_count": allowed,
+        },
+        marks=[
+            Mark(
+                8,
+                "ablations read at one position, against a whole pass per latent",
+                20.0,
+                "at least",
+                faster[SINGLE],
+            ),
+            Mark(
+                8,
+                "ablations read at the prompt's end, of what blocks x positions allow",
+                0.6,
+                "at least",
+                faster[PAPER] / allowed,
+            ),
+        ],
+        save=save,
     )
-    for column in (2 * turn, 2 * turn + 1):
-        without = scene.replaced.states - scene.z[:, :, column, None] * scene.directions[column]
-        hook = module.register_forward_hook(lambda *_, new=without: new)
-        scores = setting.lm.model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
+
+
+def ablated(scene: Scene, items: Items) -> Tensor:
+    """KL from the SAE's reconstruction, of every item."""
+    done = Progress(items.num_positions, None)
+    return measure(scene, items, scene.replaced, [scene.replaced], done)[0]
+
+
+def whole_pass(setting: Setting, column: int) -> Tensor:
+    """One latent by whole passes over all prompts, as a first version would be; KL at the end."""
+    scene, lm = setting.scene, setting.lm
+    without = scene.replaced.states - scene.z[:, :, column, None] * scene.directions[column]
+    num_prompts = len(setting.tokens)
+    last = torch.full((num_prompts,), CONTEXT - 1)
+    own = scene.upper.logits_at(scene.replaced.kept, torch.arange(num_prompts), last)
+    scores = []
+    for rows in torch.arange(num_prompts).split(forward_tokens(lm.device.type) // CONTEXT):
+        hook = site_module(lm, "resid_post", LAYER).register_forward_hook(
+            lambda *_, rows=rows: without[rows.to(without.device)]
+        )
+        tokens = setting.tokens[rows].to(lm.device)
+        scores.append(lm.model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1])
         hook.remove()
-        divergence(own, scores)
+    return divergence(own, torch.cat(scores))
+
+
+def check(setting: Setting, items: Items) -> None:
+    """Both ways give the same divergences of the first latent."""
+    first = Items(*(field[items.columns == 0] for field in items))
+    ours, whole = ablated(setting.scene, first), whole_pass(setting, 0)[first.prompts]
+    torch.testing.assert_close(ours, whole, rtol=1e-2, atol=float(whole.mean()) * 1e-3)
 
 
 def one_place_per_prompt(scene: Scene) -> Items:
@@ -147,11 +190,8 @@ def one_place_per_prompt(scene: Scene) -> Items:
     return Items(columns, prompts, positions, positions)
 
 
-def clock(setting: Setting) -> float:
-    """Seconds, once everything asked of the device is done."""
-    if setting.lm.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def _divided(times: Times, number: int) -> Times:
+    return Times(round(times.median / number, 3), round(times.least / number, 3), times.rounds)
 
 
 if __name__ == "__main__":

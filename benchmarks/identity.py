@@ -1,24 +1,19 @@
 """Activation matching and joint latent scaling: sparse against the same with zeros written out.
 
-`python benchmarks/identity.py [d_model] [latents] [k] [tokens]` prints seconds of both ways, side
-by side, and checks that they agree.
+In turns, on the same activations, after a check that both give the same.
 """
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable
-from typing import TypeVar
-
+import pandas as pd
 import torch
 from torch import Tensor
 
 from prunelens.analyses.activation_matching import latent_series, match_activations
 from prunelens.analyses.scaling import latent_scaling
+from prunelens.match import Matches
 from prunelens.sae.topk import TopKSAE
-
-Result = TypeVar("Result")
+from side_by_side import options, publish, take_turns
 
 
 class Rows:
@@ -34,35 +29,60 @@ class Rows:
 
 def main() -> None:
     """Two SAEs and paired activations of one size."""
-    d_model, num_latents, k, num_tokens = (
-        int(sys.argv[i]) if len(sys.argv) > i else default
-        for i, default in enumerate((128, 1024, 16, 20_000), start=1)
+    parser = options(__doc__)
+    parser.add_argument("--d-model", type=int, default=128)
+    parser.add_argument("--latents", type=int, default=1024)
+    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=20_000)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    a, b = (
+        TopKSAE.initialise(chosen.d_model, chosen.latents, chosen.k, init_seed=seed)
+        .requires_grad_(False)
+        .to(chosen.device)
+        for seed in (0, 1)
     )
     generator = torch.Generator().manual_seed(0)
-    a = TopKSAE.initialise(d_model, num_latents, k, init_seed=0).requires_grad_(False)
-    b = TopKSAE.initialise(d_model, num_latents, k, init_seed=1).requires_grad_(False)
-    dense = torch.randn(num_tokens, d_model, generator=generator)
-    pruned = 0.8 * dense + 0.3 * torch.randn(num_tokens, d_model, generator=generator)
-    tokens = torch.arange(num_tokens)
-    print(f"d {d_model}, {num_latents} latents, k {k}, {num_tokens} tokens")
+    x, noise = torch.randn(2, chosen.tokens, chosen.d_model, generator=generator)
+    dense, pruned = x.to(chosen.device), (0.8 * x + 0.3 * noise).to(chosen.device)
+    tokens = torch.arange(chosen.tokens)
 
-    series = [latent_series(sae, Rows(dense), tokens) for sae in (a, b)]
-    ours = _timed("matching, sparse", lambda: match_activations(*series, lowest_tau=0.5))
-    theirs = _timed("matching, dense", lambda: _dense_correlations(a, b, dense))
-    best = torch.from_numpy(ours.similarity_a)
-    assert torch.allclose(best.double(), theirs.max(1).values, atol=1e-4)
+    def match() -> Matches:
+        series = (latent_series(sae, Rows(dense), tokens) for sae in (a, b))
+        return match_activations(*series, lowest_tau=0.5)
 
-    table = _timed(
-        "scaling, sparse",
-        lambda: latent_scaling(a, Rows(dense), Rows(pruned), tokens, seed=0),
+    def scale() -> pd.DataFrame:
+        return latent_scaling(a, Rows(dense), Rows(pruned), tokens, seed=0)
+
+    _check_matching(match(), _dense_correlations(a, b, dense))
+    difference = _check_scaling(scale(), _dense_scaling(a, dense, pruned))
+    times = take_turns(
+        {
+            "matching, sparse": match,
+            "matching, dense": lambda: _dense_correlations(a, b, dense),
+            "scaling, sparse (four targets and a jackknife)": scale,
+            "scaling, dense (two targets)": lambda: _dense_scaling(a, dense, pruned),
+        },
+        rounds=chosen.rounds,
+        device=chosen.device,
     )
-    found = _timed("scaling, dense (two targets)", lambda: _dense_scaling(a, dense, pruned))
-    scaling = torch.tensor(
-        table.loc[table["source"] == "pruned", "scaling"].tolist(), dtype=torch.float64
-    )
-    known = ~scaling.isnan()
-    print(f"largest difference {float((scaling - found)[known].abs().max()):.1e}")
-    assert torch.allclose(scaling[known], found[known], atol=1e-2)
+    results = {"milliseconds": times, "largest_difference_of_scaling": difference}
+    publish("identity", settings=vars(chosen), results=results, marks=[], save=chosen.save)
+
+
+def _check_matching(matches: Matches, correlations: Tensor) -> None:
+    found = torch.from_numpy(matches.similarity_a).double()
+    assert torch.allclose(found, correlations.cpu().max(1).values, atol=1e-4)
+
+
+def _check_scaling(table: pd.DataFrame, expected: Tensor) -> float:
+    """The largest difference, which is small."""
+    pruned = table.loc[table["source"] == "pruned", "scaling"]
+    found = torch.tensor(pruned.tolist(), dtype=torch.float64)
+    known = ~found.isnan()
+    assert known.any()
+    assert torch.allclose(found[known], expected.cpu()[known], atol=1e-2)
+    return float((found - expected.cpu())[known].abs().max())
 
 
 def _dense_correlations(a: TopKSAE, b: TopKSAE, x: Tensor) -> Tensor:
@@ -81,13 +101,6 @@ def _dense_scaling(sae: TopKSAE, dense: Tensor, pruned: Tensor) -> Tensor:
     targets = [(z * ((y - y.mean(0)).double() @ rows.T)).sum(0) for y in (dense, pruned)]
     solved = torch.linalg.solve(normal, torch.stack(targets, 1))
     return solved[:, 1] / solved[:, 0]
-
-
-def _timed(label: str, work: Callable[[], Result]) -> Result:
-    start = time.perf_counter()
-    result = work()
-    print(f"{label:30} {time.perf_counter() - start:8.2f} s")
-    return result
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from prunelens.activations import (
     Activations,
     Statistics,
     capture,
+    capture_sites,
     covariance,
     participation_ratio,
     random_rotation,
@@ -38,6 +39,32 @@ def test_a_store_holds_what_the_model_gives(tiny_llama, tokens, tmp_path, monkey
     torch.testing.assert_close(stored.float(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(norms, stored.float().norm(dim=1))
     assert told[-1] == tokens.numel()
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_stores_of_one_pass_are_those_of_a_pass_each(
+    tiny_llama, tokens, tmp_path, monkeypatch, storage
+):
+    monkeypatch.setitem(FORWARD_TOKENS, "cpu", 30)
+    config = ActivationConfig(storage=storage)
+    places = [("resid_post", 1), ("attn_out", 1), ("resid_post", 0)]
+    together = {place: tmp_path / f"together {place}" for place in places}
+    told = []
+    norms = capture_sites(tiny_llama, tokens, together, config=config, progress=told.append)
+    assert list(norms) == places
+    for (site, layer), path in together.items():
+        alone = tmp_path / "alone"
+        expected = capture(tiny_llama, tokens, alone, site=site, layer=layer, config=config)
+        assert path.read_bytes() == alone.read_bytes()
+        assert torch.equal(norms[site, layer], expected)
+    assert told == [24, 48, 72, 96, 108]
+
+
+def test_one_pass_names_the_layer_that_overflows(tiny_llama, tokens, tmp_path):
+    tiny_llama.blocks[1].mlp.down_proj.weight.fill_(float("inf"))
+    places = {("resid_post", layer): tmp_path / str(layer) for layer in (0, 1)}
+    with pytest.raises(UserError, match="layer 1 in float32"):
+        capture_sites(tiny_llama, tokens, places, config=ActivationConfig())
 
 
 def test_rows_batches_and_normalisation_agree(tiny_llama, tokens, tmp_path):

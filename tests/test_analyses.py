@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.independent import matching
 
+from prunelens.analyses.noise import other_token
 from prunelens.analyses.persistence import persistence, persistence_summary
 from prunelens.analyses.stability import seed_stability
 from prunelens.analyses.statistics import fisher_z, interval_over_seeds
@@ -184,6 +185,21 @@ def test_persistence_equals_the_slow_definition(world, monkeypatch):
     correlation, jaccard = slow_persistence(world.sae, world.dense[100:], world.pruned[100:])
     np.testing.assert_allclose(pruned["correlation"], correlation, atol=1e-6)
     np.testing.assert_allclose(pruned["jaccard"], jaccard, atol=1e-12)
+
+
+def test_shuffled_noise_equals_the_slow_definition_over_its_draws(world, monkeypatch):
+    monkeypatch.setattr("prunelens.analyses.persistence.BATCH_TOKENS", 250)
+    table = persistence(world.sae, Rows(world.dense), Rows(world.pruned), world.tokens, seed=3)
+    found = table[table["source"] == "noise_shuffled"]
+    draws = []
+    for draw in range(3):
+        generator = torch.Generator().manual_seed(3000 + draw)
+        other = world.tokens[other_token(len(world.tokens), generator)]
+        shuffled = world.dense[100:] + world.pruned[other] - world.dense[other]
+        draws.append(slow_persistence(world.sae, world.dense[100:], shuffled))
+    correlation, jaccard = np.mean(draws, axis=0)
+    np.testing.assert_allclose(found["correlation"], correlation, atol=1e-5)
+    np.testing.assert_allclose(found["jaccard"], jaccard, atol=1e-3)
 
 
 def test_persistence_without_pruning_is_one_for_pruned_and_for_noise_of_no_size(world):

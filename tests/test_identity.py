@@ -171,6 +171,34 @@ def test_activation_matching_is_the_same_in_any_blocks_and_from_the_other_side(
         np.testing.assert_array_equal(one, other)
 
 
+def test_ranges_of_tokens_change_rounding_alone_and_no_symmetry(two_series, monkeypatch):
+    (a, b), (za, zb) = two_series
+    whole = match_activations(a, b, lowest_tau=0.2)
+    monkeypatch.setattr(activation_module, "RANGE_TOKENS", 400)  # of 1500
+    there, back = match_activations(a, b, lowest_tau=0.2), match_activations(b, a, lowest_tau=0.2)
+    np.testing.assert_array_equal(there.similarity_a, back.similarity_b)
+    np.testing.assert_array_equal(there.best_in_b, whole.best_in_b)
+    np.testing.assert_allclose(there.similarity_a, whole.similarity_a, atol=1e-7)
+    best = identity.correlations(za, zb).max(1)
+    np.testing.assert_allclose(there.similarity_a[a.correlates], best[a.correlates], atol=1e-6)
+
+
+def test_tokens_on_which_fewer_or_no_latents_fire_are_matched_alike():
+    """Their rows are filled up with zeros."""
+    za, zb = (sparse_strengths(400, 12, rate=0.1, seed=s) for s in (0, 1))
+    za[:50], zb[30:60] = 0.0, 0.0
+    zb[60:, 3] = za[60:, 5]
+    series = []
+    for z in (za, zb):
+        sae = sae_of(torch.eye(12), torch.zeros(12), torch.eye(12), 12)
+        series.append(latent_series(sae, Rows(z), torch.arange(400)))
+    assert len(set(np.diff(series[0].values.indptr))) > 3
+    c = identity.correlations(za.double().numpy(), zb.double().numpy())
+    found = match_activations(*series, lowest_tau=0.2)
+    np.testing.assert_allclose(found.similarity_a, c.max(1), atol=1e-6)
+    np.testing.assert_array_equal(found.best_in_a, c.argmax(0))
+
+
 def test_latents_that_fire_alike_match_wherever_they_point():
     """B sees a turned space and has other sizes and another order; what fires is the same."""
     x, a, order = random(TOKENS, WIDTH, seed=5), random_sae(), shuffled(LATENTS)

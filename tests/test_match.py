@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.independent import matching
+from torch.nn.functional import normalize
 
 from prunelens import match as module
 from prunelens.match import match_dictionaries, match_rates, match_similarities
@@ -67,11 +68,50 @@ def test_a_permuted_and_rescaled_copy_matches_perfectly():
 def test_many_candidates_are_visited_in_bands_with_the_same_result(monkeypatch):
     a = torch.randn(200, 4, generator=torch.Generator().manual_seed(3))
     b = torch.randn(180, 4, generator=torch.Generator().manual_seed(4))
-    whole = match_dictionaries(a, b)
+    cosines = normalize(a) @ normalize(b).T
+    asked = []
+
+    def similarities(first, last):
+        asked.append((first, last))
+        return cosines[first:last]
+
+    whole = match_similarities(similarities, 200, 180, lowest_tau=0.5)
+    assert asked == [(0, 200)]
     monkeypatch.setattr(module, "MAX_PAIRS", 500)
-    monkeypatch.setattr(module, "BLOCK_ROWS", 200)
-    banded = match_dictionaries(a, b)
-    np.testing.assert_array_equal(whole.greedy_similarity_a, banded.greedy_similarity_a)
+    monkeypatch.setattr(module, "BLOCK_ROWS", 70)
+    banded = match_similarities(similarities, 200, 180, lowest_tau=0.5)
+    assert asked.count((140, 200)) > 3, "the test wants several bands"
+    for one, other in zip(whole, banded, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("tile", [1, 3, 64])
+def test_the_rows_looked_at_in_one_go_change_nothing(monkeypatch, tile):
+    a, b = exact_rows(50, 0), exact_rows(40, 1)
+    whole = match_dictionaries(a, b)
+    monkeypatch.setattr(module, "TILE_ROWS", tile)
+    for one, other in zip(whole, match_dictionaries(a, b), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_clusters_with_many_pairs_above_tau_equal_brute_force(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, 24, generator=generator)
+    a, b = (
+        centres[torch.randint(4, (n,), generator=generator)]
+        + 0.5 * torch.randn(n, 24, generator=generator)
+        for n in (60, 70)
+    )
+    c = matching.cosines(a.double().numpy(), b.double().numpy())
+    assert (c > 0.5).sum() > 600
+    for limit in (10**6, 100):
+        monkeypatch.setattr(module, "MAX_PAIRS", limit)
+        found = match_dictionaries(a, b)
+        pairs = matching.greedy_pairs(c, 0.5)
+        expected = [c[i, pairs[i]] if i in pairs else np.nan for i in range(60)]
+        np.testing.assert_allclose(found.greedy_similarity_a, expected, atol=1e-6)
+        np.testing.assert_array_equal(found.best_in_b, c.argmax(1))
+        np.testing.assert_array_equal(found.best_in_a, c.argmax(0))
 
 
 def test_a_row_of_zeros_matches_nothing():

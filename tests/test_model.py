@@ -20,6 +20,7 @@ from prunelens.model import (
     model_fingerprint,
     replace_at_site,
     run_to_site,
+    run_to_sites,
     site_module,
 )
 
@@ -81,6 +82,58 @@ def test_nothing_above_the_site_runs_and_no_hook_stays(
     assert calls == [0, 1]
     for handle in handles:
         handle.remove()
+    assert not any(module._forward_hooks for module in tiny_lm.model.modules())
+
+
+PLACES = [(site, layer) for layer in (2, 0, 1) for site in SITES]
+
+
+@pytest.mark.parametrize(
+    "places",
+    [PLACES, PLACES[::-1], PLACES[3:5], [("mlp_out", 1), ("resid_post", 0), ("mlp_out", 1)]],
+    ids=["all", "backwards", "of one block", "one of them twice"],
+)
+def test_several_sites_in_one_pass_are_those_of_a_pass_each(
+    tiny_lm: LanguageModel, tokens: torch.Tensor, places: list[tuple[str, int]]
+):
+    together = run_to_sites(tiny_lm, tokens, places)
+    assert len(together) == len(places)
+    for place, states in zip(places, together, strict=True):
+        assert torch.equal(states, run_to_site(tiny_lm, tokens, *place)), place
+
+
+def test_a_block_that_adds_in_place_does_not_change_what_was_captured(tokens: torch.Tensor):
+    """Falcon's parallel sublayers: the attention's output is added onto the MLP's, in place."""
+    config = transformers.FalconConfig(
+        vocab_size=conftest.VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        parallel_attn=True,
+        new_decoder_architecture=False,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    lm = as_language_model(transformers.AutoModelForCausalLM.from_config(config), label="falcon")
+    places = [(site, layer) for layer in range(2) for site in SITES]
+    for place, states in zip(places, run_to_sites(lm, tokens, places), strict=True):
+        assert torch.equal(states, run_to_site(lm, tokens, *place)), place
+
+
+def test_one_pass_stops_at_the_highest_site_and_leaves_no_hook(
+    tiny_lm: LanguageModel, tokens: torch.Tensor
+):
+    calls = []
+    handles = [
+        block.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+        for number, block in enumerate(tiny_lm.blocks)
+    ]
+    run_to_sites(tiny_lm, tokens, [("mlp_out", 1), ("resid_post", 0)])
+    assert calls == [0, 1]
+    for handle in handles:
+        handle.remove()
+    with pytest.raises(UserError, match="layer 40"):
+        run_to_sites(tiny_lm, tokens, [("mlp_out", 1), ("resid_post", 40)])
     assert not any(module._forward_hooks for module in tiny_lm.model.modules())
 
 

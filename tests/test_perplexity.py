@@ -10,7 +10,7 @@ from prunelens.config import CorpusConfig
 from prunelens.corpus import joined_stream
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel
-from prunelens.perplexity import measure_perplexity
+from prunelens.perplexity import measure_perplexity, next_token_nll
 
 WIKITEXT = pathlib.Path(__file__).parents[2] / "shared" / "data" / "wikitext-2"
 BOS = 0
@@ -73,6 +73,23 @@ def test_every_window_has_its_own_nll(tiny_llama: LanguageModel, stream: torch.T
     ]
     torch.testing.assert_close(whole.window_nll, torch.tensor(each, dtype=torch.float64))
     assert whole.nll == pytest.approx(float(whole.window_nll.mean()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_nll_taken_in_pieces_is_that_of_the_definition(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+):
+    generator = torch.Generator().manual_seed(3)
+    scores = (4 * torch.randn(2, 7, 300, generator=generator)).to(dtype)
+    tokens = torch.randint(300, (2, 7), generator=generator)
+    whole = next_token_nll(scores, tokens)
+    for pieces in (1, 300, 1300):  # less than a row, one row, four of the six rows
+        monkeypatch.setattr("prunelens.perplexity.SCORES_AT_ONCE", {"cpu": pieces})
+        assert torch.equal(next_token_nll(scores, tokens), whole)
+    for window, ids, found in zip(scores.tolist(), tokens.tolist(), whole.tolist(), strict=True):
+        for row, token, nll in zip(window[:-1], ids[1:], found, strict=True):
+            slow = math.log(math.fsum(math.exp(score) for score in row)) - row[token]
+            assert nll == pytest.approx(slow, rel=1e-5)
 
 
 def test_batches_do_not_matter_and_progress_is_told(

@@ -25,7 +25,9 @@ from prunelens.prune import (
     save_masks,
     wanda,
 )
-from prunelens.prune import masks as masks_module
+from prunelens.prune import scores as scores_module
+from prunelens.prune.scores import Scored
+from prunelens.prune.selection import select
 
 SPARSITIES = ("0.0", "0.3", "0.5", "0.7")
 SCOPES = ("global", "matrix", "row")
@@ -87,18 +89,49 @@ def test_masks_equal_the_independent_implementation(tiny_lm, windows, dtype, cri
                 assert np.array_equal(matrix, np.where(slow[name], weights[name], 0)), name
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_ties_go_to_the_lowest_index_of_the_first_matrix(scope, monkeypatch):
-    monkeypatch.setattr(masks_module, "BLOCK_WEIGHTS", 16)
+def test_ties_go_to_the_lowest_index_of_the_first_matrix(scope, threads, monkeypatch):
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(scores_module, "BLOCK_WEIGHTS", 16)
     generator = torch.Generator().manual_seed(0)
     scores = {
         name: torch.randint(0, 4, shape, generator=generator).float() / 3
-        for name, shape in {"b": (7, 9), "a": (4, 5), "c": (1, 3)}.items()
+        for name, shape in {"b": (21, 3), "a": (14, 5), "c": (1, 3)}.items()
     }
     lists = {name: matrix.tolist() for name, matrix in scores.items()}
     texts = ("0", "0.01", "0.1", "0.25", "0.7", "0.99", "1")
     for text, slow in zip(texts, independent.masks_of(lists, scope, texts), strict=True):
         assert_same_masks(keep_masks(scores, scope=scope, sparsity=Fraction(text)), slow)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrow_scores_are_chosen_as_their_float32_values(dtype, monkeypatch):
+    """Two bytes are counted in one pass, four in two; signs, zeros and subnormals among them."""
+    monkeypatch.setattr(scores_module, "BLOCK_WEIGHTS", 64)
+    generator = torch.Generator().manual_seed(2)
+    weights = {
+        name: (torch.randn(shape, generator=generator) * 10.0**-scale).to(dtype)
+        for name, shape, scale in (("a", (20, 9), 0), ("b", (33, 5), 6), ("c", (8, 1), 7))
+    }
+    weights["a"][0, :4] = torch.tensor([0.0, -0.0, 1.0, -1.0])
+    lists = {name: weight.float().abs().tolist() for name, weight in weights.items()}
+    matrices = {name: Scored(weight, None, dtype) for name, weight in weights.items()}
+    for scope in SCOPES:
+        masks = independent.masks_of(lists, scope, SPARSITIES)
+        for sparsity, slow in zip(SPARSITIES, masks, strict=True):
+            found = {name: [] for name in weights}
+            for kept in select(matrices, scope=scope, sparsity=Fraction(sparsity)):
+                found[kept.name].append(kept.keep)
+            assert_same_masks({name: torch.cat(parts) for name, parts in found.items()}, slow)
+
+
+def test_threads_are_given_back_after_an_error():
+    torch.set_num_threads(3)
+    broken = {"broken": torch.full((2, 2), torch.nan)}
+    with pytest.raises(UserError, match="broken"):
+        keep_masks(broken, scope="global", sparsity=Fraction(1, 2))
+    assert torch.get_num_threads() == 3
 
 
 def test_scores_over_the_whole_float_range_are_ordered():
@@ -158,6 +191,36 @@ def test_small_inputs_are_not_lost_among_many(monkeypatch):
             matrix(torch.full((4000, 1), 3.0))
     expected = (30000.0**2 + 300_000 * 9) ** 0.5
     assert float(calibrate._norms(squares)["m"]) == pytest.approx(expected, rel=1e-7)
+
+
+def test_a_shared_input_is_summed_once_unless_it_was_written_to(monkeypatch):
+    sums = []
+
+    def counted(inputs):
+        sums.append(inputs.shape)
+        return inputs.float().square().sum(0)
+
+    monkeypatch.setattr(calibrate, "_squares", counted)
+    queries, keys, other = (torch.nn.Linear(3, 2) for _ in range(3))
+    inputs = torch.ones(4, 3)
+    modules = {"queries": queries, "keys": keys, "other": other}
+    with torch.no_grad(), calibrate._summing_squares(modules) as squares:
+        queries(inputs)
+        keys(inputs)
+        inputs.mul_(2)
+        other(inputs)
+        other(inputs.clone())
+    assert len(sums) == 3
+    assert [float(squares[name][0]) for name in modules] == [4, 4, 32]
+
+
+def test_squares_in_small_parts_are_those_of_the_whole(monkeypatch):
+    monkeypatch.setattr(calibrate, "CACHED", 64)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = torch.randn(101, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+        before = inputs.clone()
+        torch.testing.assert_close(calibrate._squares(inputs), inputs.float().square().sum(0))
+        assert torch.equal(inputs, before)
 
 
 @pytest.mark.parametrize("scope", ["matrix", "row"])
@@ -224,6 +287,17 @@ def test_broken_activations_stop_before_any_change(tiny_llama, windows):
     assert all(torch.equal(a.nan_to_num(), after[n].nan_to_num()) for n, a in before.items())
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_broken_weights_stop_before_any_change(tiny_llama, scope):
+    last, weight = [(n, as_matrix(m)) for n, m in prunable_matrices(tiny_llama).items()][-1]
+    weight[-1, -1] = float("inf")
+    before = state_of(tiny_llama)
+    config = PruningConfig(criterion="magnitude", scope=scope, sparsity=0.5)
+    with pytest.raises(UserError, match=last):
+        prune_model(tiny_llama, config)
+    assert all(torch.equal(a, tiny_llama.model.state_dict()[n]) for n, a in before.items())
+
+
 def test_hooks_are_gone_afterwards(tiny_llama, windows):
     prune_model(tiny_llama, wanda_config(calibration="sequential"), calibration=windows)
     input_norms(tiny_llama, windows)
@@ -251,6 +325,22 @@ def test_the_report_says_what_each_matrix_lost(tiny_llama):
         assert line.achieved == line.num_zeroed / line.num_weights
     total = sum(line.num_weights for line in pruned.report)
     assert pruned.achieved_sparsity == int(Fraction(3, 10) * total) / total
+
+
+def test_masks_cost_a_bit_per_weight_or_nothing(tiny_lm):
+    config = PruningConfig(criterion="magnitude", scope="global", sparsity=0.3)
+    other = copy.deepcopy(tiny_lm)
+    with_masks = prune_model(tiny_lm, config)
+    without = prune_model(other, config, with_masks=False)
+    assert not without.masks and without.report == with_masks.report
+    assert all(torch.equal(t, other.model.state_dict()[n]) for n, t in state_of(tiny_lm).items())
+    for line in with_masks.report:
+        mask = with_masks.masks[line.name]
+        assert len(with_masks.masks.bits[line.name]) == -(-line.num_weights // 8)
+        assert (
+            int((~mask).sum()) == line.num_zeroed
+            and mask.shape == with_masks.masks.shapes[line.name]
+        )
 
 
 def test_only_matrices_inside_blocks_are_prunable(tiny_lm):

@@ -17,7 +17,7 @@ from prunelens.config import study_from_data
 from prunelens.errors import UserError
 from prunelens.report.tables import COLUMNS
 from prunelens.report.write import run_and_report
-from prunelens.study import conclude, local
+from prunelens.study import conclude, stages
 from prunelens.study.plan import plan_study
 from prunelens.study.predict import predict_latents
 from prunelens.study.run import study_status
@@ -297,14 +297,14 @@ def test_a_condition_may_have_other_seeds_than_the_first(data, tmp_path):
 
 
 def test_a_failed_dense_transfer_costs_its_table_alone(data, tmp_path, monkeypatch):
-    real = local.make_stage
+    real = stages.make_stages
 
-    def broken(store, stage, **options):
-        if stage.name == "transfer" and stage.label.endswith("dense"):
+    def broken(store, group, **options):
+        if group[0].name == "transfer" and group[0].label.endswith("dense"):
             raise UserError("transfer: no")
-        real(store, stage, **options)
+        real(store, group, **options)
 
-    monkeypatch.setattr(local, "make_stage", broken)
+    monkeypatch.setattr(stages, "make_stages", broken)
     outcome = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
     assert {r.reason.partition(": ")[2] for r in outcome.results} == {"transfer: no"}
     tables = {path.stem for path in (tmp_path / "s" / "tables").iterdir()}
@@ -370,16 +370,16 @@ def test_a_new_condition_runs_only_what_is_new(finished, data, tmp_path):
 
 
 def test_one_failed_run_does_not_stop_the_others(data, tmp_path, monkeypatch):
-    real = local.make_stage
+    real = stages.make_stages
 
-    def broken(store, stage, **options):
-        if stage.name == "activations" and "magnitude" in stage.label:
+    def broken(store, group, **options):
+        if group[0].name == "activations" and "magnitude" in group[0].label:
             raise UserError("activations: NaN in layer 1; use bfloat16")
-        if stage.name == "prune" and "wanda" in stage.label:
+        if group[0].name == "prune" and "wanda" in group[0].label:
             raise ZeroDivisionError("a bug of ours")
-        real(store, stage, **options)
+        real(store, group, **options)
 
-    monkeypatch.setattr(local, "make_stage", broken)
+    monkeypatch.setattr(stages, "make_stages", broken)
     outcome = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
     assert [r.status for r in outcome.results] == ["done", "failed", "failed"]
     runs = pd.read_csv(tmp_path / "s" / "runs.csv", keep_default_na=False)
@@ -389,7 +389,7 @@ def test_one_failed_run_does_not_stop_the_others(data, tmp_path, monkeypatch):
     quality = pd.read_csv(tmp_path / "s" / "tables" / "sae_quality.csv")
     assert set(quality["method"]) == {"dense"}
     assert [row["status"] for row in study_status(tmp_path / "s")] == ["done", "failed", "failed"]
-    monkeypatch.setattr(local, "make_stage", real)
+    monkeypatch.setattr(stages, "make_stages", real)
     again = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
     assert {r.status for r in again.results} == {"done"}
 

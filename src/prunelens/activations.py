@@ -8,11 +8,12 @@ rows count is a separate index, made once from the dense model and shared by all
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from prunelens.config import ActivationConfig, Site
 from prunelens.errors import UserError
-from prunelens.model import LanguageModel, forward_tokens, run_to_site
+from prunelens.model import LanguageModel, forward_tokens, run_to_sites
 
 STORAGE = {
     "float32": (torch.float32, "F32"),
@@ -61,8 +62,25 @@ def capture(
     """Run `windows` up to the site and stream what is there to `path`; returns each row's norm.
 
     The first `skip_first` positions of every window are left out. Peak memory is that of one batch,
-    whatever the number of tokens.
+    whatever the number of tokens (but for the norms, 4 bytes per token).
     Raises: UserError where an activation is NaN or infinite, or overflows the storage precision.
+    """
+    place = (site, layer)
+    return capture_sites(lm, windows, {place: path}, config=config, progress=progress)[place]
+
+
+def capture_sites(
+    lm: LanguageModel,
+    windows: Int[Tensor, "windows context_tokens"],
+    paths: Mapping[tuple[Site, int], pathlib.Path],
+    *,
+    config: ActivationConfig,
+    progress: Callable[[int], None] | None = None,
+) -> dict[tuple[Site, int], Float[Tensor, " tokens"]]:
+    """`capture` of several (site, layer) places in one pass: a file and its rows' norms for each.
+
+    Every file is, bit for bit, what `capture` writes.
+    Raises: UserError as `capture`.
     """
     skip = config.skip_first
     if skip >= windows.shape[1]:
@@ -70,25 +88,23 @@ def capture(
             f"activations.skip_first: {skip} leaves nothing of a window of"
             f" {windows.shape[1]} tokens; make it smaller"
         )
-    dtype, code = STORAGE[config.storage]
-    per_batch = max(1, forward_tokens(lm.device.type) // windows.shape[1])
-    norms = []
-    with path.open("wb") as file:
-        for first in range(0, len(windows), per_batch):
-            batch = windows[first : first + per_batch].to(lm.device)
-            states = run_to_site(lm, batch, site, layer)[:, skip:].to(dtype).cpu()
-            _refuse_non_finite(states, first, lm, layer, config.storage)
-            rows = states.flatten(0, 1).contiguous()
-            if first == 0:
-                num_rows = len(windows) * (windows.shape[1] - skip)
-                _write_header(file, (num_rows, rows.shape[1]), code, dtype.itemsize)
-            file.write(rows.view(torch.uint8).numpy().data)
-            norms.append(torch.linalg.vector_norm(rows.float(), dim=1))
+    at_once = max(1, forward_tokens(lm.device.type) // windows.shape[1])
+    num_rows = len(windows) * (windows.shape[1] - skip)
+    with contextlib.ExitStack() as stack:
+        streams = {
+            place: stack.enter_context(_Stream(path, num_rows, config.storage))
+            for place, path in paths.items()
+        }
+        for first in range(0, len(windows), at_once):
+            batch = windows[first : first + at_once]
+            found = run_to_sites(lm, batch, list(streams))
+            for (place, stream), states in zip(streams.items(), found, strict=True):
+                states = stream.stored(states[:, skip:])
+                _refuse_non_finite(states, first, lm, place[1], config.storage)
+                stream.write(states)
             if progress:
                 progress((first + len(batch)) * windows.shape[1])
-        file.flush()
-        os.fsync(file.fileno())
-    return torch.cat(norms)
+    return {place: stream.norms for place, stream in streams.items()}
 
 
 def usable_rows(
@@ -155,7 +171,8 @@ class Activations:
     """A view of one store: which rows count, how they are normalised, on which device.
 
     `rows` and `batches` give x_hat = (x - mean) / sigma in float32, `raw_rows` and `raw_batches`
-    give x. The file stays on disk; the operating system pages in what is read.
+    give x. The file stays on disk; the operating system pages in what is read. On a GPU that has
+    room for it the store is held there, so that a batch need not cross over for every step.
     """
 
     def __init__(
@@ -167,11 +184,13 @@ class Activations:
         rotation: Float[Tensor, "d_model d_model"] | None = None,
         device: str = "cpu",
     ) -> None:
-        self._stored: Tensor = load_file(path)["activations"]  # mapped, not read
-        self._kept = kept
         self._device = torch.device(device)
+        self._stored: Tensor = load_file(path)["activations"]  # mapped, not read
         self.d_model: int = self._stored.shape[1]
         self.num_tokens: int = len(self._stored) if kept is None else len(kept)
+        if _has_room(self._device, self._stored):
+            self._stored = self._stored.to(self._device)
+        self._kept = None if kept is None else kept.to(self._stored.device)
         given = statistics or Statistics(torch.zeros(self.d_model), torch.ones(self.d_model))
         self.mean, self.sigma = (part.to(self._device) for part in given)
         self._rotation = None if rotation is None else rotation.to(self._device)
@@ -195,17 +214,61 @@ class Activations:
             yield self.raw_rows(index)
 
     def _read(self, index: Tensor) -> Tensor:
-        where = index if self._kept is None else self._kept[index]
+        """A copy in float32 that belongs to the caller."""
+        where = index.to(self._stored.device)
+        where = where if self._kept is None else self._kept[where]
         return self._stored[where].to(self._device, torch.float32)
 
     def _normalise(self, raw: Tensor) -> Tensor:
-        normal = (raw - self.mean) / self.sigma
+        """In place: fresh memory for every batch would cost as much as reading it."""
+        normal = raw.sub_(self.mean).div_(self.sigma)
         return normal if self._rotation is None else normal @ self._rotation
 
     def _restore(self, raw: Tensor) -> Tensor:
         if self._rotation is None:
             return raw
         return self._normalise(raw) * self.sigma + self.mean
+
+
+def _has_room(device: torch.device, stored: Tensor) -> bool:
+    """Whether a GPU can hold the store in half of what is free there."""
+    if device.type != "cuda":
+        return False
+    return 2 * stored.nbytes <= torch.cuda.mem_get_info(device)[0]
+
+
+class _Stream:
+    """One store being written, batch by batch; flushed to disk when its block ends well."""
+
+    def __init__(self, path: pathlib.Path, num_rows: int, storage: str) -> None:
+        self._path, self._written = path, 0
+        self._dtype, self._code = STORAGE[storage]
+        # At once and not bit by bit: small tensors that stay would scatter the heap, and it grows.
+        self.norms = torch.empty(num_rows)
+
+    def __enter__(self) -> _Stream:
+        self._file = self._path.open("wb")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    def stored(self, states: Tensor) -> Tensor:
+        """[windows, positions, d_model] as they will be read: in the store's precision, here."""
+        return states.to(self._dtype).cpu()
+
+    def write(self, states: Tensor) -> None:
+        """Append what `stored` gave."""
+        rows = states.flatten(0, 1).contiguous()
+        if self._written == 0:
+            _write_header(self._file, (len(self.norms), rows.shape[1]), self._code, rows.itemsize)
+        self._file.write(rows.view(torch.uint8).numpy().data)
+        here = slice(self._written, self._written + len(rows))
+        torch.linalg.vector_norm(rows.float(), dim=1, out=self.norms[here])
+        self._written = here.stop
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, int], code: str, itemsize: int) -> None:

@@ -3,12 +3,17 @@
 Similarities (cosines of decoder rows, or any other) are computed in blocks of rows; the full matrix
 is never held. Both directions read the same computed values, so that a pair is each other's best or
 it is not, and mnn <= greedy <= one_way holds exactly.
+
+Beside the product, what costs is to read its result. So it is read once, a few rows at a time that
+stay in the cache, by numpy, whose maxima are the fastest on a CPU: the maximum of each column over
+those rows says which columns can hold a new best, or a pair above tau, and only these are looked at
+again.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +21,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BLOCK_ROWS = 1024  # rows of A whose similarities to all of B are held at a time
-MAX_PAIRS = 8_000_000  # candidate pairs of the greedy matching held at a time (16 bytes each)
+BLOCK_ROWS = 2048  # rows of A whose similarities to all of B are held at a time
+TILE_ROWS = 16  # of them, looked at in one go: with 10,000 columns, 0.6 MB
+MAX_PAIRS = 1_500_000  # candidate pairs of the greedy matching held at a time (75 bytes each)
 BINS = 4096  # of the histogram that cuts too many candidates into bands
 
 Similarities = Callable[[int, int], Float[Tensor, "rows latents_b"]]
 """(first, last) -> float32 similarities of rows first..last-1 of A to every row of B, at most 1.
-The same values whenever the same rows are asked for: the greedy matching may ask again."""
+The same values whenever the same rows are asked for: the greedy matching may ask again. The block
+may be overwritten by the next call."""
 
 
 class Matches(NamedTuple):
@@ -66,12 +73,16 @@ def match_dictionaries(
     """Match the rows of two decoders by cosine.
 
     Rows need not have unit norm; a row of zeros has cosine 0 to everything.
-    Memory beyond the inputs: one block of BLOCK_ROWS x latents_b cosines and MAX_PAIRS candidates.
+    Memory beyond the inputs: the unit rows of B, one block of BLOCK_ROWS x latents_b cosines, and
+    what `match_similarities` takes.
     """
-    a, b = unit_rows(a), unit_rows(b)
-    return match_similarities(
-        lambda first, last: a[first:last] @ b.T, len(a), len(b), lowest_tau=lowest_tau
-    )
+    b = unit_rows(b)
+    buffer = torch.empty(min(BLOCK_ROWS, len(a)), len(b), device=b.device)
+
+    def cosines(first: int, last: int) -> Tensor:
+        return torch.mm(unit_rows(a[first:last]), b.T, out=buffer[: last - first])
+
+    return match_similarities(cosines, len(a), len(b), lowest_tau=lowest_tau)
 
 
 def match_similarities(
@@ -79,28 +90,29 @@ def match_similarities(
 ) -> Matches:
     """Match `num_a` latents to `num_b` by any similarity, asked for in blocks of BLOCK_ROWS rows.
 
-    Memory: one block of similarities and MAX_PAIRS candidates.
+    Similarities of another device are brought to the CPU block by block.
+    Memory: MAX_PAIRS candidates, about 75 bytes each while they are matched.
     """
-    best_in_b, similarity_a = [], []
-    similarity_b = torch.full((num_b,), -torch.inf)
-    best_in_a = torch.zeros(num_b, dtype=torch.long)
-    candidates = _Candidates(lowest_tau)
-    for first, last in _blocks(num_a):
-        block = similarities(first, last)
-        columns = block.argmax(1)  # argmax gives the first of equal values
-        best_in_b.append(columns.cpu())
-        similarity_a.append(block.gather(1, columns[:, None]).squeeze(1).cpu())
-        rows = block.argmax(0)
-        values = block.gather(0, rows[None, :]).squeeze(0).cpu()
-        better = values > similarity_b  # strictly: an equal value keeps the lower row
-        best_in_a[better] = rows.cpu()[better] + first
-        similarity_b[better] = values[better]
-        candidates.add(block, first)
+    best_in_b = np.empty(num_a, dtype=np.int64)
+    similarity_a = np.empty(num_a, dtype=np.float32)
+    best_in_a = np.zeros(num_b, dtype=np.int64)
+    similarity_b = np.full(num_b, -np.inf, dtype=np.float32)
+    candidates = _Candidates(lowest_tau, limit=MAX_PAIRS)
+    for first, tile in _tiles(similarities, num_a):
+        column_maxima = tile.max(0)
+        columns = tile.argmax(1)  # argmax gives the first of equal values
+        best_in_b[first : first + len(tile)] = columns
+        similarity_a[first : first + len(tile)] = tile[np.arange(len(tile)), columns]
+        # Strictly: an equal value keeps the lower row.
+        better = np.flatnonzero(column_maxima > similarity_b)
+        similarity_b[better] = column_maxima[better]
+        best_in_a[better] = first + tile[:, better].argmax(0)
+        candidates.add(tile, column_maxima, first)
     return Matches(
-        torch.cat(best_in_b).numpy(),
-        torch.cat(similarity_a).numpy(),
-        best_in_a.numpy(),
-        similarity_b.numpy(),
+        best_in_b,
+        similarity_a,
+        best_in_a,
+        similarity_b,
         _greedy(similarities, num_a, num_b, candidates),
         lowest_tau,
     )
@@ -124,9 +136,12 @@ def unit_rows(rows: Float[Tensor, "latents d_model"]) -> Float[Tensor, "latents 
     return torch.nn.functional.normalize(rows.float(), dim=1)
 
 
-def _blocks(num_rows: int) -> list[tuple[int, int]]:
-    """First and last (exclusive) row of every block; the same each time."""
-    return [(row, min(row + BLOCK_ROWS, num_rows)) for row in range(0, num_rows, BLOCK_ROWS)]
+def _tiles(similarities: Similarities, num_rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """First row and similarities of every TILE_ROWS rows; in the same blocks each time."""
+    for first in range(0, num_rows, BLOCK_ROWS):
+        block = similarities(first, min(first + BLOCK_ROWS, num_rows)).cpu().numpy()
+        for row in range(0, len(block), TILE_ROWS):
+            yield first + row, block[row : row + TILE_ROWS]
 
 
 def _greedy(
@@ -142,62 +157,85 @@ def _greedy(
     for low, high in candidates.bands():
         if (pairs := candidates.pairs) is None:
             band = _Candidates(low, high, limit=None)
-            for first, last in _blocks(num_a):
-                band.add(similarities(first, last), first)
+            for first, tile in _tiles(similarities, num_a):
+                band.add(tile, tile.max(0), first)
             pairs = band.pairs
         assert pairs is not None
-        rows, columns, values = (np.concatenate(part) for part in zip(*pairs, strict=True))
-        _match_in_order(rows, columns, values, matched, taken)
+        _match_in_order(_joined(pairs), matched, taken)
     return matched
 
 
-def _match_in_order(
-    rows: np.ndarray,
-    columns: np.ndarray,
-    values: np.ndarray,
-    matched: np.ndarray,
-    taken: np.ndarray,
-) -> None:
-    """Greedy matching of one list of pairs, written into `matched` and `taken`.
+class _Pairs(NamedTuple):
+    """Pairs of latents."""
+
+    rows: Int[np.ndarray, " pairs"]
+    columns: Int[np.ndarray, " pairs"]
+    values: Float[np.ndarray, " pairs"]
+
+    def at(self, index: np.ndarray) -> _Pairs:
+        """Those at `index`, or where it is true."""
+        return _Pairs(*(part[index] for part in self))
+
+
+def _joined(parts: list[_Pairs]) -> _Pairs:
+    """One list of all pairs; `parts` is emptied, so that they are not held twice."""
+    joined = _Pairs(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+    parts.clear()
+    return joined
+
+
+def _match_in_order(pairs: _Pairs, matched: np.ndarray, taken: np.ndarray) -> None:
+    """Greedy matching of pairs sorted by row then column, written into `matched` and `taken`.
 
     A pair that comes first in the order both for its row and for its column is always taken;
     taking all such pairs at once and striking what they block gives the greedy matching in a
     few rounds over arrays.
     """
-    order = np.lexsort((columns, rows, -values))
-    rows, columns, values = rows[order], columns[order], values[order]
-    while len(rows):
-        free = np.isnan(matched[rows]) & ~taken[columns]
-        rows, columns, values = rows[free], columns[free], values[free]
-        first_of_row = np.zeros(len(rows), dtype=bool)
-        first_of_row[np.unique(rows, return_index=True)[1]] = True
-        first_of_column = np.zeros(len(rows), dtype=bool)
-        first_of_column[np.unique(columns, return_index=True)[1]] = True
-        now = first_of_row & first_of_column
-        matched[rows[now]] = values[now]
-        taken[columns[now]] = True
+    pairs = pairs.at(np.argsort(-pairs.values, kind="stable"))  # ties stay by row, then column
+    while len(pairs.rows):
+        pairs = pairs.at(np.isnan(matched[pairs.rows]) & ~taken[pairs.columns])
+        now = _first_of_each(pairs.rows, len(matched)) & _first_of_each(pairs.columns, len(taken))
+        matched[pairs.rows[now]] = pairs.values[now]
+        taken[pairs.columns[now]] = True
+
+
+def _first_of_each(numbers: np.ndarray, limit: int) -> np.ndarray:
+    """Where each of the numbers below `limit` occurs for the first time."""
+    places = np.arange(len(numbers), dtype=np.int32)
+    first = np.empty(limit, dtype=np.int32)
+    first[numbers[::-1]] = places[::-1]  # of several assignments numpy keeps the last
+    return first[numbers] == places
 
 
 class _Candidates:
-    """Pairs of similarity in [low, high), kept while they are few, counted by bins in any case."""
+    """Pairs of similarity in [low, high), kept while they are at most `limit`.
 
-    def __init__(self, low: float, high: float = np.inf, *, limit: int | None = MAX_PAIRS) -> None:
-        self._low, self._high, self._limit = np.float32(low), high, limit
+    With a limit they are also counted by bins, from which the bands follow where they are too many.
+    """
+
+    def __init__(self, low: float, high: float = np.inf, *, limit: int | None) -> None:
+        self._low, self._high, self._limit = np.float32(low), np.float32(high), limit
         self._histogram = np.zeros(BINS, dtype=np.int64)
-        self.pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] | None = []
+        nothing = np.empty(0, dtype=np.int32)
+        self.pairs: list[_Pairs] | None = [_Pairs(nothing, nothing, nothing.astype(np.float32))]
 
-    def add(self, block: Tensor, first_row: int) -> None:
-        """Look at one block of similarities whose first row is `first_row` of A."""
-        inside = block >= float(self._low)
+    def add(self, tile: np.ndarray, column_maxima: np.ndarray, first_row: int) -> None:
+        """Look at similarities whose first row is `first_row` of A; tiles come in order."""
+        able = np.flatnonzero(column_maxima >= self._low)
+        if not len(able):
+            return
+        part = tile[:, able]
+        inside = part >= self._low
         if self._high < np.inf:
-            inside &= block < self._high
-        rows, columns = (part.cpu().numpy() for part in inside.nonzero(as_tuple=True))
-        values = block[inside].cpu().numpy()
-        self._histogram += np.bincount(self._bin(values), minlength=BINS)
-        if self._limit is not None and self._histogram.sum() > self._limit:
-            self.pairs = None
+            inside &= part < self._high
+        values = part[inside]
+        if self._limit is not None:
+            self._histogram += np.bincount(self._bin(values), minlength=BINS)
+            if self._histogram.sum() > self._limit:
+                self.pairs = None
         if self.pairs is not None:
-            self.pairs.append((rows.astype(np.int32) + first_row, columns.astype(np.int32), values))
+            rows, columns = (index.astype(np.int32) for index in inside.nonzero())
+            self.pairs.append(_Pairs(first_row + rows, able.astype(np.int32)[columns], values))
 
     def bands(self) -> list[tuple[float, float]]:
         """Bands from the top; at most MAX_PAIRS pairs each unless one bin has more."""

@@ -13,8 +13,9 @@ No attention mask is passed: windows have no padding.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,7 @@ __all__ = [
     "replace_at_site",
     "run_in_batches",
     "run_to_site",
+    "run_to_sites",
     "site_module",
     "usable_device",
 ]
@@ -159,7 +161,6 @@ def site_module(lm: LanguageModel, site: Site, layer: int) -> nn.Module:
     )
 
 
-@torch.no_grad()
 def run_to_site(
     lm: LanguageModel, tokens: Int[Tensor, "windows context"], site: Site, layer: int
 ) -> Float[Tensor, "windows context d_model"]:
@@ -167,19 +168,43 @@ def run_to_site(
 
     Raises: UserError for an unknown site, a token outside the vocabulary or a window too long.
     """
+    return run_to_sites(lm, tokens, [(site, layer)])[0]
 
-    def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        raise _SiteReachedError(_activations(output))
+
+@torch.no_grad()
+def run_to_sites(
+    lm: LanguageModel, tokens: Int[Tensor, "windows context"], places: Sequence[tuple[Site, int]]
+) -> list[Float[Tensor, "windows context d_model"]]:
+    """The activations at several (site, layer) places, in that order, from one pass.
+
+    Nothing above the last place that the pass reaches is run; each result is, bit for bit, what
+    `run_to_site` gives.
+    Raises: UserError as `run_to_site`.
+    """
+    wanted = dict.fromkeys(places)
+    reached: dict[tuple[Site, int], Tensor] = {}
+
+    def keep(place: tuple[Site, int], output: Any) -> None:
+        if place in reached:  # a module that the model runs twice
+            return
+        reached[place] = _activations(output)
+        if len(reached) == len(wanted):
+            raise _AllReachedError
+        # What runs on may change it in place, as blocks with parallel sublayers do.
+        reached[place] = reached[place].clone()
 
     tokens = _checked(lm, tokens)
-    handle = site_module(lm, site, layer).register_forward_hook(stop)
-    try:
-        lm.model(input_ids=tokens, use_cache=False)
-    except _SiteReachedError as reached:
-        return reached.activations
-    finally:
-        handle.remove()
-    raise AssertionError("the site's module is part of the forward pass")
+    with contextlib.ExitStack() as hooks:
+        for place in wanted:
+            hook = site_module(lm, *place).register_forward_hook(
+                lambda _module, _inputs, output, place=place: keep(place, output)
+            )
+            hooks.callback(hook.remove)
+        try:
+            lm.model(input_ids=tokens, use_cache=False)
+        except _AllReachedError:
+            return [reached[place] for place in places]
+    raise AssertionError("every site's module is part of the forward pass")
 
 
 def run_in_batches(
@@ -232,12 +257,8 @@ def replace_at_site(
         handle.remove()
 
 
-class _SiteReachedError(Exception):
-    """Carries the activations out of a forward pass that need not go on."""
-
-    def __init__(self, activations: Tensor):
-        super().__init__()
-        self.activations = activations
+class _AllReachedError(Exception):
+    """Ends a forward pass that need not go on."""
 
 
 def _activations(output: Any) -> Tensor:

@@ -9,6 +9,8 @@ untrained SAEs on the same tokens.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +27,7 @@ from prunelens.sae.topk import TopKSAE
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
+RANGE_TOKENS = 2**16  # whose products with one latent are held at a time: 20 bytes per firing of B
 SMALLEST_VARIATION = 1e-5  # of a series' own size; below it, float32 values vary by rounding alone
 
 
@@ -124,22 +127,70 @@ def match_activations(a: LatentSeries, b: LatentSeries, *, lowest_tau: float) ->
 
     A latent that does not `correlates` has similarity 0 to all and can match nothing.
     Sums in float64, in the order of the tokens, whatever the block: exactly the same from B to A.
-    Memory beyond the series: one block of match.BLOCK_ROWS x latents_b, and B in float64.
+    Work: one product for each latent of A, each token that it fires on, and each latent of B that
+    fires there. Memory beyond the series: one block of match.BLOCK_ROWS x latents_b, and B, 12
+    bytes for each of the most latents that fire on one token, for every token.
     """
     num_tokens = a.values.shape[0]
     assert num_tokens == b.values.shape[0], "both series are over the same tokens"
     by_latent = a.values.tocsc()
-    b_values = b.values.astype(np.float64)
-    spread_a, spread_b = (np.where(s.correlates, s.deviation, np.inf) for s in (a, b))
+    scale_a, scale_b = (1 / np.where(s.correlates, s.deviation, np.inf) for s in (a, b))
+    indices, values = _by_token(b.values, scale_b)
+    mean_a, mean_b = (
+        math.sqrt(num_tokens) * s.mean * scale for s, scale in ((a, scale_a), (b, scale_b))
+    )
 
     def correlations(first: int, last: int) -> Tensor:
-        left = by_latent[:, first:last].astype(np.float64).T
-        block = (left @ b_values).toarray()
-        block -= num_tokens * np.outer(a.mean[first:last], b.mean)
-        block /= np.outer(spread_a[first:last], spread_b)
-        return torch.from_numpy(block.astype(np.float32))
+        block = np.empty((last - first, len(mean_b)), dtype=np.float32)
+        for latent, row in zip(range(first, last), block, strict=True):
+            stored = slice(by_latent.indptr[latent], by_latent.indptr[latent + 1])
+            weights = by_latent.data[stored].astype(np.float64) * scale_a[latent]
+            products = _sum_over_tokens(
+                by_latent.indices[stored], weights, indices, values, len(mean_b)
+            )
+            np.subtract(products, mean_a[latent] * mean_b, out=row, casting="same_kind")
+        return torch.from_numpy(block)
 
-    return match_similarities(correlations, len(spread_a), len(spread_b), lowest_tau=lowest_tau)
+    return match_similarities(correlations, len(mean_a), len(mean_b), lowest_tau=lowest_tau)
+
+
+def _by_token(
+    series: csr_array, scale: Float[np.ndarray, " latents"]
+) -> tuple[Int[np.ndarray, "tokens most"], Float[np.ndarray, "tokens most"]]:
+    """Latents that fire on each token, and their values times their scales (float64).
+
+    As many columns as the most latents that fire on one token; the others are filled up with zeros.
+    """
+    firings = np.diff(series.indptr)
+    stored = np.arange(firings.max(initial=0)) < firings[:, None]
+    indices = np.zeros(stored.shape, dtype=np.int32)
+    values = np.zeros(stored.shape, dtype=np.float64)
+    indices[stored] = series.indices
+    values[stored] = series.data * scale[series.indices]
+    return indices, values
+
+
+def _sum_over_tokens(
+    tokens: Int[np.ndarray, " firings"],
+    weights: Float[np.ndarray, " firings"],
+    indices: Int[np.ndarray, "all_tokens most"],
+    values: Float[np.ndarray, "all_tokens most"],
+    num_latents: int,
+) -> Float[np.ndarray, " latents"]:
+    """Per latent, the sum over `tokens`, which ascend, of their weight times its value there.
+
+    Ranges of tokens are those of the text, not of these tokens: what is added to what does not
+    depend on which series is A.
+    """
+    total = np.zeros(num_latents)
+    edges = np.arange(0, len(indices) + RANGE_TOKENS, RANGE_TOKENS)
+    for first, last in itertools.pairwise(np.searchsorted(tokens, edges)):
+        here = tokens[first:last]
+        products = values.take(here, axis=0)
+        products *= weights[first:last, None]
+        at = indices.take(here, axis=0)
+        total += np.bincount(at.ravel(), products.ravel(), num_latents)
+    return total
 
 
 def _with_moments(values: csr_array) -> LatentSeries:

@@ -24,4 +24,4 @@ def isotropic_noise_like(
     """
     noise = torch.randn(difference.shape, generator=generator).to(difference.device)
     size = difference.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
-    return noise * size
+    return noise.mul_(size)

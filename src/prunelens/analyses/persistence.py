@@ -7,12 +7,12 @@ stand two noise controls of the same size, because any disturbance lowers these 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prunelens.analyses.noise import isotropic_noise_like, other_token
@@ -62,19 +62,20 @@ def persistence(
     noise = [torch.Generator().manual_seed(1000 * seed + draw) for draw in range(NOISE_DRAWS)]
     partners = [tokens[other_token(len(tokens), generator)] for generator in noise]
     draws = {"pruned": 1, "noise_isotropic": NOISE_DRAWS, "noise_shuffled": NOISE_DRAWS}
-    sums = {source: [_Sums(sae.num_latents) for _ in range(n)] for source, n in draws.items()}
+    before = _Before(sae.num_latents)
+    sums = {source: [_Sums(before) for _ in range(n)] for source, n in draws.items()}
     for start in range(0, len(tokens), BATCH_TOKENS):
         batch = slice(start, start + BATCH_TOKENS)
         x = dense.rows(tokens[batch])
         difference = pruned.rows(tokens[batch]) - x
-        before = _Fired(sae.encode(x), len(x))
-        sums["pruned"][0].add(before, sae.encode(x + difference))
+        before.start_batch(sae.encode(x))
+        sums["pruned"][0].add(sae.encode(x + difference))
         for draw in range(NOISE_DRAWS):
             isotropic = isotropic_noise_like(difference, noise[draw])
-            sums["noise_isotropic"][draw].add(before, sae.encode(x + isotropic))
+            sums["noise_isotropic"][draw].add(sae.encode(isotropic.add_(x)))
             other = partners[draw][batch]
             shuffled = pruned.rows(other) - dense.rows(other)
-            sums["noise_shuffled"][draw].add(before, sae.encode(x + shuffled))
+            sums["noise_shuffled"][draw].add(sae.encode(shuffled.add_(x)))
         if progress:
             progress(start + len(x))
     return pd.concat([_table(source, sums[source]) for source in SOURCES], ignore_index=True)
@@ -125,45 +126,64 @@ def relative_to_noise(pruned: pd.Series, noise: pd.Series) -> pd.Series:
     return (pruned / left).clip(0, 1)
 
 
-class _Fired(NamedTuple):
-    """Sparse latents of a batch of tokens."""
+class _Before:
+    """The dense SAE on dense tokens: one batch written out in full, and sums over all batches.
 
-    latents: SparseLatents
-    num_tokens: int
+    Only entries that fire are touched; sums in float64, so that many tokens lose nothing.
+    """
+
+    def __init__(self, num_latents: int) -> None:
+        self.num_latents = num_latents
+        self.num_tokens = 0
+        self.sums = _zero_sums(num_latents, ("a", "aa", "fired_a"))
+        self._wide: Tensor | None = None
+        self._batch: SparseLatents | None = None
+
+    def start_batch(self, latents: SparseLatents) -> None:
+        """Add one batch, and hold it in place of the last."""
+        self.num_tokens += len(latents.values)
+        _add_by_latent(
+            self.sums,
+            latents.indices,
+            {"a": latents.values, "aa": latents.values.double().square()},
+            {"fired_a": latents.values > 0},
+        )
+        if self._wide is None:
+            self._wide = latents.values.new_zeros(len(latents.values), self.num_latents)
+        if self._batch is not None:  # what was set is cleared: far less than all of it
+            self._wide[: len(self._batch.indices)].scatter_(1, self._batch.indices, 0.0)
+        self._wide[: len(latents.indices)].scatter_(1, latents.indices, latents.values)
+        self._batch = latents
+
+    def at(self, indices: Int[Tensor, "tokens k"]) -> Float[Tensor, "tokens k"]:
+        """Activations of these latents on the tokens of this batch, 0 where they do not fire."""
+        assert self._wide is not None, "a batch was started"
+        return self._wide[: len(indices)].gather(1, indices)
 
 
 class _Sums:
     """Sums over tokens from which correlation and overlap of two sparse series follow.
 
-    Only entries that fire are touched; float64, so that many tokens lose nothing.
+    Series a is the dense SAE on dense tokens (`before`), b on disturbed ones.
     """
 
-    def __init__(self, num_latents: int) -> None:
-        self.num_tokens = 0
-        self._sums = {
-            name: torch.zeros(num_latents, dtype=torch.float64)
-            for name in ("a", "aa", "b", "bb", "ab", "fired_a", "fired_b", "fired_both")
-        }
+    def __init__(self, before: _Before) -> None:
+        self._before = before
+        self._after = _zero_sums(before.num_latents, ("b", "bb", "ab", "fired_b", "fired_both"))
 
-    def add(self, before: _Fired, after: SparseLatents) -> None:
-        """Add one batch: the dense SAE on dense (`before`) and on disturbed (`after`) tokens."""
-        self.num_tokens += before.num_tokens
-        a, b = before.latents, after
-        wide = torch.zeros(before.num_tokens, len(self._sums["a"]), device=a.values.device)
-        wide.scatter_(1, b.indices, b.values)
-        b_where_a = wide.gather(1, a.indices)
-        self._count("a", a.indices, a.values.double())
-        self._count("aa", a.indices, a.values.double().square())
-        self._count("b", b.indices, b.values.double())
-        self._count("bb", b.indices, b.values.double().square())
-        self._count("ab", a.indices, a.values.double() * b_where_a)
-        self._count("fired_a", a.indices, (a.values > 0).double())
-        self._count("fired_b", b.indices, (b.values > 0).double())
-        self._count("fired_both", a.indices, ((a.values > 0) & (b_where_a > 0)).double())
+    def add(self, after: SparseLatents) -> None:
+        """Add the disturbed tokens of the batch that `before` has just started."""
+        b, a = after.values.double(), self._before.at(after.indices)
+        _add_by_latent(
+            self._after,
+            after.indices,
+            {"b": b, "bb": b.square(), "ab": a * b},
+            {"fired_b": b > 0, "fired_both": (a > 0) & (b > 0)},
+        )
 
     def correlation(self) -> np.ndarray:
         """Pearson over all tokens; 0 where silenced, NaN with too few dense firings."""
-        n, s = self.num_tokens, {name: part.numpy() for name, part in self._sums.items()}
+        n, s = self._before.num_tokens, self._before.sums | self._after
         covariance = s["ab"] - s["a"] * s["b"] / n
         spread = (s["aa"] - s["a"] ** 2 / n) * (s["bb"] - s["b"] ** 2 / n)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -183,11 +203,25 @@ class _Sums:
 
     def fired(self, series: str) -> np.ndarray:
         """Number of tokens fired on: series a, b or both."""
-        return self._sums[f"fired_{series}"].numpy()
+        return (self._before.sums | self._after)[f"fired_{series}"]
 
-    def _count(self, name: str, indices: Tensor, weights: Tensor) -> None:
-        length = len(self._sums[name])
-        self._sums[name] += torch.bincount(indices.flatten(), weights.flatten(), length).cpu()
+
+def _zero_sums(num_latents: int, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    return {name: np.zeros(num_latents) for name in names}
+
+
+def _add_by_latent(
+    sums: dict[str, np.ndarray],
+    indices: Int[Tensor, "tokens k"],
+    weights: dict[str, Float[Tensor, "tokens k"]],
+    where: dict[str, Bool[Tensor, "tokens k"]],
+) -> None:
+    """Add to `sums`, per latent: the sum of each of the weights, and how often each is true."""
+    at = indices.flatten().cpu().numpy()
+    for name, weight in weights.items():
+        sums[name] += np.bincount(at, weight.flatten().cpu().numpy(), len(sums[name]))
+    for name, true in where.items():
+        sums[name] += np.bincount(at[true.flatten().cpu().numpy()], minlength=len(sums[name]))
 
 
 def _table(source: str, sums: list[_Sums]) -> pd.DataFrame:

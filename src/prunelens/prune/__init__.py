@@ -10,11 +10,12 @@ from prunelens.prune.apply import (
 )
 from prunelens.prune.calibrate import input_norms
 from prunelens.prune.checkpoint import save_checkpoint
-from prunelens.prune.masks import keep_masks, load_masks, save_masks
+from prunelens.prune.masks import PackedMasks, keep_masks, load_masks, save_masks
 from prunelens.prune.scores import magnitude, wanda
 
 __all__ = [
     "MatrixSparsity",
+    "PackedMasks",
     "Pruned",
     "apply_masks",
     "as_matrix",

@@ -7,15 +7,19 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunelens.config import PruningConfig
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel
 from prunelens.prune import calibrate
-from prunelens.prune.masks import keep_masks
+from prunelens.prune.masks import PackedMasks
 from prunelens.prune.matrices import as_matrix, prunable_matrices
-from prunelens.prune.scores import magnitude, wanda
+from prunelens.prune.scores import INTEGERS, Scored
+from prunelens.prune.selection import select
+
+_NARROW = {torch.bfloat16, torch.float16}
+"""What is ordered by its own bits, if all matrices have it; others are scored in float32."""
 
 
 class MatrixSparsity(NamedTuple):
@@ -34,10 +38,10 @@ class MatrixSparsity(NamedTuple):
 class Pruned(NamedTuple):
     """What a pruning did."""
 
-    masks: dict[str, Bool[Tensor, "_output _input"]]
-    """By matrix, True where a weight was kept; on the CPU."""
+    masks: PackedMasks
+    """By matrix, True where a weight was kept; one bit per weight, or empty where not asked for."""
     report: tuple[MatrixSparsity, ...]
-    """One line per matrix, in the order of the masks."""
+    """One line per matrix, in the order of `prunable_matrices`."""
 
     @property
     def achieved_sparsity(self) -> float:
@@ -52,9 +56,13 @@ def prune_model(
     *,
     calibration: Int[Tensor, "windows context"] | None = None,
     input_norms: Mapping[str, Float[Tensor, " _input"]] | None = None,
+    with_masks: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Pruned:
     """Zero weights of `lm` in place (methods §3).
+
+    Weights are scored, chosen and zeroed a block of rows at a time, so that the memory taken
+    beside the model and the masks (one bit per weight) is a few MiB, however large the model.
 
     Args:
         lm: the model; an error under `calibration: dense` leaves it as it was, under `sequential`
@@ -62,19 +70,25 @@ def prune_model(
         pruning: criterion, scope, sparsity, calibration.
         calibration: token windows; Wanda needs them, unless `input_norms` is given.
         input_norms: what `input_norms` gave for the dense model, to be used for many sparsities.
+        with_masks: False where only the pruned model is wanted; saves the masks' memory.
         progress: called with the number of calibration windows done.
     Raises: UserError where Wanda's norms are missing or of another model, where scores are NaN
         or infinite, and as `prunable_matrices`.
     """
     _check(pruning, calibration, input_norms)
-    masks: dict[str, Tensor] = {}
     scope = pruning.scope
     assert scope in ("global", "matrix", "row"), "the planted world has no weights"
-    for scores in _scores(lm, pruning, calibration, input_norms, progress):
-        new = keep_masks(scores, scope=scope, sparsity=pruning.fraction)
-        _zero(prunable_matrices(lm), new)
-        masks |= {name: mask.cpu() for name, mask in new.items()}
-    return Pruned(masks, tuple(_line(name, mask) for name, mask in masks.items()))
+    sizes = {name: as_matrix(module).numel() for name, module in prunable_matrices(lm).items()}
+    masks, num_zeroed = PackedMasks(), dict.fromkeys(sizes, 0)
+    for matrices in _scored(lm, pruning, calibration, input_norms, progress):
+        for kept in select(matrices, scope=scope, sparsity=pruning.fraction):
+            weight = matrices[kept.name].weight
+            _zero(weight[kept.rows], kept.keep)
+            num_zeroed[kept.name] += kept.keep.numel() - int(kept.keep.count_nonzero())
+            if with_masks:
+                masks.write(kept, tuple(weight.shape))
+    lines = ((name, sizes[name], gone) for name, gone in num_zeroed.items())
+    return Pruned(masks, tuple(MatrixSparsity(*line, line[2] / line[1]) for line in lines))
 
 
 @torch.no_grad()
@@ -97,7 +111,9 @@ def apply_masks(lm: LanguageModel, masks: Mapping[str, Bool[Tensor, "_output _in
                 f"masks: {name} has shape {list(mask.shape)}, the model's is {list(shape)};"
                 " use masks of this model"
             )
-    _zero(matrices, masks)
+    for name, mask in masks.items():
+        weight = as_matrix(matrices[name])
+        _zero(weight, mask.to(weight.device))
 
 
 def _check(
@@ -113,52 +129,34 @@ def _check(
         raise UserError("pruning.criterion: 'wanda' needs calibration windows or input_norms")
 
 
-def _scores(
+def _scored(
     lm: LanguageModel,
     pruning: PruningConfig,
     calibration: Tensor | None,
     norms: Mapping[str, Tensor] | None,
     progress: Callable[[int], None] | None,
-) -> Iterator[_Scores]:
-    """The scores of matrices that are masked together, then those of the next block, if any."""
-    matrices = prunable_matrices(lm)
+) -> Iterator[dict[str, Scored]]:
+    """The matrices that are masked together, then those of the next block, if any."""
+    weights = {name: as_matrix(module) for name, module in prunable_matrices(lm).items()}
     if pruning.criterion == "magnitude":
-        yield _Scores(matrices, None)
+        dtypes = {weight.dtype for weight in weights.values()}
+        [dtype] = dtypes if len(dtypes) == 1 and dtypes <= _NARROW else {torch.float32}
+        yield {name: Scored(weight, None, dtype) for name, weight in weights.items()}
     elif pruning.calibration == "sequential":
         assert calibration is not None
         for block_norms in calibrate.norms_upwards(lm, calibration, progress):
-            yield _Scores({name: matrices[name] for name in block_norms}, block_norms)
+            yield {n: Scored(weights[n], norm, torch.float32) for n, norm in block_norms.items()}
     else:
         if norms is None:
             assert calibration is not None
             norms = calibrate.input_norms(lm, calibration, progress)
-        _check_norms(matrices, norms)
-        yield _Scores(matrices, norms)
+        _check_norms(weights, norms)
+        yield {n: Scored(weight, norms[n], torch.float32) for n, weight in weights.items()}
 
 
-class _Scores(Mapping[str, Tensor]):
-    """Scores by matrix, computed on look-up, so that a large model's are never held together."""
-
-    def __init__(
-        self, matrices: Mapping[str, nn.Module], norms: Mapping[str, Tensor] | None
-    ) -> None:
-        self._matrices = matrices
-        self._norms = norms
-
-    def __getitem__(self, name: str) -> Tensor:
-        weight = as_matrix(self._matrices[name])
-        return magnitude(weight) if self._norms is None else wanda(weight, self._norms[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._matrices)
-
-    def __len__(self) -> int:
-        return len(self._matrices)
-
-
-def _check_norms(matrices: Mapping[str, nn.Module], norms: Mapping[str, Tensor]) -> None:
-    for name, module in matrices.items():
-        num_inputs = as_matrix(module).shape[1]
+def _check_norms(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        num_inputs = weight.shape[1]
         if name not in norms or norms[name].shape != (num_inputs,):
             raise UserError(
                 f"input_norms: {name} needs {num_inputs} norms; use what input_norms gives for"
@@ -166,12 +164,6 @@ def _check_norms(matrices: Mapping[str, nn.Module], norms: Mapping[str, Tensor])
             )
 
 
-def _zero(matrices: Mapping[str, nn.Module], masks: Mapping[str, Tensor]) -> None:
-    for name, mask in masks.items():
-        weight = as_matrix(matrices[name])
-        weight.masked_fill_(~mask.to(weight.device), 0)
-
-
-def _line(name: str, mask: Tensor) -> MatrixSparsity:
-    num_zeroed = mask.numel() - int(mask.sum())
-    return MatrixSparsity(name, mask.numel(), num_zeroed, num_zeroed / mask.numel())
+def _zero(weight: Tensor, keep: Tensor) -> None:
+    """Zero the weights that do not stay; as integers, in a quarter of the time of masked_fill_."""
+    weight.view(INTEGERS[weight.dtype.itemsize]).mul_(keep)

@@ -22,6 +22,10 @@ BATCH_TOKENS = 4096
 """Calibration tokens per forward pass. Fixed, because sums depend on it in the last bit."""
 
 
+CACHED = 1 << 17
+"""Inputs that are squared at a time on a CPU (512 KiB). Fixed, as the batch is."""
+
+
 @torch.no_grad()
 def input_norms(
     lm: LanguageModel,
@@ -79,7 +83,7 @@ def norms_upwards(
             for inputs in hidden:
                 calls[len(inputs)][index].run(block, inputs)
         yield _norms(squares)
-        for position, inputs in enumerate(hidden):
+        for position, inputs in enumerate(hidden if index + 1 < len(lm.blocks) else ()):
             hidden[position] = calls[len(inputs)][index].run(block, inputs)
         if progress:
             progress(len(calibration) * (index + 1) // len(lm.blocks))
@@ -157,12 +161,17 @@ def _check_replayable(lm: LanguageModel, calibration: Tensor) -> None:
 def _summing_squares(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """While open, add up the squares of every module's inputs: float64 [input] by name."""
     squares: dict[str, Tensor] = {}
+    last: _Sum | None = None
 
     def adder(name: str, num_inputs: int, device: torch.device) -> Callable[..., None]:
         squares[name] = torch.zeros(num_inputs, dtype=torch.float64, device=device)
 
         def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            squares[name] += arguments[0].flatten(0, -2).float().square().sum(0)
+            nonlocal last
+            inputs = arguments[0]
+            if last is None or not last.is_of(inputs):
+                last = _Sum(inputs, _version(inputs), _squares(inputs.flatten(0, -2)))
+            squares[name] += last.squares.to(device)
 
         return add
 
@@ -172,6 +181,39 @@ def _summing_squares(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Ten
             hook = adder(name, weight.shape[1], weight.device)
             stack.callback(module.register_forward_pre_hook(hook).remove)
         yield squares
+
+
+class _Sum(NamedTuple):
+    """The sum over the tensor that a module was called with last.
+
+    Queries, keys and values are made from one input, gate and up from another: one sum for each.
+    """
+
+    inputs: Tensor
+    """The tensor itself."""
+    version: int | None
+    """How often it had been written to; None where torch does not count that."""
+    squares: Float32[Tensor, " _input"]
+    """By input, summed over tokens."""
+
+    def is_of(self, inputs: Tensor) -> bool:
+        """Whether `inputs` is that tensor and still holds what was summed."""
+        return inputs is self.inputs and self.version == _version(inputs) is not None
+
+
+def _version(inputs: Tensor) -> int | None:
+    return None if inputs.is_inference() else inputs._version
+
+
+def _squares(inputs: Float[Tensor, "tokens input"]) -> Float32[Tensor, " input"]:
+    """The sum of squares of every input; on a CPU by the dozen rows, which stay in its cache."""
+    at_once = max(1, CACHED // inputs.shape[1]) if inputs.device.type == "cpu" else len(inputs)
+    total = torch.zeros(inputs.shape[1], device=inputs.device)
+    for rows in inputs.split(max(1, at_once)):
+        squares = rows.float()
+        squares = squares.square_() if squares is not rows else squares.square()
+        total += squares.sum(0)
+    return total
 
 
 def _norms(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class SaeQuality(NamedTuple):
     mean_activation: Float[Tensor, " latents"]
     """float64: mean over the tokens on which it fires; NaN where it never does."""
     firing_rate_first: Float[Tensor, " latents"]
-    """float64: share of the first `first_tokens` tokens on which it fires; NaN where there are 0."""
+    """float64: share of the first `first_tokens` tokens on which it fires; NaN where that is 0."""
 
 
 def evaluate_sae(

@@ -12,7 +12,7 @@ from prunelens.activations import STORAGE
 from prunelens.checkpoint import ModelShape, is_local
 from prunelens.config import ModelConfig, StudyConfig
 from prunelens.model import forward_tokens
-from prunelens.perplexity import LOGITS_AT_ONCE
+from prunelens.perplexity import LOGITS_AT_ONCE, SCORES_AT_ONCE
 from prunelens.study.cost import sae_size
 from prunelens.study.store import Stage
 
@@ -117,8 +117,9 @@ def _model_memory(study: StudyConfig, model: ModelConfig, shape: ModelShape, dev
         max(study.perplexity.context_tokens), shape.max_context_tokens or 10**9
     )  # one window at least
     scores = max(LOGITS_AT_ONCE.get(kind, LOGITS_AT_ONCE["cpu"]), longest * shape.vocabulary_size)
+    part = min(scores, SCORES_AT_ONCE.get(kind, SCORES_AT_ONCE["cpu"]))
     forward = weights + tokens * widths * itemsize
-    perplexity = weights + scores * (itemsize + 2 * FLOAT)  # as float32, and its logarithms
+    perplexity = weights + scores * itemsize + part * 2 * FLOAT  # as float32, and its logarithms
     training = _training_bytes(shape, study, kind)
     context = 0.0 if kind == "cpu" else GPU_CONTEXT_BYTES
     on_device = context + max(forward, perplexity, training)

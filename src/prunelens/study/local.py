@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from prunelens.errors import UserError
 from prunelens.study.matrix import Plan, Run
 from prunelens.study.progress import StudyProgress
-from prunelens.study.stages import failure_of, make_stage
+from prunelens.study.stages import try_stages
 from prunelens.study.store import DamagedArtifactError, Stage, Store
 from prunelens.study.worker import die_with_parent, make_by_identity, read_share
 
@@ -91,7 +91,8 @@ class _Scheduler:
     ) -> None:
         self._plan, self._store, self._device = plan, store, device
         self._progress, self._log_folder = progress, log_folder
-        self._running: dict[str, tuple[Stage, Future[str | None]]] = {}
+        # Stages that are made in one go have one future, which says why each failed.
+        self._running: dict[str, tuple[Stage, Future[dict[str, str | None]]]] = {}
         self._failures: dict[str, str] = {}
         self._crashed: set[str] = set()  # stages whose process died once
         self.num_executed = 0
@@ -104,7 +105,7 @@ class _Scheduler:
     def make_text(self) -> None:
         """Make the stages that read text, here. Raises UserError where the text is at fault."""
         for stage in [s for s in self._missing() if s.name in TEXT]:
-            if failure := self._make_here(stage):
+            if failure := self._make_here([stage])[stage.identity]:
                 raise UserError(failure)
             self._settle(stage, None)
 
@@ -115,16 +116,15 @@ class _Scheduler:
     def work_in(self, pool: Executor, *, limit: int) -> None:
         """Submit whatever is ready, at most `limit` at a time, until nothing is left to do.
 
-        Raises: BrokenProcessPool where a worker died; its stages are tried once more, alone.
+        Raises: BrokenProcessPool where a worker died; its stages are tried once more, each alone.
         """
         while True:
             self._submit_ready(pool, 1 if self._crashed else limit)
             if not self._running:
                 self._delete_unneeded()
                 return
-            futures = [future for _, future in self._running.values()]
             done = concurrent.futures.wait(
-                futures, POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
+                self._futures(), POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
             ).done
             for stage, future in list(self._running.values()):
                 if future in done:
@@ -140,10 +140,13 @@ class _Scheduler:
             assert self._store.has(stage), f"{stage.label} neither failed nor is there"
         return RunResult(run, "done", "")
 
-    def _outcome(self, stage: Stage, future: Future[str | None]) -> str | None:
+    def _futures(self) -> set[Future[dict[str, str | None]]]:
+        return {future for _, future in self._running.values()}
+
+    def _outcome(self, stage: Stage, future: Future[dict[str, str | None]]) -> str | None:
         """Why the stage failed, or None; what a dead worker was at is tried once more."""
         try:
-            return future.result()
+            return future.result()[stage.identity]
         except BrokenProcessPool:
             running = [s for s, _ in self._running.values()]
             self._running.clear()
@@ -155,20 +158,40 @@ class _Scheduler:
             raise
 
     def _submit_ready(self, pool: Executor, limit: int) -> None:
-        while len(self._running) < limit:
-            ready = next((stage for stage in self._missing() if self._is_ready(stage)), None)
-            if ready is None:
+        while len(self._futures()) < limit:
+            group = self._ready(alone=limit > 1)
+            if not group:
                 return
+            for stage in group:
+                self._progress.update(stage, 0.0)
             if isinstance(pool, _Here):
-                future = pool.submit(self._make_here, ready)
+                future = pool.submit(self._make_here, group)
             else:
+                identities = [stage.identity for stage in group]
                 future = pool.submit(
-                    make_by_identity, self._request, ready.identity, str(self._log_folder)
+                    make_by_identity, self._request, identities, str(self._log_folder)
                 )
-            self._running[ready.identity] = (ready, future)
-            self._progress.update(ready, 0.0)
+            for stage in group:
+                self._running[stage.identity] = (stage, future)
             if future.done():
                 return
+
+    def _ready(self, *, alone: bool) -> list[Stage]:
+        """The first stage that can be made now, and all that are best made in one go with it.
+
+        SAEs that could share their batches go `alone` where there are several workers: reading is
+        a hundredth of a step, which is less than a worker without work loses.
+
+        Once a process has died, every stage goes alone: then it is clear which one is at fault.
+        """
+        first = next((stage for stage in self._missing() if self._is_ready(stage)), None)
+        if first is None:
+            return []
+        if not first.together or self._crashed or (alone and first.name == "sae"):
+            return [first]
+        key = (first.name, first.together)
+        alike = [stage for stage in self._missing() if (stage.name, stage.together) == key]
+        return [stage for stage in alike if self._is_ready(stage)]
 
     @property
     def _request(self) -> str:
@@ -177,16 +200,15 @@ class _Scheduler:
         study = self._plan.study.model_dump(mode="json")
         return json.dumps({"study": study, "artifacts": folder, "device": self._device})
 
-    def _make_here(self, stage: Stage) -> str | None:
-        return failure_of(
-            lambda: make_stage(
-                self._store,
-                stage,
-                device=self._device,
-                progress=lambda share: self._progress.update(stage, share),
-            ),
-            self._log_folder / f"{stage.identity[:12]}.log",
+    def _make_here(self, stages: list[Stage]) -> dict[str, str | None]:
+        failures = try_stages(
+            self._store,
+            stages,
+            device=self._device,
+            progress=self._progress.update,
+            log_folder=self._log_folder,
         )
+        return {stage.identity: why for stage, why in zip(stages, failures, strict=True)}
 
     def _settle(self, stage: Stage, failure: str | None) -> None:
         self._running.pop(stage.identity, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -23,23 +24,23 @@ from prunelens.study.store import Source, Stage
 VERSIONS = {  # raise one when the same config would give other numbers
     "corpus": 1,
     "text": 1,
-    "calibration": 1,
-    "prune": 1,
+    "calibration": 2,
+    "prune": 2,
     "perplexity": 2,
     "activations": 1,
     "screening": 1,
     "statistics": 2,
-    "sae": 2,
-    "stability": 1,
-    "survival": 2,
+    "sae": 3,
+    "stability": 2,
+    "survival": 3,
     "corrected": 1,
     "persistence": 2,
     "activation_matching": 1,
     "scaling": 1,
-    "subspace": 1,
+    "subspace": 2,
     "sufficiency": 1,
     "fates": 2,
-    "transfer": 1,
+    "transfer": 2,
     "fragility": 2,
     "causal": 1,
     "predictor": 1,
@@ -101,6 +102,7 @@ class ModelPlan:
         label: str,
         corpus: CorpusConfig | None = None,
         given: PretrainedSaeConfig | None = None,
+        together: str = "",
     ) -> Stage:
         """A stage of this model; parents that are None are left out."""
         present = {role: parent for role, parent in parents.items() if parent is not None}
@@ -113,6 +115,7 @@ class ModelPlan:
             label=f"{name} {label}",
             source=Source(self._model, corpus, self._study.sae.checkpoint_every, given),
             cost=progress_cost(name, work),
+            together=together,
         )
 
     def prune(self, pruning: PruningConfig) -> Stage:
@@ -196,19 +199,20 @@ class ModelPlan:
         )
 
     def activations(self, layer: int, pruned: Stage | None, label: str) -> Stage:
-        """The store of one condition at one layer."""
+        """The store of one condition at one layer; one pass serves all layers of a condition."""
         config = self._study.activations
+        shared = {
+            **self._weights,
+            "skip_first": config.skip_first,
+            "storage": config.storage,
+        }
+        read = [self.corpus.identity, pruned.identity if pruned else ""]
         return self.stage(
             "activations",
-            {
-                **self._weights,
-                "site": self._model.site,
-                "layer": layer,
-                "skip_first": config.skip_first,
-                "storage": config.storage,
-            },
+            {**shared, "site": self._model.site, "layer": layer},
             {"corpus": self.corpus, "prune": pruned},
             label=label,
+            together=json.dumps([shared, read], sort_keys=True),
         )
 
     def grades(self, _answers: Mapping[str, Stage], _label: str) -> Stage | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunelens.activations import (
     Activations,
-    capture,
+    capture_sites,
     covariance,
     participation_ratio,
     statistics,
@@ -26,7 +26,7 @@ from prunelens.perplexity import measure_perplexity
 from prunelens.prune.apply import apply_masks, prune_model
 from prunelens.prune.calibrate import input_norms
 from prunelens.prune.masks import load_masks, save_masks
-from prunelens.study.work import Work, read_json, write_json
+from prunelens.study.work import Work, read_json, share_of_all, write_json
 
 
 def _corpus(work: Work) -> None:
@@ -102,32 +102,37 @@ def _perplexity(work: Work) -> None:
     pd.concat(by_window, ignore_index=True).to_parquet(work.out / "windows.parquet")
 
 
-def _activations(work: Work) -> None:
-    lm = load_stage_model(work)
-    config = ActivationConfig(skip_first=work.config["skip_first"], storage=work.config["storage"])
-    splits = _load_splits(work.parents["corpus"])
-    context = read_json(work.parents["corpus"] / "tokens.json")["context_tokens"]
+def make_activations(works: Sequence[Work]) -> None:
+    """The stores of several sites and layers, all else being equal, in one pass."""
+    first = works[0]
+    lm = load_stage_model(first)
+    config = ActivationConfig(
+        skip_first=first.config["skip_first"], storage=first.config["storage"]
+    )
+    splits = _load_splits(first.parents["corpus"])
+    context = read_json(first.parents["corpus"] / "tokens.json")["context_tokens"]
     parts = {"train": [splits.train], "eval": [splits.eval_first, splits.eval_second]}
     batches = {
         name: torch.cat([windows(s, context, splits.bos_token) for s in streams])
         for name, streams in parts.items()
     }
+    by_place = {(work.config["site"], work.config["layer"]): work for work in works}
     total, before = sum(batch.numel() for batch in batches.values()), 0
     for name, batch in batches.items():
-        norms = capture(
+        norms = capture_sites(
             lm,
             batch,
-            work.out / f"{name}.safetensors",
-            site=work.config["site"],
-            layer=work.config["layer"],
+            {place: work.out / f"{name}.safetensors" for place, work in by_place.items()},
             config=config,
-            progress=work.share(total, before=before),
+            progress=share_of_all(works, total, before=before),
         )
         before += batch.numel()
-        save_file({"norms": norms}, work.out / f"{name}_norms.safetensors")
+        for place, work in by_place.items():
+            save_file({"norms": norms[place]}, work.out / f"{name}_norms.safetensors")
     per_window = context - config.skip_first
     first_half = len(windows(splits.eval_first, context, splits.bos_token)) * per_window
-    write_json(work.out / "rows.json", {"eval_first_rows": first_half})
+    for work in works:
+        write_json(work.out / "rows.json", {"eval_first_rows": first_half})
 
 
 def _screening(work: Work) -> None:
@@ -170,7 +175,6 @@ MODEL_STAGES: dict[str, Callable[[Work], None]] = {
     "calibration": _calibration,
     "prune": _prune,
     "perplexity": _perplexity,
-    "activations": _activations,
     "screening": _screening,
     "statistics": _statistics,
 }

@@ -9,29 +9,37 @@ world with known truth in the model's place.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 import pathlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from prunelens.errors import UserError
 from prunelens.study.arm_stages import ARM_STAGES
-from prunelens.study.model_stages import MODEL_STAGES
+from prunelens.study.model_stages import MODEL_STAGES, make_activations
 from prunelens.study.output_stages import OUTPUT_STAGES
 from prunelens.study.planted_stages import PLANTED_STAGES
 from prunelens.study.question_stages import QUESTION_STAGES
-from prunelens.study.sae_stages import make_sae
+from prunelens.study.sae_stages import make_saes
 from prunelens.study.store import Stage, Store
 from prunelens.study.work import Work
 
+log = logging.getLogger(__name__)
+
 STAGES = {
     **MODEL_STAGES,
-    "sae": make_sae,
     **ARM_STAGES,
     **QUESTION_STAGES,
     **OUTPUT_STAGES,
     **PLANTED_STAGES,
+}
+TOGETHER: dict[str, Callable[[Sequence[Work]], None]] = {
+    "activations": make_activations,
+    "sae": make_saes,
 }
 
 
@@ -42,11 +50,67 @@ def make_stage(
 
     The number of threads is the one that its config names.
     """
-    torch.set_num_threads(stage.config["threads"])
-    parents = {role: store.folder(parent) for role, parent in stage.parents.items()}
-    with store.writing(stage, device=device) as out:
-        work = Work(stage, parents, out, lambda: store.partial(stage), device, progress)
-        STAGES[stage.name](work)
+    make_stages(store, [stage], device=device, progress=lambda _stage, share: progress(share))
+
+
+def make_stages(
+    store: Store,
+    stages: Sequence[Stage],
+    *,
+    device: str,
+    progress: Callable[[Stage, float], None],
+) -> None:
+    """`make_stage` of stages that share a `together` key, in one go; or of one stage."""
+    (name,) = {stage.name for stage in stages}
+    (threads,) = {stage.config["threads"] for stage in stages}
+    torch.set_num_threads(threads)
+    with contextlib.ExitStack() as stack:
+        works = [
+            Work(
+                stage,
+                {role: store.folder(parent) for role, parent in stage.parents.items()},
+                stack.enter_context(store.writing(stage, of=len(stages), device=device)),
+                functools.partial(store.partial, stage),
+                device,
+                functools.partial(progress, stage),
+            )
+            for stage in stages
+        ]
+        if name in TOGETHER:
+            TOGETHER[name](works)
+        else:
+            (work,) = works
+            STAGES[name](work)
+
+
+def try_stages(
+    store: Store,
+    stages: Sequence[Stage],
+    *,
+    device: str,
+    progress: Callable[[Stage, float], None],
+    log_folder: pathlib.Path,
+) -> list[str | None]:
+    """`make_stages`; for each stage None, or why it failed, in one line.
+
+    Stages that cannot be made in one go are made one by one, so that each fails for itself.
+    """
+
+    def attempt(part: Sequence[Stage], log_name: str) -> str | None:
+        return failure_of(
+            lambda: make_stages(store, part, device=device, progress=progress),
+            log_folder / f"{log_name}.log",
+        )
+
+    if len(stages) > 1:
+        failure = attempt(stages, f"{stages[0].identity[:12]}-and-{len(stages) - 1}-more")
+        if failure is None:
+            return [None] * len(stages)
+        log.warning(
+            "%d %s stages are made one by one, for in one go: %s",
+            *(len(stages), stages[0].name, failure),
+        )
+    return [attempt([stage], stage.identity[:12]) for stage in stages]
 
 
 def failure_of(make: Callable[[], None], log_path: pathlib.Path) -> str | None:

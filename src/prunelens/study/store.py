@@ -60,6 +60,9 @@ class Stage:
     """Where to find models and text; not part of the identity."""
     cost: float = 1.0
     """Rough work in floating-point operations, for progress only."""
+    together: str = ""
+    """Stages of one name with the same key read the same inputs, and are best made in one go; ""
+    for none. Not part of the identity: a stage is the same however it was made."""
 
     @functools.cached_property
     def identity(self) -> str:
@@ -118,10 +121,11 @@ class Store:
         return folder
 
     @contextlib.contextmanager
-    def writing(self, stage: Stage, **facts: Any) -> Iterator[pathlib.Path]:
+    def writing(self, stage: Stage, *, of: int = 1, **facts: Any) -> Iterator[pathlib.Path]:
         """A temporary folder that becomes the artifact if the block ends without an exception.
 
-        `facts` are recorded in `meta.json` beside what is always there.
+        Where the block makes several artifacts, `of` says how many, and each is booked its part of
+        the time. `facts` are recorded in `meta.json` beside what is always there.
         """
         final = self.folder(stage)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -131,8 +135,8 @@ class Store:
         started = datetime.datetime.now(datetime.UTC)
         try:
             yield temporary
-            wall_seconds = (datetime.datetime.now(datetime.UTC) - started).total_seconds()
-            self._finish(stage, temporary, {**facts, "wall_seconds": round(wall_seconds, 3)})
+            taken = (datetime.datetime.now(datetime.UTC) - started).total_seconds()
+            self._finish(stage, temporary, {**facts, "wall_seconds": round(taken / of, 3)})
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

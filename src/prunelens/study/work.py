@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,19 @@ class Work:
     def share(self, total: float, *, before: float = 0.0) -> Callable[[float], None]:
         """A callback for units done so far of `total`, where `before` were done earlier."""
         return lambda done: self.progress(min(1.0, (before + done) / total))
+
+
+def share_of_all(
+    works: Sequence[Work], total: float, *, before: float = 0.0
+) -> Callable[[float], None]:
+    """`Work.share` of stages that are made in one go: every one of them is told."""
+    shares = [work.share(total, before=before) for work in works]
+
+    def tell(done: float) -> None:
+        for share in shares:
+            share(done)
+
+    return tell
 
 
 def read_json(path: pathlib.Path) -> Any:

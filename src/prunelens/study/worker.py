@@ -1,4 +1,4 @@
-"""A process that makes one stage at a time for `local`; it is told identities, in JSON."""
+"""A process that makes stages for `local`, one or a group at a time; it is told identities."""
 
 from __future__ import annotations
 
@@ -10,36 +10,48 @@ import pathlib
 import signal
 import threading
 import time
+from collections.abc import Sequence
 
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
 from prunelens.study.plan import plan_study
-from prunelens.study.stages import failure_of, make_stage
+from prunelens.study.stages import failure_of, try_stages
 from prunelens.study.store import Stage, Store
 
 SECONDS_BETWEEN_SHARES = 1.0
 
 
-def make_by_identity(request: str, identity: str, log_folder: str) -> str | None:
-    """Make the stage with that identity; returns why it failed, or None.
+def make_by_identity(
+    request: str, identities: Sequence[str], log_folder: str
+) -> dict[str, str | None]:
+    """Make the stages with those identities in one go; says why each failed, or None.
 
     Args:
         request: JSON with the study, the folder of its artifacts and the device.
-        identity: of the stage; its parents' artifacts have been verified.
+        identities: of the stages; their parents' artifacts have been verified.
         log_folder: where a traceback goes.
     """
-    facts = json.loads(request)
+    facts, logs = json.loads(request), pathlib.Path(log_folder)
     store = Store(pathlib.Path(facts["artifacts"]))
+    stages: list[Stage] = []
 
-    def make() -> None:
-        stages = _stages(json.dumps(facts["study"]))
-        if identity not in stages:
+    def find() -> None:
+        known = _stages(json.dumps(facts["study"]))
+        if not set(identities) <= set(known):
             raise UserError("the study's text or model changed while it ran; run it again")
-        stage = stages[identity]
-        report = _share_writer(store, stage)
-        make_stage(store, stage, device=facts["device"], progress=report)
+        stages.extend(known[identity] for identity in identities)
 
-    return failure_of(make, pathlib.Path(log_folder) / f"{identity[:12]}.log")
+    if failure := failure_of(find, logs / f"{identities[0][:12]}.log"):
+        return dict.fromkeys(identities, failure)
+    report = {stage.identity: _share_writer(store, stage) for stage in stages}
+    failures = try_stages(
+        store,
+        stages,
+        device=facts["device"],
+        progress=lambda stage, share: report[stage.identity](share),
+        log_folder=logs,
+    )
+    return dict(zip(identities, failures, strict=True))
 
 
 def read_share(store: Store, stage: Stage) -> float:
