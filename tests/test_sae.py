@@ -184,8 +184,8 @@ def test_buffers_used_again_change_no_bit(dtype):
         again = kernels.encode(x_hat, encoder, bias, sae.k, dtype=dtype, buffers=buffers)
         assert torch.equal(plain.values, again.values)
         assert torch.equal(plain.indices, again.indices)
-        fresh = kernels.gradients(x_hat, weights, plain, dtype=dtype)
-        reused = kernels.gradients(x_hat, weights, plain, dtype=dtype, buffers=buffers)
+        fresh = kernels.sparse_gradients(x_hat, weights, plain, dtype=dtype)
+        reused = kernels.sparse_gradients(x_hat, weights, plain, dtype=dtype, buffers=buffers)
         for ours, theirs in zip(fresh.weights, reused.weights, strict=True):
             assert torch.equal(ours, theirs)
 

@@ -77,7 +77,7 @@ def test_gradients_turn_with_the_space(seed):
     rotation = random_rotation(8, seed=seed)
     turned = rotated(sae, rotation)
     own, other = (
-        kernels.gradients(x, s.weights, s.encode(x))
+        kernels.sparse_gradients(x, s.weights, s.encode(x))
         for s, x in ((sae, x_hat), (turned, x_hat @ rotation))
     )
     torch.testing.assert_close(other.loss, own.loss, rtol=1e-5, atol=0)

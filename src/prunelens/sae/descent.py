@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from torch.optim.adam import adam
 
 from prunelens.sae import kernels
 from prunelens.sae.kernels import Buffers, Weights
+
+_CACHED = 2**19  # weights of a block: their gradients are used up while they are in the cache
+_MATRICES, _BIASES = ("encoder_weight", "decoder_weight"), ("encoder_bias", "decoder_bias")
 
 
 class Descended(NamedTuple):
@@ -45,9 +49,11 @@ class Descent:
         dtype, buffers = self._dtype, self._buffers
         latents = kernels.encode(x_hat, encoder, bias, self._k, dtype=dtype, buffers=buffers)
         found = kernels.gradients(x_hat, self.weights, latents, dtype=dtype, buffers=buffers)
-        self._update(found.weights, rate, number)
-        rows = self.weights.decoder_weight
-        rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+        for some in self._blocks(x_hat.device):
+            self._adam(_MATRICES, found.of_latents(some.start, some.stop), rate, number, some)
+            rows = self.weights.decoder_weight[some]
+            rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+        self._adam(_BIASES, found.biases, rate, number, slice(None))
         return Descended(found.loss, found.fires)
 
     def forget(self, latents: Bool[Tensor, " latents"]) -> None:
@@ -56,15 +62,34 @@ class Descent:
             for tensor in moments[:3]:
                 tensor[latents] = 0
 
-    def _update(self, gradients: Weights, rate: float, number: int) -> None:
-        # Adam's functional form: the class would import PyTorch's compiler, seconds per process.
+    def _blocks(self, device: torch.device) -> Iterator[slice]:
+        """Latents whose gradients are taken and used up at a time."""
+        num_latents, d_model = self.weights.encoder_weight.shape
+        at_once = max(1, _CACHED // d_model) if device.type == "cpu" else num_latents
+        for first in range(0, num_latents, at_once):
+            yield slice(first, min(first + at_once, num_latents))
+
+    def _adam(
+        self,
+        names: tuple[str, str],
+        gradients: tuple[Tensor, Tensor],
+        rate: float,
+        number: int,
+        some: slice,
+    ) -> None:
+        """Adam on some rows of two of the weights.
+
+        Its functional form: the class would import PyTorch's compiler, seconds per process.
+        """
+        groups = (self.weights, self.mean, self.mean_square)
+        weights, mean, mean_square = ([getattr(g, name)[some] for name in names] for g in groups)
         adam(
-            list(self.weights),
+            weights,
             list(gradients),
-            list(self.mean),
-            list(self.mean_square),
+            mean,
+            mean_square,
             max_exp_avg_sqs=[],
-            state_steps=[torch.tensor(number - 1.0, device=w.device) for w in self.weights],
+            state_steps=[torch.tensor(number - 1.0, device=w.device) for w in weights],
             fused=True,
             amsgrad=False,
             beta1=0.9,

@@ -58,6 +58,16 @@ class Gradients(NamedTuple):
     fires: Tensor
     """[latents] bool: the latent fired on some token of the batch."""
 
+    @property
+    def biases(self) -> tuple[Tensor, Tensor]:
+        """Of the encoder's and the decoder's bias."""
+        return self.weights.encoder_bias, self.weights.decoder_bias
+
+    def of_latents(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Rows first..last-1 of the encoder's and the decoder's."""
+        weights = self.weights
+        return weights.encoder_weight[first:last], weights.decoder_weight[first:last]
+
 
 class Buffers:
     """Large tensors that one training uses again at every step.
@@ -142,9 +152,12 @@ def decode(
     bias: Float[Tensor, " d_model"],
 ) -> Float[Tensor, "tokens d_model"]:
     """W_dec z + b_dec, as a weighted sum of k rows per token; the product in W_dec's precision."""
+    return _sum_of_rows(latents, weight) + bias
+
+
+def _sum_of_rows(latents: SparseLatents, weight: Float[Tensor, "latents d_model"]) -> Tensor:
     values = latents.values.to(weight.dtype)
-    rows = embedding_bag(latents.indices, weight, per_sample_weights=values, mode="sum")
-    return rows + bias
+    return embedding_bag(latents.indices, weight, per_sample_weights=values, mode="sum")
 
 
 def dense_latents(latents: SparseLatents, num_latents: int) -> Float[Tensor, "tokens latents"]:
@@ -158,16 +171,15 @@ def gradients(
     weights: Weights,
     latents: SparseLatents,
     *,
-    dtype: torch.dtype = torch.float32,
-    buffers: Buffers | None = None,
-) -> Gradients:
+    dtype: torch.dtype,
+    buffers: Buffers,
+) -> SparseGradients | Gradients:
     """Loss and gradients, given the batch's latents: sparse on a CPU, dense elsewhere.
 
-    `dtype` is the precision of the factors of the sparse products. What is returned is float32,
-    and with `buffers` the weights' gradients are in them until the next call.
+    `dtype` is the precision of the factors of the sparse products; what is returned is float32.
     """
     if x_hat.device.type == "cpu":
-        return sparse_gradients(x_hat, weights, latents, dtype=dtype, buffers=buffers)
+        return SparseGradients(x_hat, weights, latents, dtype=dtype, buffers=buffers)
     return reference_gradients(x_hat, weights, latents)
 
 
@@ -195,37 +207,64 @@ def sparse_gradients(
     buffers: Buffers | None = None,
 ) -> Gradients:
     """`reference_gradients` at a cost of B K D instead of B F D; CPU only."""
-    buffers = buffers or Buffers()
-    B, F = len(latents.indices), len(weights.decoder_weight)
-    rows = weights.decoder_weight
-    if dtype != torch.float32:
-        rows = buffers.copy("decoder", rows, dtype)
-    error = decode(latents, rows, weights.decoder_bias).sub_(x_hat)  # [B, D]
-    loss = torch.linalg.vector_norm(error).square() / B
-    grad = error.mul_(2 / B)
-    pattern = TransposedPattern(latents.indices, F)
-    z = pattern.by_latent(latents.values.flatten())  # [B K]
-    active = (z > 0).float()
-    grad_z = pattern.row_products(weights.decoder_weight, grad) * active  # [B K]
-    products = {
-        "encoder": pattern.product(grad_z, x_hat.to(dtype)),
-        "decoder": pattern.product(z, grad.to(dtype)),
-    }
-    if dtype != torch.float32:
-        products = {
-            name: buffers.copy(f"{name} gradient", found, torch.float32)
-            for name, found in products.items()
-        }
-    return Gradients(
-        loss=loss,
-        weights=Weights(
-            encoder_weight=products["encoder"],
-            encoder_bias=pattern.sums(grad_z),
-            decoder_weight=products["decoder"],
-            decoder_bias=grad.sum(0),
-        ),
-        fires=pattern.sums(active) > 0,
-    )
+    parts = SparseGradients(x_hat, weights, latents, dtype=dtype, buffers=buffers or Buffers())
+    encoder_weight, decoder_weight = parts.of_latents(0, len(weights.decoder_weight))
+    whole = Weights(encoder_weight, parts.biases[0], decoder_weight, parts.biases[1])
+    return Gradients(parts.loss, whole, parts.fires)
+
+
+class SparseGradients:
+    """What `sparse_gradients` gives, the two matrices' gradients for some latents at a time.
+
+    Whoever uses up those of a few hundred latents before asking for the next finds them in the
+    cache, and needs no memory for all.
+    """
+
+    def __init__(
+        self,
+        x_hat: Float[Tensor, "tokens d_model"],
+        weights: Weights,
+        latents: SparseLatents,
+        *,
+        dtype: torch.dtype,
+        buffers: Buffers,
+    ) -> None:
+        (B, D), F = x_hat.shape, len(weights.decoder_weight)
+        self._buffers = buffers
+        rows = weights.decoder_weight
+        if dtype != torch.float32:
+            rows = buffers.copy("decoder", rows, dtype)
+        x_rec = _sum_of_rows(latents, rows)
+        error = torch.sub(
+            x_rec, x_hat, out=buffers.take("error", (B, D), torch.float32, x_hat.device)
+        )
+        error += weights.decoder_bias
+        self.loss = torch.linalg.vector_norm(error).square() / B
+        grad = error.mul_(2 / B)  # d loss / d x_rec
+        self._pattern = TransposedPattern(latents.indices, F)
+        self._z = self._pattern.by_latent(latents.values.flatten())  # [B K]
+        active = (self._z > 0).float()
+        self._grad_z = self._pattern.row_products(weights.decoder_weight, grad).mul_(active)
+        self._x_hat, self._grad = x_hat.to(dtype), grad.to(dtype)
+        self.biases = self._pattern.sums(self._grad_z), grad.sum(0)
+        self.fires = self._pattern.sums(active) > 0
+
+    def of_latents(
+        self, first: int, last: int
+    ) -> tuple[Float[Tensor, "some d_model"], Float[Tensor, "some d_model"]]:
+        """Rows first..last-1 of d loss / d W_enc and d loss / d W_dec in float32.
+
+        They are in buffers until the next call.
+        """
+        encoder = self._pattern.product(self._grad_z, self._x_hat, first, last)
+        decoder = self._pattern.product(self._z, self._grad, first, last)
+        if encoder.dtype == torch.float32:
+            return encoder, decoder
+        held = self._buffers
+        return (
+            held.copy("encoder gradient", encoder, torch.float32),
+            held.copy("decoder gradient", decoder, torch.float32),
+        )
 
 
 def top_k(pre: Float[Tensor, "tokens latents"], k: int) -> SparseLatents:

@@ -25,20 +25,32 @@ class TransposedPattern:
         self._latents = flat[self._order]
         self._tokens = self._order // indices.shape[1]
         self._num_latents = num_latents
-        self._starts = torch.bincount(flat, minlength=num_latents).cumsum(0).roll(1)
-        self._starts[0] = 0
+        self._starts = torch.zeros(num_latents + 1, dtype=torch.long, device=flat.device)
+        torch.cumsum(torch.bincount(flat, minlength=num_latents), 0, out=self._starts[1:])
 
     def by_latent(self, entries: Float[Tensor, " entries"]) -> Float[Tensor, " entries"]:
         """Entries given token by token, in the order by latent that the other methods take."""
         return entries[self._order]
 
     def product(
-        self, entries: Float[Tensor, " entries"], rows: Float[Tensor, "tokens width"]
-    ) -> Float[Tensor, "latents width"]:
-        """The matrix with these entries, transposed, times rows; in the rows' precision."""
-        weights = entries.to(rows.dtype)
+        self,
+        entries: Float[Tensor, " entries"],
+        rows: Float[Tensor, "tokens width"],
+        first: int = 0,
+        last: int | None = None,
+    ) -> Float[Tensor, "some width"]:
+        """Rows first..last-1 of the matrix with these entries, transposed, times `rows`.
+
+        In the precision of `rows`.
+        """
+        starts = self._starts[first : self._num_latents + 1 if last is None else last + 1]
+        inside = slice(int(starts[0]), int(starts[-1]))
         return embedding_bag(
-            self._tokens, rows, self._starts, mode="sum", per_sample_weights=weights
+            self._tokens[inside],
+            rows,
+            starts[:-1] - starts[0],
+            mode="sum",
+            per_sample_weights=entries[inside].to(rows.dtype),
         )
 
     def row_products(
@@ -46,7 +58,7 @@ class TransposedPattern:
     ) -> Float[Tensor, " entries"]:
         """left[latent] . right[token] of every entry: what `product` is to its entries, derived."""
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            left, right, self._tokens, self._starts, self._latents, 0
+            left, right, self._tokens, self._starts[:-1], self._latents, 0
         )
 
     def sums(self, entries: Float[Tensor, " entries"]) -> Float[Tensor, " latents"]:
