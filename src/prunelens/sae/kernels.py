@@ -220,6 +220,7 @@ class SparseGradients:
     cache, and needs no memory for all.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         x_hat: Float[Tensor, "tokens d_model"],
@@ -249,6 +250,7 @@ class SparseGradients:
         self.biases = self._pattern.sums(self._grad_z), grad.sum(0)
         self.fires = self._pattern.sums(active) > 0
 
+    @torch.no_grad()
     def of_latents(
         self, first: int, last: int
     ) -> tuple[Float[Tensor, "some d_model"], Float[Tensor, "some d_model"]]:
