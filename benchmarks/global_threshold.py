@@ -65,6 +65,13 @@ def main() -> None:
             Mark(4, peer_takes, 10, "at least", narrow["ratio"]),
             Mark(4, "extra memory over bfloat16 weights", 0.05, "at most", narrow["large_extra"]),
             Mark(4, "extra memory over float32 weights", 0.05, "at most", wide["large_extra"]),
+            *(
+                Mark(4, f"the same, masks kept as in a study, {name}", 0.05, "at most", extra)
+                for name, extra in (
+                    ("bfloat16", narrow["large_extra_with_masks"]),
+                    ("float32", wide["large_extra_with_masks"]),
+                )
+            ),
         ],
         save=chosen.save,
     )

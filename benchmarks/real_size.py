@@ -7,7 +7,8 @@ The model has the true architecture (the shape that ships with prunelens) and ra
 text is random token ids, so nothing is downloaded and no number of the study means anything; what
 counts is what each kind of stage takes. The study is the shipped `paper-a1`, with every question,
 fewer conditions and seeds, and every count of tokens scaled down alike. If a step were quadratic
-in the tokens, doubling them would take four times as long.
+in the tokens, doubling them would take up to four times as long. (Costs that do not grow hide a
+part of that; the numbers of latents, seeds and conditions stay as they are.)
 
 With `--full` it is instead one run of tier A1's size: 1.5 M tokens, 20,000 steps, three seeds, a
 dense and a pruned condition, with the wall clock of every kind of stage. That needs a GPU.
@@ -287,6 +288,7 @@ def _growth(some: list[Ran], twice: list[Ran]) -> Iterator[Mark]:
         for kind in once
         if double[kind] > WORTH_A_RATIO and once[kind] > 0
     }
+    assert ratios, f"no kind of stage took {WORTH_A_RATIO} s: give more --tokens"
     worst = max(ratios, key=lambda kind: ratios[kind])
     what = f"time of a kind of stage at twice the tokens, the worst ({worst})"
     yield Mark(ROW, what, MOST_RATIO, "at most", ratios[worst])

@@ -99,7 +99,7 @@ def take_turns(
 def now(device: str = "cpu") -> float:
     """Seconds, once all that was asked of the device is done."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

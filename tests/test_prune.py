@@ -134,6 +134,15 @@ def test_threads_are_given_back_after_an_error():
     assert torch.get_num_threads() == 3
 
 
+def test_whoever_takes_the_blocks_has_all_threads():
+    torch.set_num_threads(3)
+    weights = {f"m{i}": Scored(torch.randn(40, 8), None, torch.float32) for i in range(9)}
+    for _kept in select(weights, scope="global", sparsity=Fraction(1, 2)):
+        assert torch.get_num_threads() == 3
+    next(select(weights, scope="row", sparsity=Fraction(1, 2)))
+    assert torch.get_num_threads() == 3
+
+
 def test_scores_over_the_whole_float_range_are_ordered():
     generator = torch.Generator().manual_seed(1)
     exponents = torch.rand(60, 50, generator=generator) * 75 - 45

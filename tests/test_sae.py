@@ -73,10 +73,25 @@ def test_top_k_finds_the_values_that_torch_finds(num_latents, k, dtype):
     assert all(len(set(row)) == k for row in found.indices.tolist())
 
 
-def test_top_k_lets_a_nan_through():
-    pre = inputs(4, 64)
-    pre[2, 17] = math.nan
-    assert bool(kernels.top_k(pre, 4).values[2].isnan().any())
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
+def test_an_input_that_is_no_number_is_not_passed_over(bad):
+    sae, x_hat = random_sae(), inputs(4)
+    x_hat[2, 7] = bad
+    found = kernels.sparse_gradients(x_hat, sae.weights, sae.encode(x_hat))
+    assert not bool(found.loss.isfinite())
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, -math.inf])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, bad):
+    """Top k may pass over a latent whose pre-activations are NaN."""
+    sae = random_sae()
+    with torch.no_grad():
+        sae.encoder_weight[5, 0] = bad
+    with pytest.raises(UserError, match="encoder_weight holds NaN"):
+        evaluate_sae(sae, InMemory(inputs(30)), dense_variance=1.0)
+    sae.save(tmp_path)
+    with pytest.raises(UserError, match="encoder_weight holds NaN"):
+        TopKSAE.load(tmp_path)
 
 
 def test_encode_and_decode_agree_with_the_slow_definition():

@@ -98,7 +98,9 @@ def test_in_one_go_and_one_by_one_give_the_same_files(study, tmp_path, monkeypat
 
     groups.clear()
     ready = local._Scheduler._ready
-    monkeypatch.setattr(local._Scheduler, "_ready", lambda self: ready(self)[:1])
+    monkeypatch.setattr(
+        local._Scheduler, "_ready", lambda self, *, alone: ready(self, alone=alone)[:1]
+    )
     alone = run_and_report(study, tmp_path / "alone", quiet=True)
     assert groups == [[0], [1], [0], [1]]
     assert together.num_executed == alone.num_executed
@@ -170,7 +172,7 @@ class _DyingOnGroups(Executor):
 def test_members_of_a_group_that_kills_its_process_are_tried_alone(
     study, tmp_path, monkeypatch, groups
 ):
-    monkeypatch.setattr(local, "_pool", lambda _: contextlib.nullcontext(_DyingOnGroups()))
+    monkeypatch.setattr(local, "_pool", lambda *_: contextlib.nullcontext(_DyingOnGroups()))
     outcome = run_and_report(study, tmp_path, workers=2, quiet=True)
     assert {result.status for result in outcome.results} == {"done"}
     assert groups == [[0], [1], [0], [1]]
@@ -186,7 +188,7 @@ class _InThisProcess(Executor):
 
 
 def test_workers_make_groups_and_only_what_is_missing(study, tmp_path, monkeypatch, groups):
-    monkeypatch.setattr(local, "_pool", lambda _: contextlib.nullcontext(_InThisProcess()))
+    monkeypatch.setattr(local, "_pool", lambda *_: contextlib.nullcontext(_InThisProcess()))
     first = run_and_report(study, tmp_path, workers=2, quiet=True)
     assert {result.status for result in first.results} == {"done"}
     assert groups == [[0, 1], [0, 1]]
@@ -198,3 +200,19 @@ def test_workers_make_groups_and_only_what_is_missing(study, tmp_path, monkeypat
     again = run_and_report(study, tmp_path, workers=2, quiet=True)
     assert again.num_executed == 2
     assert groups[2:] == [[1]]
+
+
+def test_what_a_failed_group_has_published_stays(study, tmp_path, monkeypatch, groups):
+    """One of two cannot be written at the first try: only that one is made again."""
+    real, failed = Store._finish, []
+
+    def full_disk(self, stage, folder, facts):
+        if stage.name == "activations" and stage.config["layer"] == 0 and not failed:
+            failed.append(stage)
+            raise OSError("no space left")
+        real(self, stage, folder, facts)
+
+    monkeypatch.setattr(Store, "_finish", full_disk)
+    outcome = run_and_report(study, tmp_path, quiet=True)
+    assert {result.status for result in outcome.results} == {"done"}
+    assert groups == [[0, 1], [0], [0, 1]]

@@ -5,10 +5,12 @@ import math
 import pandas as pd
 import pytest
 import torch
+import transformers
 
-from conftest import tiny_language_model
+from conftest import ARCHITECTURES, tiny_language_model
 from independent import transfer as independent
 from prunelens.activations import Statistics
+from prunelens.analyses import recovered
 from prunelens.analyses.refit import first_equal, refit, threshold_factor
 from prunelens.analyses.transfer import (
     POSITIONS,
@@ -19,7 +21,7 @@ from prunelens.analyses.transfer import (
 )
 from prunelens.config import CorpusConfig, ModelConfig, PruningConfig, TransferConfig
 from prunelens.errors import UserError
-from prunelens.model import as_language_model, logits, run_to_site
+from prunelens.model import as_language_model, logits, replace_at_site, run_to_site
 from prunelens.sae.formats import GivenSae, check_fits, check_l0, given, own_sae
 from prunelens.sae.topk import TopKSAE
 
@@ -249,11 +251,8 @@ def test_many_batches_find_the_same_factor(monkeypatch):
 def test_equal_sets_share_their_work(tiny_llama, monkeypatch):
     """Without sinks norm_filtered is without_first: same rows, fewer forward passes."""
     passes = []
-    real = "prunelens.analyses.recovered.replace_at_site"
-    from prunelens.analyses import recovered
-
-    original = recovered.replace_at_site
-    monkeypatch.setattr(real, lambda *a: passes.append(1) or original(*a))
+    original = recovered._Runs.replaced
+    monkeypatch.setattr(recovered._Runs, "replaced", lambda *a: passes.append(1) or original(*a))
     shares = []
     options = {"max_norm_multiple": 1e9, "progress": shares.append}
     rows = measured(tiny_llama, [jump_relu()[0]], **options).rows
@@ -264,6 +263,105 @@ def test_equal_sets_share_their_work(tiny_llama, monkeypatch):
     assert a.to_numpy() == pytest.approx(b.to_numpy(), rel=1e-12)
     members = torch.tensor([[True, True], [False, True], [False, True]])
     assert [first_equal(members, n) for n in range(3)] == [0, 1, 1]
+
+
+def assert_runs_equal_whole_passes(lm, site, layer, *, restarts):
+    """The model as it is and with the site changed, in two batches, bit for bit."""
+    runs = recovered._Runs((lm, site, layer))
+    for seed in (1, 2):
+        text = torch.randint(0, 64, (3, CONTEXT), generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(runs.whole(text), logits(lm, text))
+        assert runs._restarts is restarts
+        for factor in (0.5, 2.0, 1.0):  # the last change leaves what it is given as it is
+            expected = replace_at_site(lm, text, site, layer, lambda x, by=factor: x * by + 1)
+            assert torch.equal(runs.replaced(lambda x, by=factor: x * by + 1), expected)
+    assert torch.equal(runs.whole(text), logits(lm, text))
+    assert not any(module._forward_hooks for module in lm.model.modules())
+    assert not any("forward" in module.__dict__ for module in lm.model.modules())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("site", "layer"),
+    [("resid_post", 0), ("resid_post", 1), ("resid_post", 2), ("mlp_out", 0), ("attn_out", 2)],
+)
+def test_restarting_at_the_site_gives_what_whole_passes_give(architecture, site, layer):
+    lm = tiny_language_model(architecture)
+    assert_runs_equal_whole_passes(lm, site, layer, restarts=True)
+
+
+OTHERS = {
+    "gptj": {"n_embd": 16, "n_layer": 3, "n_head": 2, "rotary_dim": 4},  # blocks give tuples
+    "falcon": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2},
+    "mamba": {"hidden_size": 16, "num_hidden_layers": 3},  # no keys and values: as good as any
+    "rwkv": {"hidden_size": 16, "num_hidden_layers": 3},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_any_architecture_restarts(kind):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(kind, vocab_size=64, **OTHERS[kind])
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    lm = as_language_model(model, label=kind)
+    assert_runs_equal_whole_passes(lm, "resid_post", 1, restarts=True)
+
+
+class Twice(torch.nn.Module):
+    """A block that runs again what stands below it, as models with shared blocks do."""
+
+    def __init__(self, block, below):
+        super().__init__()
+        self.block, self.below = block, [below]
+
+    def forward(self, x, **kwargs):
+        return self.block(self.below[0](x, **kwargs), **kwargs)
+
+
+class Remembering(torch.nn.Module):
+    """A block that adds a number which it is not handed."""
+
+    def __init__(self, block, memory):
+        super().__init__()
+        self.block, self.memory = block, memory
+
+    def forward(self, x, **kwargs):
+        return self.block(x, **kwargs) + self.memory[0]
+
+
+def test_what_cannot_be_restarted_runs_whole(caplog):
+    caplog.set_level("INFO", logger="prunelens")
+    for site, layer in (("resid_post", 0), ("resid_post", 1)):
+        lm = tiny_language_model("llama")
+        lm.blocks[2] = Twice(lm.blocks[2], lm.blocks[0])  # site or what is below runs twice
+        assert_runs_equal_whole_passes(lm, site, layer, restarts=False)
+    lm, memory = tiny_language_model("llama"), [0.0]
+    lm.blocks[2] = Remembering(lm.blocks[2], memory)
+
+    def forgetful(x, before=lm.blocks[0].forward, **kwargs):  # hands on more than its output
+        memory[0] = float(x.abs().max())
+        return before(x, **kwargs)
+
+    runs = recovered._Runs((lm, "resid_post", 1))
+    lm.blocks[0].forward = forgetful
+    lm.model.register_forward_hook(lambda *_: memory.__setitem__(0, 0.0))  # gone with the pass
+    text = torch.randint(0, 64, (3, CONTEXT), generator=torch.Generator().manual_seed(1))
+    runs.whole(text)
+    expected = replace_at_site(lm, text, "resid_post", 1, lambda x: 2 * x)
+    assert torch.equal(runs.replaced(lambda x: 2 * x), expected)
+    assert lm.blocks[0].forward is forgetful
+    said = [record.message for record in caplog.records if "every run is whole" in record.message]
+    assert runs._restarts is False and len(said) == 3  # once per model and site
+
+
+def test_batches_of_windows_change_nothing(tiny_llama, monkeypatch):
+    sae, _ = jump_relu()
+    whole = measured(tiny_llama, [sae]).rows
+    monkeypatch.setattr(recovered, "LOGITS_AT_ONCE", {"cpu": 2 * CONTEXT * 128})
+    parts = measured(tiny_llama, [sae]).rows
+    numbers = [name for name in NUMBERS if name.startswith("ce")]
+    assert parts[numbers].to_numpy() == pytest.approx(whole[numbers].to_numpy(), rel=1e-5)
 
 
 def test_dense_token_sets_and_sigma_serve_every_condition(tiny_llama):
@@ -356,6 +454,12 @@ def test_the_l0_may_be_off_by_a_factor_of_two():
             check_l0(sae, measured_l0)
 
 
+def assert_rebuilds_as_it_decodes(sae, x):
+    latents, (states, num_active) = sae.encode(x), sae.rebuild(x)
+    assert torch.allclose(states, sae.decode(latents), rtol=1e-5, atol=1e-4)
+    assert torch.equal(num_active, (latents != 0).sum(1)) and 0 < num_active.max() < LATENTS
+
+
 def test_our_own_sae_in_raw_space(tmp_path):
     sae = TopKSAE.initialise(D, LATENTS, 5, init_seed=0)
     mean, sigma = torch.arange(D) / 4.0, 1 + torch.arange(D) / 8.0
@@ -370,6 +474,9 @@ def test_our_own_sae_in_raw_space(tmp_path):
     assert torch.equal(latents, sae.dense_latents(sae.encode(x_hat)).detach())
     expected = sigma * sae(x_hat).detach() + mean
     assert torch.allclose(ours.decode(latents), expected, atol=1e-5)
+    assert_rebuilds_as_it_decodes(ours, x)
+    assert_rebuilds_as_it_decodes(ours.with_decoder_shift(mean), x)
+    assert_rebuilds_as_it_decodes(jump_relu()[0].with_threshold_scale(0.7), x)
     assert ours.nominal_l0 == 5 and ours.threshold is None
     shift = torch.arange(D).float()
     shifted = ours.with_decoder_shift(shift)

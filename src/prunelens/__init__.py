@@ -3,10 +3,10 @@
 The public API on one page; importing it loads nothing heavy, names load on first use.
 
     text      read_study, study_from_data, CorpusConfig, split_tokens, windows
-    model     load_model, run_to_site, replace_at_site, measure_perplexity
+    model     load_model, run_to_site, run_to_sites, replace_at_site, measure_perplexity
     prune     prune_model, input_norms, apply_masks, save_checkpoint
-    SAEs      capture, Activations, statistics, TopKSAE, train_sae, evaluate_sae
-              export_sae
+    SAEs      capture, capture_sites, Activations, statistics, TopKSAE, train_sae, train_saes,
+              evaluate_sae, export_sae
     compare   match_dictionaries, match_rates, seed_stability, survival, persistence
     identity  activation_matching, latent_series, latent_scaling, subspace_overlaps
     trust     sufficiency, survival_by_step, dense_world, pruned_world, grades, run_selftest
@@ -23,7 +23,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunelens.activations import Activations, Statistics, capture, statistics
+    from prunelens.activations import Activations, Statistics, capture, capture_sites, statistics
     from prunelens.analyses.activation_matching import activation_matching, latent_series
     from prunelens.analyses.causal import ablate
     from prunelens.analyses.causal_groups import causal_summary, latent_groups
@@ -55,7 +55,13 @@ if TYPE_CHECKING:
     from prunelens.corpus import split_tokens, windows
     from prunelens.errors import UserError
     from prunelens.match import match_dictionaries, match_rates
-    from prunelens.model import LanguageModel, load_model, replace_at_site, run_to_site
+    from prunelens.model import (
+        LanguageModel,
+        load_model,
+        replace_at_site,
+        run_to_site,
+        run_to_sites,
+    )
     from prunelens.paper import published
     from prunelens.perplexity import measure_perplexity
     from prunelens.planted import dense_world, pruned_world, world_activations
@@ -82,6 +88,7 @@ _HOMES = {
         "Activations",
         "Statistics",
         "capture",
+        "capture_sites",
         "statistics",
     ),
     "prunelens.analyses.activation_matching": (
@@ -153,6 +160,7 @@ _HOMES = {
         "load_model",
         "replace_at_site",
         "run_to_site",
+        "run_to_sites",
     ),
     "prunelens.paper": ("published",),
     "prunelens.perplexity": ("measure_perplexity",),

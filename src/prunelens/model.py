@@ -181,6 +181,8 @@ def run_to_sites(
     `run_to_site` gives.
     Raises: UserError as `run_to_site`.
     """
+    if not places:
+        return []
     wanted = dict.fromkeys(places)
     reached: dict[tuple[Site, int], Tensor] = {}
 

@@ -139,9 +139,9 @@ class Errors:
         start = 0
         for x in batches_for(sae, states):
             part = members[:, start : start + len(x)].to(sae.device)
-            latents = unshifted.encode(x)
-            self.moments.add(x - unshifted.decode(latents), part)
-            self._active += part.double() @ (latents != 0).sum(1).double()
+            rebuilt = unshifted.rebuild(x)
+            self.moments.add(x - rebuilt.states, part)
+            self._active += part.double() @ rebuilt.num_active.double()
             start += len(x)
 
     @property

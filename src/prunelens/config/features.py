@@ -43,8 +43,8 @@ class SaeConfig(Frozen):
     checkpoint_every: int = Field(1000, ge=1)
     """Steps between checkpoints from which a killed training goes on."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the factors of a training step's products; sums, weights, Adam's moments and
-    every measurement stay float32. bfloat16 is faster and leaves the final FVU as it is."""
+    """Precision of a training step's products, whose sums are float32; weights, Adam's moments and
+    every measurement stay float32. bfloat16 is faster where the hardware multiplies it itself."""
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     """Seed s means init_seed = data_seed = s."""
     control_seeds: int = Field(1, ge=1)

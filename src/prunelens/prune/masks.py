@@ -123,7 +123,10 @@ def load_masks(path: pathlib.Path) -> PackedMasks:
             if metadata.get("format") != FORMAT:
                 raise UserError(f"masks: {str(path)!r} holds no masks ({FORMAT})")
             for name, shape in json.loads(metadata["shapes"]).items():
-                masks.add(name, tuple(shape), file.get_tensor(name))
+                bits = file.get_tensor(name)
+                if len(bits) != -(-math.prod(shape) // 8):
+                    raise UserError(f"masks: {str(path)!r} is damaged at {name}; make it again")
+                masks.add(name, tuple(shape), bits)
     except safetensors.SafetensorError as error:
         raise UserError(f"masks: {str(path)!r} is no safetensors file ({error})") from None
     return masks

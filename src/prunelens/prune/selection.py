@@ -57,16 +57,16 @@ def select(
     Raises: UserError, before the first block is given, where a score is NaN or infinite.
     """
     device = next((matrix.weight.device for matrix in matrices.values()), torch.device("cpu"))
-    with _threads(device) as threads:
-        if scope == "row":
-            for name, matrix in matrices.items():
-                _check_finite(name, matrix)
-            yield from _lowest_of_rows(matrices, sparsity, threads)
-            return
-        groups = [matrices] if scope == "global" else [{n: m} for n, m in matrices.items()]
-        cuts = [_cut(group, sparsity, threads) for group in groups]
-        for group, cut in zip(groups, cuts, strict=True):
-            yield from _above(group, cut, threads)
+    threads = _threads(device)
+    if scope == "row":
+        for name, matrix in matrices.items():
+            _check_finite(name, matrix)
+        yield from _lowest_of_rows(matrices, sparsity, threads)
+        return
+    groups = [matrices] if scope == "global" else [{n: m} for n, m in matrices.items()]
+    cuts = [_cut(group, sparsity, threads) for group in groups]
+    for group, cut in zip(groups, cuts, strict=True):
+        yield from _above(group, cut, threads)
 
 
 class _Cut(NamedTuple):
@@ -220,19 +220,9 @@ def _parts(matrices: Mapping[str, Scored]) -> list[_Part]:
     return [(name, matrix, rows) for name, matrix in matrices.items() for rows in matrix.blocks()]
 
 
-@contextlib.contextmanager
-def _threads(device: torch.device) -> Iterator[int]:
-    """On a CPU, as many threads of our own as torch has, and meanwhile one of torch's for each.
-
-    A block is small and counting it, or taking its partition, runs in one thread anyway. To share
-    out every operation on it instead cost 30 times the time where other work kept the cores busy.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield before if device.type == "cpu" else 1
-    finally:
-        torch.set_num_threads(before)
+def _threads(device: torch.device) -> int:
+    """Threads of our own: on a CPU as many as torch has."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def _in_threads(
@@ -244,4 +234,21 @@ def _in_threads(
         return
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(items), 2 * threads):
-            yield from pool.map(function, items[start : start + 2 * threads])
+            with _one_thread_of_torch():
+                results = list(pool.map(function, items[start : start + 2 * threads]))
+            yield from results
+
+
+@contextlib.contextmanager
+def _one_thread_of_torch() -> Iterator[None]:
+    """Meanwhile every operation of torch runs in the thread that asks for it.
+
+    A block is small, and counting it or taking its partition runs in one thread anyway; to share
+    out every operation on it as well takes many times as long where other work keeps cores busy.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

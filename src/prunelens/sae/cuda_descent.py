@@ -42,6 +42,12 @@ class CudaDescent(Descent):
     @torch.no_grad()
     def step(self, x_hat: Float[Tensor, "batch d_model"], *, rate: float, number: int) -> Descended:
         """See `Descent.step`."""
+        if x_hat.device.type != "cuda":  # in Triton's interpreter
+            return self._step(x_hat, rate, number)
+        with torch.cuda.device(x_hat.device):  # where Triton launches and graphs are captured
+            return self._step(x_hat, rate, number)
+
+    def _step(self, x_hat: Tensor, rate: float, number: int) -> Descended:
         self._renew_copies()
         self._rate.fill_(rate)
         self._number.fill_(number)

@@ -9,10 +9,10 @@ import dataclasses
 import json
 import math
 import pathlib
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -38,6 +38,15 @@ class Coder(Protocol):
 
     def decode(self, latents: Tensor, /) -> Tensor:
         """[tokens, latents] to [tokens, d_model] raw."""
+
+
+class Rebuilt(NamedTuple):
+    """What an SAE makes of some tokens."""
+
+    states: Float[Tensor, "tokens d_model"]
+    """The raw reconstruction."""
+    num_active: Int[Tensor, " tokens"]
+    """How many latents are not 0."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,8 +86,24 @@ class GivenSae:
         """The raw reconstruction. Decode the batch that was encoded last: an SAE that normalises
         each token by itself remembers the scales of that one.
         """
-        decoded = self.coder.decode(latents)
-        return decoded if self.decoder_shift is None else decoded + self.decoder_shift
+        return self._shifted(self.coder.decode(latents))
+
+    @torch.no_grad()
+    def rebuild(self, x: Float[Tensor, "tokens d_model"]) -> Rebuilt:
+        """decode(encode(x)), and how many latents each token uses.
+
+        Only this way do the zeros of a TopK SAE of ours stay unwritten: a sum of k decoder rows
+        per token costs a small part of a product with all of them.
+        """
+        if isinstance(self.coder, NormalisedTopK):
+            states, num_active = self.coder.rebuild(x.to(self.device, torch.float32))
+        else:
+            latents = self.encode(x)
+            # Several times faster than (latents != 0).sum(1); a count in 16 bits would be rounded.
+            norms = torch.linalg.vector_norm(latents, ord=0, dim=1, dtype=torch.float32)
+            num_active = norms.long()
+            states = self.coder.decode(latents)
+        return Rebuilt(self._shifted(states), num_active)
 
     @property
     def threshold(self) -> Float[Tensor, " latents"] | None:
@@ -104,6 +129,9 @@ class GivenSae:
                 " thresholds to refit; only jumprelu has"
             )
         return dataclasses.replace(self, threshold_scale=self.threshold_scale * factor)
+
+    def _shifted(self, decoded: Tensor) -> Tensor:
+        return decoded if self.decoder_shift is None else decoded + self.decoder_shift
 
 
 def own_sae(folder: pathlib.Path, *, name: str, device: str = "cpu") -> GivenSae:
@@ -195,6 +223,12 @@ class NormalisedTopK:
         """See Coder."""
         rec = latents @ self.sae.decoder_weight + self.sae.decoder_bias
         return self.sigma * rec + self.mean
+
+    def rebuild(self, x: Tensor) -> Rebuilt:
+        """See GivenSae; before any shift."""
+        latents = self.sae.encode((x - self.mean) / self.sigma)
+        rec = self.sae.decode(latents)
+        return Rebuilt(self.sigma * rec + self.mean, (latents.values != 0).sum(1))
 
 
 def _refuse_rotated(folder: pathlib.Path) -> None:

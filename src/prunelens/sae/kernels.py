@@ -6,7 +6,8 @@ over the transposed pattern, tokens per latent, which gives both weight gradient
 with respect to its weights takes the k inner products that the latents' gradients need. Elsewhere
 the dense reference runs. `top_k` looks at group maxima first; it is exact.
 
-In training the products may be bfloat16: their factors are rounded to it, sums stay float32.
+In training the products may be bfloat16: their factors are rounded to it, sums are float32, and
+on a CPU their results are rounded as well.
 
 Shapes: B tokens, D d_model, F latents, K active latents per token.
 """
@@ -176,11 +177,14 @@ def gradients(
 ) -> SparseGradients | Gradients:
     """Loss and gradients, given the batch's latents: sparse on a CPU, dense elsewhere.
 
-    `dtype` is the precision of the factors of the sparse products; what is returned is float32.
+    `dtype` is the precision of the factors of the products with the decoder and, when they are
+    sparse, of the others' too, whose sums are float32 and whose results are rounded to it. What is
+    returned is float32.
     """
     if x_hat.device.type == "cpu":
         return SparseGradients(x_hat, weights, latents, dtype=dtype, buffers=buffers)
-    return reference_gradients(x_hat, weights, latents)
+    rounded = weights.decoder_weight.to(dtype).to(torch.float32)
+    return reference_gradients(x_hat, weights._replace(decoder_weight=rounded), latents)
 
 
 def reference_gradients(
@@ -273,9 +277,11 @@ def top_k(pre: Float[Tensor, "tokens latents"], k: int) -> SparseLatents:
     """TopK(ReLU(pre), k): the k largest of each row, and 0 for those that are not positive.
 
     Ties are broken arbitrarily, and so is which of the latents that are not positive make up the
-    k. On a CPU the latents are dealt into groups. The k largest lie in the k groups with the
-    largest maxima (or tie with what lies there), so only those groups are searched. Values are
-    gathered from `pre` and carry its gradient.
+    k; on a CPU a NaN may be passed over.
+
+    There the latents are dealt into groups. The k largest lie in the k groups with the largest
+    maxima (or tie with what lies there), so only those groups are searched. Values are gathered
+    from `pre` and carry its gradient.
     """
     if pre.device.type != "cpu":
         values, indices = pre.topk(k, sorted=False)

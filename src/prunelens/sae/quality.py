@@ -57,7 +57,7 @@ def evaluate_sae(
         dense_variance: sum over tokens of |x - mean(x)|^2 of the dense condition, raw.
         first_tokens: how many of the first tokens `firing_rate_first` is about.
         batch_tokens: tokens encoded at a time.
-    Raises: UserError where there are no tokens or the widths differ.
+    Raises: UserError where there are no tokens, the widths differ or weights are no numbers.
     """
     if data.d_model != sae.d_model:
         raise UserError(
@@ -65,6 +65,7 @@ def evaluate_sae(
         )
     if data.num_tokens == 0:
         raise UserError("corpus.eval_tokens: no activations to evaluate on; raise it")
+    sae.refuse_non_finite()
     sums = _add_up(sae, data, first_tokens, batch_tokens)
     raw = data.sigma.to(sums.error).square()
     raw_error = float((raw * sums.error).sum())

@@ -89,6 +89,12 @@ class TopKSAE(nn.Module):
         """decode(encode(x_hat))."""
         return self.decode(self.encode(x_hat))
 
+    def refuse_non_finite(self) -> None:
+        """Raise UserError where a weight is NaN or infinite: top k could pass over it unnoticed."""
+        for name, weight in self.weights._asdict().items():
+            if not bool(weight.isfinite().all()):
+                raise UserError(f"sae: {name} holds NaN or infinity; train or export it again")
+
     def save(self, folder: str | pathlib.Path) -> None:
         """Write `sae.safetensors` and `sae.json` into `folder`, which is made if missing."""
         folder = pathlib.Path(folder)
@@ -108,7 +114,8 @@ class TopKSAE(nn.Module):
     def load(cls, folder: str | pathlib.Path) -> TopKSAE:
         """The SAE that `save` wrote.
 
-        Raises: UserError where the files are missing, damaged, or do not fit each other.
+        Raises: UserError where the files are missing, damaged, do not fit each other, or hold
+            weights that are no numbers.
         """
         folder = pathlib.Path(folder)
         try:
@@ -120,6 +127,7 @@ class TopKSAE(nn.Module):
                 )
             sae = cls(described["d_model"], described["num_latents"], described["k"])
             sae.load_state_dict(load_file(folder / _WEIGHTS_FILE))
+            sae.refuse_non_finite()
         except FileNotFoundError as error:
             raise UserError(
                 f"sae: {folder} lacks {pathlib.Path(str(error.filename or _WEIGHTS_FILE)).name};"

@@ -1,7 +1,8 @@
 """The state of one SAE's training: a step, restarts, checkpoints (methods §5).
 
 Everything random is a function of a seed and a position (epoch or step), so a checkpoint holds no
-random state and a resumed training repeats the uninterrupted one bit for bit.
+random state and a resumed training repeats the uninterrupted one bit for bit (on a GPU as far as
+its libraries take the same algorithms again).
 """
 
 from __future__ import annotations

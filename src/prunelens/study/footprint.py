@@ -33,7 +33,7 @@ class Disk(NamedTuple):
     masks: float
     """One bit per prunable weight and pruned condition."""
     checkpoint: float
-    """One SAE in training, whose checkpoint goes when it is done."""
+    """The SAEs that are trained in turn, whose checkpoints go when they are done."""
     kept: float
     """What is there when the study is done."""
     peak: float
@@ -70,6 +70,7 @@ def disk_use(
         stages: all distinct stages.
         pruned: number of pruned conditions.
     """
+    stages = list(stages)
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     early: collections.Counter[str] = collections.Counter()  # decoders kept from within a training
     for stage in stages:
@@ -82,14 +83,15 @@ def disk_use(
     store = {label: tokens * shape.d_model * row for label, shape in shapes.items()}
     sae = {label: _sae_bytes(shape, study) for label, shape in shapes.items()}
     all_stores = sum(store[label] * n for label, n in counts["activations"].items())
-    together = max(
-        store[model.label] * min(counts["activations"][model.label], len(model.layers) + 1)
+    together = max(  # all layers of the dense model and of one pruned condition
+        store[model.label] * min(counts["activations"][model.label], 2 * len(model.layers))
         for model in study.models
     )
     stores = all_stores if study.keep_activations else together
     saes = sum(sae[label] * (n + early[label] / 2) for label, n in counts["sae"].items())
     masks = pruned * sum(shape.linear_weights for shape in shapes.values()) / 8
-    checkpoint = 3.5 * max(sae.values())  # weights, two moments, and the decoder's start
+    # Weights, two moments, and the decoder's start.
+    checkpoint = 3.5 * saes_at_once(stages) * max(sae.values())
     kept = saes + masks + (all_stores if study.keep_activations else 0.0)
     fetched = [shapes[m.label].parameters for m in study.models if not is_local(m.name)]
     peak = saes + masks + stores + checkpoint
@@ -98,16 +100,31 @@ def disk_use(
     )
 
 
-def memory_use(study: StudyConfig, shapes: dict[str, ModelShape], device: str) -> Memory:
-    """What one worker needs on `device` (`cpu`, `cuda`, …) and of the machine's memory."""
-    each = [_model_memory(study, model, shapes[model.label], device) for model in study.models]
+def memory_use(
+    study: StudyConfig, shapes: dict[str, ModelShape], device: str, *, num_saes: int = 1
+) -> Memory:
+    """What one worker needs on `device` (`cpu`, `cuda`, …) and of the machine's memory.
+
+    A single worker trains up to `num_saes` SAEs in turn (see `saes_at_once`); several one each.
+    """
+    each = [
+        _model_memory(study, model, shapes[model.label], device, num_saes) for model in study.models
+    ]
     most = Memory(*(max(values) for values in zip(*each, strict=True)))
     if device != "cpu":
         return most
     return most._replace(host=PROCESS_BYTES + max(2 * most.model, most.device))
 
 
-def _model_memory(study: StudyConfig, model: ModelConfig, shape: ModelShape, device: str) -> Memory:
+def saes_at_once(stages: Iterable[Stage]) -> int:
+    """The most SAEs that a single worker trains in turn."""
+    groups = collections.Counter(stage.together for stage in stages if stage.name == "sae")
+    return max(groups.values(), default=1)
+
+
+def _model_memory(
+    study: StudyConfig, model: ModelConfig, shape: ModelShape, device: str, num_saes: int
+) -> Memory:
     kind = device.partition(":")[0]
     itemsize = getattr(torch, model.dtype).itemsize
     weights = shape.parameters * itemsize
@@ -120,7 +137,7 @@ def _model_memory(study: StudyConfig, model: ModelConfig, shape: ModelShape, dev
     part = min(scores, SCORES_AT_ONCE.get(kind, SCORES_AT_ONCE["cpu"]))
     forward = weights + tokens * widths * itemsize
     perplexity = weights + scores * itemsize + part * 2 * FLOAT  # as float32, and its logarithms
-    training = _training_bytes(shape, study, kind)
+    training = _training_bytes(shape, study, kind, num_saes)
     context = 0.0 if kind == "cpu" else GPU_CONTEXT_BYTES
     on_device = context + max(forward, perplexity, training)
     return Memory(weights, forward, perplexity, training, on_device, PROCESS_BYTES + weights)
@@ -131,11 +148,13 @@ def _sae_bytes(shape: ModelShape, study: StudyConfig) -> float:
     return float(FLOAT * (2 * num_latents * d_model + num_latents + d_model))
 
 
-def _training_bytes(shape: ModelShape, study: StudyConfig, kind: str) -> float:
-    """Weights, two moments and gradients, the decoder's start; and the batch's latents.
+def _training_bytes(shape: ModelShape, study: StudyConfig, kind: str, num_saes: int) -> float:
+    """Weights, two moments and the decoder's start of each; gradients; the batch's latents.
 
-    A GPU holds the latents dense: before the top k, after, and their gradients with temporaries.
+    A GPU without Triton holds the latents dense: before the top k, after, and their gradients with
+    temporaries.
     """
     _, num_latents, _ = sae_size(shape, study)
     batch = study.sae.batch_tokens * num_latents * FLOAT
-    return 4.5 * _sae_bytes(shape, study) + batch * (2 if kind == "cpu" else 5)
+    held = (3.5 * num_saes + 1) * _sae_bytes(shape, study)
+    return held + batch * (2 if kind == "cpu" else 5)

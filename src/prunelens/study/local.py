@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import json
 import logging
-import multiprocessing
 import pathlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -23,7 +22,7 @@ from prunelens.study.matrix import Plan, Run
 from prunelens.study.progress import StudyProgress
 from prunelens.study.stages import try_stages
 from prunelens.study.store import DamagedArtifactError, Stage, Store
-from prunelens.study.worker import die_with_parent, make_by_identity, read_share
+from prunelens.study.worker import die_with_parent, make_by_identity, read_share, worker_context
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ def run_locally(
     scheduler.make_text()
     on_text()
     while scheduler.is_unfinished():
-        with _pool(workers) as pool, contextlib.suppress(BrokenProcessPool):
+        with _pool(workers, device) as pool, contextlib.suppress(BrokenProcessPool):
             scheduler.work_in(pool, limit=workers)
     return Outcome([scheduler.result(run) for run in plan.runs], scheduler.num_executed)
 
@@ -282,12 +281,12 @@ class _Here(Executor):
 
 
 @contextlib.contextmanager
-def _pool(workers: int) -> Iterator[Executor]:
-    """Processes started afresh (CUDA and threads do not survive a fork), or none."""
+def _pool(workers: int, device: str) -> Iterator[Executor]:
+    """Processes that no thread and no CUDA of this one can disturb, or none."""
     if workers == 1:
         yield _Here()
         return
-    context = multiprocessing.get_context("spawn")
+    context = worker_context(device)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent)
     try:
         yield pool

@@ -17,7 +17,7 @@ from prunelens.config import StudyConfig
 from prunelens.model import model_shape
 from prunelens.study.calibrate import Rate, calibrate
 from prunelens.study.cost import KINDS, Work, stage_work
-from prunelens.study.footprint import disk_use, memory_use
+from prunelens.study.footprint import disk_use, memory_use, saes_at_once
 from prunelens.study.matrix import Run
 from prunelens.study.plan import plan_study
 from prunelens.study.run import resolve_device
@@ -97,7 +97,7 @@ def preflight(
         all_stages |= stages
     hours = _hours(all_works, rates)
     disk = disk_use(study, shapes, all_stages.values(), len(study.conditions()))
-    memory = memory_use(study, shapes, device)
+    memory = memory_use(study, shapes, device, num_saes=saes_at_once(all_stages.values()))
     return Preflight(
         rows,
         dict(collections.Counter(stage.name for stage in all_stages.values())),
@@ -116,8 +116,12 @@ def _with_parents(stage: Stage) -> list[Stage]:
 
 
 def _work(stage: Stage, shapes: Mapping[str, ModelShape], study: StudyConfig) -> Work:
+    """One pass up to the highest layer gives the activations of those below."""
     assert stage.source
-    shape = shapes[stage.source.model.label]
+    model = stage.source.model
+    if stage.name == "activations" and stage.config["layer"] < max(model.layers):
+        return Work()
+    shape = shapes[model.label]
     return stage_work(stage.name, stage.config, stage.parents, shape, study)
 
 

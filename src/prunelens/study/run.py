@@ -29,6 +29,7 @@ from prunelens.study.plan import plan_study
 from prunelens.study.progress import StudyProgress
 from prunelens.study.results import method_columns
 from prunelens.study.store import DamagedArtifactError, Store, library_versions
+from prunelens.study.worker import fork_server
 from prunelens.study_file import parse_yaml, read_text
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,15 @@ def run_study(
     Raises: UserError for a wrong study or text, before anything is written.
     """
     device = resolve_device(device)
+    is_new = not (out / "runs.csv").is_file()  # a study that has ended may need no workers
+    several = (workers or _most_workers(study, device)) > 1
+    with fork_server(device, at_once=several and is_new):
+        return _run_study(study, out, device=device, workers=workers, quiet=quiet)
+
+
+def _run_study(
+    study: StudyConfig, out: pathlib.Path, *, device: str, workers: int | None, quiet: bool
+) -> Outcome:
     plan = plan_study(study)
     store = Store(out / "artifacts")
 
@@ -150,14 +160,21 @@ def workers_that_fit(study: StudyConfig, device: str) -> int:
 
     One on a GPU, which stages would only share.
     """
-    if device != "cpu":
+    most = _most_workers(study, device)
+    if most == 1:
         return 1
     shapes = [model_shape(model) for model in study.models]
     weights = max(12 * s.num_blocks * s.d_model**2 + s.vocabulary_size * s.d_model for s in shapes)
     each = WORKER_BYTES + 8 * weights  # float32 weights, and as much again while loading
     by_memory = psutil.virtual_memory().available // (2 * each)
+    return max(1, min(by_memory, most))
+
+
+def _most_workers(study: StudyConfig, device: str) -> int:
+    if device != "cpu":
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(by_memory, (cores or 1) // study.threads_per_stage))
+    return max(1, (cores or 1) // study.threads_per_stage)
 
 
 def environment(device: str) -> dict[str, Any]:

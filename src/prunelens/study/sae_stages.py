@@ -32,7 +32,8 @@ def make_saes(works: Sequence[Work]) -> None:
 
     What they share is read once: see `train_saes`.
     """
-    seen = [_Seen(work) for work in works]
+    evaluation = _sae_data(works[0], "eval")  # they share it too
+    seen = [_Seen(work, evaluation) for work in works]
     requests = [_request(work, beheld) for work, beheld in zip(works, seen, strict=True)]
     trained = train_saes(_sae_data(works[0], "train"), requests)
     for work, beheld, found in zip(works, seen, trained, strict=True):
@@ -91,9 +92,9 @@ def decoders_by_step(folder: pathlib.Path) -> dict[int, Tensor]:
 class _Seen:
     """What was seen of an SAE while it was trained; outlives a kill beside its checkpoint."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, evaluation: Activations) -> None:
         self._folder, self._out = work.partial(), work.out
-        self.evaluation, self._first_tokens = _sae_data(work, "eval"), _first_half(work)
+        self.evaluation, self._first_tokens = evaluation, _first_half(work)
         variance = read_json(work.parents["dense_statistics"] / "variance.json")
         self._dense_variance = float(variance["eval_total_variance"])
         self._kept_steps = work.config["checkpoints"]

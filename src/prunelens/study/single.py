@@ -180,7 +180,7 @@ def _pruned(
         tokens = _cut(splits, "calibration", width)
         if pruning.calibration == "dense":
             norms, tokens = input_norms(lm, tokens), None
-    return prune_model(lm, pruning, calibration=tokens, input_norms=norms)
+    return prune_model(lm, pruning, calibration=tokens, input_norms=norms, with_masks=False)
 
 
 def _cut(splits: TokenSplits, name: str, width: int) -> Tensor:

@@ -93,7 +93,8 @@ def try_stages(
 ) -> list[str | None]:
     """`make_stages`; for each stage None, or why it failed, in one line.
 
-    Stages that cannot be made in one go are made one by one, so that each fails for itself.
+    Stages that cannot be made in one go are made one by one, so that each fails for itself; those
+    that were published before it failed stay.
     """
 
     def attempt(part: Sequence[Stage], log_name: str) -> str | None:
@@ -110,7 +111,11 @@ def try_stages(
             "%d %s stages are made one by one, for in one go: %s",
             *(len(stages), stages[0].name, failure),
         )
-    return [attempt([stage], stage.identity[:12]) for stage in stages]
+        stages_left = [stage for stage in stages if not store.has(stage)]
+    else:
+        stages_left = list(stages)
+    failures = {stage.identity: attempt([stage], stage.identity[:12]) for stage in stages_left}
+    return [failures.get(stage.identity) for stage in stages]
 
 
 def failure_of(make: Callable[[], None], log_path: pathlib.Path) -> str | None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
+from typing import Any
 
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
@@ -19,6 +24,7 @@ from prunelens.study.stages import failure_of, try_stages
 from prunelens.study.store import Stage, Store
 
 SECONDS_BETWEEN_SHARES = 1.0
+IMPORTS = ["prunelens.study.worker", "transformers.modeling_utils"]  # what takes workers seconds
 
 
 def make_by_identity(
@@ -66,14 +72,66 @@ def die_with_parent() -> None:
     """Let this process end when the one that started it is gone, and leave Ctrl-C to that one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this is not a worker"
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def worker_context(device: str) -> BaseContext:
+    """How workers are started: forked from a process that has imported and done nothing else.
+
+    Each on its own from the start where that is not safe: CUDA does not survive a fork, and only
+    Linux's system libraries do.
+    """
+    if device != "cpu" or sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)
+    return context
+
+
+@contextlib.contextmanager
+def fork_server(device: str, *, at_once: bool) -> Iterator[None]:
+    """Where workers are forked, the process that they are forked from ends with this block.
+
+    Args:
+        device: that the workers are for.
+        at_once: let it begin to import now, beside what this process does; else with the first
+            worker.
+    """
+    if worker_context(device).get_start_method() != "forkserver":
+        yield
+        return
+    try:
+        if at_once:
+            _start_fork_server()
+        yield
+    finally:
+        _end_fork_server()
+
+
+def _start_fork_server() -> None:
+    """Ctrl-C is left to this process: a signal that is blocked here stays blocked there."""
+    resource_tracker.ensure_running()  # unblocks the signal when it starts, so it goes first
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_fork_server() -> None:
+    """At once: while it imports it would not hear that it is needed no more."""
+    server: Any = forkserver._forkserver  # it has no public way to end
+    if server._forkserver_pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()  # reaps it and removes its socket
 
 
 @functools.lru_cache(maxsize=2)
