@@ -109,7 +109,7 @@ def measure(shape: Shape, rounds: int) -> dict[str, Times]:
         contenders["sparsify"] = sparsify_step(shape, batch)
     if importlib.util.find_spec("sae_lens"):
         contenders["SAELens"] = saelens_step(shape, batch)
-    repeats = max(1, 20_000_000 // (shape.batch_tokens * shape.num_latents))
+    repeats = max(3, 20_000_000 // (shape.batch_tokens * shape.num_latents))
     return take_turns(contenders, rounds=rounds, repeats=repeats)
 
 
