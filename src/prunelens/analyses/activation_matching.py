@@ -22,6 +22,7 @@ from torch import Tensor
 
 from prunelens.analyses.persistence import BATCH_TOKENS, FEWEST_FIRINGS, Rows
 from prunelens.match import Matches, match_rates, match_similarities
+from prunelens.sae.kernels import Buffers
 from prunelens.sae.topk import TopKSAE
 
 if TYPE_CHECKING:
@@ -106,9 +107,10 @@ def latent_series(
     from scipy.sparse import csr_array
 
     values, indices, per_token = [], [], []
+    buffers = Buffers()
     for start in range(0, len(tokens), BATCH_TOKENS):
         batch = tokens[start : start + BATCH_TOKENS]
-        latents = sae.encode(rows.rows(batch))
+        latents = sae.encode(rows.rows(batch), buffers=buffers)
         fires = latents.values > 0
         values.append(latents.values[fires].cpu().numpy())
         indices.append(latents.indices[fires].int().cpu().numpy())

@@ -6,6 +6,7 @@ stand two noise controls of the same size, because any disturbance lowers these 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from prunelens.analyses.noise import isotropic_noise_like, other_token
 from prunelens.analyses.statistics import fisher_z
+from prunelens.sae.kernels import Buffers
 from prunelens.sae.topk import SparseLatents, TopKSAE
 
 SOURCES = ("pruned", "noise_isotropic", "noise_shuffled")
@@ -64,18 +66,19 @@ def persistence(
     draws = {"pruned": 1, "noise_isotropic": NOISE_DRAWS, "noise_shuffled": NOISE_DRAWS}
     before = _Before(sae.num_latents)
     sums = {source: [_Sums(before) for _ in range(n)] for source, n in draws.items()}
+    encode = functools.partial(sae.encode, buffers=Buffers())
     for start in range(0, len(tokens), BATCH_TOKENS):
         batch = slice(start, start + BATCH_TOKENS)
         x = dense.rows(tokens[batch])
         difference = pruned.rows(tokens[batch]) - x
-        before.start_batch(sae.encode(x))
-        sums["pruned"][0].add(sae.encode(x + difference))
+        before.start_batch(encode(x))
+        sums["pruned"][0].add(encode(x + difference))
         for draw in range(NOISE_DRAWS):
             isotropic = isotropic_noise_like(difference, noise[draw])
-            sums["noise_isotropic"][draw].add(sae.encode(isotropic.add_(x)))
+            sums["noise_isotropic"][draw].add(encode(isotropic.add_(x)))
             other = partners[draw][batch]
             shuffled = pruned.rows(other) - dense.rows(other)
-            sums["noise_shuffled"][draw].add(sae.encode(shuffled.add_(x)))
+            sums["noise_shuffled"][draw].add(encode(shuffled.add_(x)))
         if progress:
             progress(start + len(x))
     return pd.concat([_table(source, sums[source]) for source in SOURCES], ignore_index=True)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunelens.errors import UserError
-from prunelens.sae.kernels import Buffers, encode
+from prunelens.sae.kernels import Buffers
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.training import TokenActivations
 
@@ -100,7 +100,7 @@ def _add_up(sae: TopKSAE, data: TokenActivations, first_tokens: int, batch_token
     fires, activation, first = torch.zeros(3, num_latents, dtype=torch.float64, device=device)
     shift, buffers, left = None, Buffers(), first_tokens
     for x_hat in data.batches(batch_tokens):
-        latents = encode(x_hat, sae.encoder_weight, sae.encoder_bias, sae.k, buffers=buffers)
+        latents = sae.encode(x_hat, buffers=buffers)
         exact = x_hat.double()
         shift = exact.mean(0) if shift is None else shift
         error += (exact - sae.decode(latents)).square_().sum(0)

@@ -73,9 +73,16 @@ class TopKSAE(nn.Module):
             self.encoder_weight, self.encoder_bias, self.decoder_weight, self.decoder_bias
         )
 
-    def encode(self, x_hat: Float[Tensor, "tokens d_model"]) -> SparseLatents:
-        """The k kept latents of every token, in float32."""
-        return kernels.encode(x_hat, self.encoder_weight, self.encoder_bias, self.k)
+    def encode(
+        self, x_hat: Float[Tensor, "tokens d_model"], *, buffers: kernels.Buffers | None = None
+    ) -> SparseLatents:
+        """The k kept latents of every token, in float32.
+
+        Who encodes many batches without gradients gives `buffers`, which spares fresh memory.
+        """
+        return kernels.encode(
+            x_hat, self.encoder_weight, self.encoder_bias, self.k, buffers=buffers
+        )
 
     def decode(self, latents: SparseLatents) -> Float[Tensor, "tokens d_model"]:
         """The reconstruction, in normalised space."""
