@@ -46,15 +46,15 @@ LEARNING_RATE = 5e-5
 class RandomActivations:
     """Gaussian rows in memory."""
 
-    def __init__(self, num_tokens: int, d_model: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.values = torch.randn(num_tokens, d_model, generator=generator)
-        self.sigma = torch.ones(d_model)
+    def __init__(self, num_tokens: int, d_model: int, device: str = "cpu") -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        self.values = torch.randn(num_tokens, d_model, generator=generator, device=device)
+        self.sigma = torch.ones(d_model, device=device)
         self.num_tokens, self.d_model = num_tokens, d_model
 
     def rows(self, index: torch.Tensor, /) -> torch.Tensor:
         """Tokens by index."""
-        return self.values[index]
+        return self.values[index.to(self.values.device)]
 
     def batches(self, batch_tokens: int, /) -> Iterator[torch.Tensor]:
         """All tokens in order."""
@@ -168,9 +168,12 @@ def sparsify_step(shape: Shape, batch: torch.Tensor) -> Callable[[], object]:
     from sparsify.sparse_coder import SparseCoder
 
     expansion = shape.num_latents // shape.d_model
-    coder: Any = SparseCoder(
-        shape.d_model, SparseCoderConfig(expansion_factor=expansion, k=shape.k)
-    )
+    config = SparseCoderConfig(expansion_factor=expansion, k=shape.k)
+    return sparsify_training(SparseCoder(shape.d_model, config), batch)
+
+
+def sparsify_training(coder: Any, batch: torch.Tensor) -> Callable[[], object]:
+    """Steps of one of its coders."""
     optimizer = torch.optim.Adam(coder.parameters(), lr=LEARNING_RATE)
 
     def step() -> None:

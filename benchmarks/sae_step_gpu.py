@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,44 +24,16 @@ from prunelens.sae import TopKSAE
 from prunelens.sae.descent import Descent
 from prunelens.sae.kernels import Weights
 from prunelens.sae.training import Training
+from sae_step import LEARNING_RATE, RandomActivations, Shape, sparsify_training
 from side_by_side import Mark, Times, options, publish, take_turns
-
-
-class Shape(NamedTuple):
-    """One training."""
-
-    d_model: int
-    num_latents: int
-    k: int
-    batch_tokens: int
-
 
 SHAPES = {
     "gemma-3-1b": Shape(1152, 9216, 64, 4096),
     "gemma-2-2b": Shape(2304, 18432, 64, 4096),
     "llama-3.2-1b": Shape(2048, 16384, 64, 4096),
 }
-LEARNING_RATE = 5e-5
 REPEATS = 20  # steps of a turn
 PASSES = 7  # of the optimizer over a matrix: four read, three write
-
-
-class RandomActivations:
-    """Gaussian rows on the device."""
-
-    def __init__(self, num_tokens: int, d_model: int, device: str) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        self.values = torch.randn(num_tokens, d_model, generator=generator, device=device)
-        self.sigma = torch.ones(d_model, device=device)
-        self.num_tokens, self.d_model = num_tokens, d_model
-
-    def rows(self, index: Tensor, /) -> Tensor:
-        """Tokens by index."""
-        return self.values[index.to(self.values.device)]
-
-    def batches(self, batch_tokens: int, /) -> Iterator[Tensor]:
-        """All tokens in order."""
-        yield from self.values.split(batch_tokens)
 
 
 def main() -> None:
@@ -194,20 +166,14 @@ def sparsify_coder(shape: Shape, batch: Tensor) -> Any:
 
 def sparsify_step(shape: Shape, batch: Tensor) -> Callable[[], object]:
     """A step of EleutherAI's sparsify: its coder, its decoder normalisation, torch's Adam."""
-    coder = sparsify_coder(shape, batch)
-    optimizer = torch.optim.Adam(coder.parameters(), lr=LEARNING_RATE)
-
-    def step() -> None:
-        coder.set_decoder_norm_to_unit_norm()
-        optimizer.zero_grad()
-        coder(batch).fvu.backward()
-        optimizer.step()
-
-    return step
+    return sparsify_training(sparsify_coder(shape, batch), batch)
 
 
 def check(shape: Shape, device: str) -> dict[str, float]:
-    """That all contenders compute the same, to bfloat16's precision; the relative differences."""
+    """Relative differences after four steps; refuses a contender that does something else.
+
+    Loose for the weights (see below): the kernels themselves are held tightly in the tests.
+    """
     from prunelens.sae.cuda_descent import CudaDescent
 
     batch = RandomActivations(shape.batch_tokens, shape.d_model, device).values

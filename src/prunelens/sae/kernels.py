@@ -73,20 +73,20 @@ class Gradients(NamedTuple):
 class Buffers:
     """Large tensors that one training uses again at every step.
 
-    A fresh one costs a page fault per 4 KiB, which at the paper's shape is a fifth of a step.
+    A fresh one costs a page fault per 4 KiB.
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
+        self._held: dict[tuple[object, ...], Tensor] = {}
 
     def take(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """The tensor of that name, holding whatever it held; zeros the first time."""
-        held = self._held.get(name)
-        if held is None or (held.shape, held.dtype, held.device) != (shape, dtype, device):
-            held = self._held[name] = torch.zeros(shape, dtype=dtype, device=device)
-        return held
+        """The tensor of that name and shape, as it was left; zeros the first time."""
+        key = (name, shape, dtype, device)
+        if key not in self._held:
+            self._held[key] = torch.zeros(shape, dtype=dtype, device=device)
+        return self._held[key]
 
     def copy(self, name: str, source: Tensor, dtype: torch.dtype) -> Tensor:
         """`source` in another precision, in the tensor of that name."""
@@ -122,7 +122,7 @@ def _bfloat16_pre(x_hat: Tensor, weight: Tensor, bias: Tensor, buffers: Buffers)
     """W_enc x_hat + b_enc with factors rounded to bfloat16.
 
     The bias is one more column of the weights, against a column of ones: added by the product
-    itself it costs nothing, added to its result a sixth of it. Where the processor has no
+    itself it costs nearly nothing. Where the processor has no
     bfloat16 units the rounded factors are multiplied in float32.
     """
     (B, D), F, device = x_hat.shape, len(weight), x_hat.device
@@ -140,7 +140,8 @@ def _bfloat16_pre(x_hat: Tensor, weight: Tensor, bias: Tensor, buffers: Buffers)
 @functools.cache
 def _has_bfloat16_units() -> bool:
     """Whether this processor multiplies bfloat16 matrices itself; said once where it does not."""
-    found = torch.cpu.get_capabilities()
+    # Older versions of torch do not tell: then it is as if there were none.
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     has = any(found.get(unit, False) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
     if not has:
         log.info("no bfloat16 units: products of bfloat16 factors are taken in float32")
