@@ -7,6 +7,7 @@ the fix.
 from prunelens.config.features import (
     ActivationConfig,
     CausalConfig,
+    EvidenceConfig,
     SaeConfig,
     SufficiencyConfig,
     TransferConfig,
@@ -20,6 +21,7 @@ __all__ = [
     "ActivationConfig",
     "CausalConfig",
     "CorpusConfig",
+    "EvidenceConfig",
     "ModelConfig",
     "PerplexityConfig",
     "PretrainedSaeConfig",

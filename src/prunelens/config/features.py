@@ -117,3 +117,16 @@ class CausalConfig(Frozen):
     """Places where a latent fires, at most, at which it is ablated alone."""
     conditions: tuple[str, ...] | None = None
     """Pruned conditions by label, e.g. wanda-row-0.30; null: all."""
+
+
+class EvidenceConfig(Frozen):
+    """Where each latent fires, for the explorer."""
+
+    top: int = Field(10, ge=1)
+    """Strongest activations kept per latent, each from another window."""
+    samples: int = Field(8, ge=1)
+    """Equal intervals, at least, of a latent's activation range that each give one context."""
+    either_side: int = Field(12, ge=0)
+    """Tokens shown before and after the one where the latent fires."""
+    effects: int = Field(10, ge=1)
+    """Tokens shown that a latent's direction promotes most, and as many that it suppresses."""

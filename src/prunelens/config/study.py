@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from prunelens.config.features import (
     ActivationConfig,
     CausalConfig,
+    EvidenceConfig,
     SaeConfig,
     SufficiencyConfig,
     TransferConfig,
@@ -33,6 +34,7 @@ Question = Literal[
     "fragility",
     "predictor",
     "causal",
+    "evidence",
 ]
 NEEDS: dict[str, tuple[Question, ...]] = {  # question -> the ones whose answers it is made from
     "identity": ("survival",),
@@ -79,9 +81,12 @@ class StudyConfig(Frozen):
     """RQ3's sizes."""
     causal: CausalConfig = CausalConfig()
     """RQ5's sizes."""
+    evidence: EvidenceConfig = EvidenceConfig()
+    """What the explorer shows of each latent."""
     questions: tuple[Question, ...] = typing.get_args(Question)
     """What is asked: RQ1, RQ2, same-dictionary persistence, other measures of identity, SAEs that
-    start from the dense ones, whether all were trained enough, RQ3, RQ4, its predictor, RQ5."""
+    start from the dense ones, whether all were trained enough, RQ3, RQ4, its predictor, RQ5, and the
+    text on which each latent fires."""
     threads_per_stage: int = Field(2, ge=1)
     """CPU threads of each stage; part of every identity, because reductions depend on it."""
     keep_activations: bool = False
@@ -151,7 +156,7 @@ class StudyConfig(Frozen):
                 "models: the planted world has prunings of criterion 'planted' alone, and no"
                 " language model has those; put them in a study of their own"
             )
-        asked = [name for name in ("transfer", "causal") if name in self.questions]
+        asked = [name for name in ("transfer", "causal", "evidence") if name in self.questions]
         if any(planted) and asked:
             raise ValueError(
                 f"questions: {asked[0]!r} needs a language model, and the planted world is none;"

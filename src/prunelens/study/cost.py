@@ -27,6 +27,7 @@ KINDS = {  # stage -> the kind of work whose rate it runs at; other stages are m
     "persistence": "SAE encoding",
     "scaling": "SAE encoding",
     "activation_matching": "SAE encoding",
+    "evidence": "SAE encoding",
     "stability": "matching",
     "survival": "matching",
     "subspace": "matching",
@@ -263,6 +264,16 @@ def _causal(
     )
 
 
+def _evidence(
+    _config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    """Every SAE reads the eval split; each of its directions is held against the vocabulary."""
+    d_model, num_latents, k = sae_size(shape, study)
+    tokens = study.corpus.eval_tokens * (1 + ("dense" in parents))
+    effects = 2.0 * num_latents * d_model * shape.vocabulary_size
+    return Work(encoding_flops(d_model, num_latents, k, tokens) + effects)
+
+
 def _count(parents: Mapping[str, Any], prefix: str) -> int:
     return sum(role.startswith(prefix) for role in parents)
 
@@ -283,4 +294,5 @@ _COUNTS: dict[str, _Count] = {
     "sufficiency": _sufficiency,
     "transfer": _transfer,
     "causal": _causal,
+    "evidence": _evidence,
 }

@@ -69,6 +69,8 @@ class LayerPlan:
             stages["sufficiency"] = self._sufficiency()
         if "transfer" in questions:
             stages |= self._transfer()
+        if "evidence" in questions:
+            stages |= self._evidence()
         stages |= self._about_fates(stages)
         if self._pruning and (graded := self._model.grades(stages, self._name)):
             stages["grades"] = graded
@@ -141,6 +143,24 @@ class LayerPlan:
             parents = {**shared, "dense": dense.get(role), **({} if given else own)}
             label = f"{self._name} {given.label}" if given else self._name
             stages[role] = self._model.transfer(self._layer, given, parents, label)
+        return stages
+
+    def _evidence(self) -> dict[str, Stage]:
+        """Where the latents of the first seed's SAE fire, and where those of others' SAEs do."""
+        dense = {} if self._dense is self else self._dense._evidence()
+        first = self._dense._seeds()[0]
+        read = {"activations": self.activations, "screening": self._dense.screening}
+        stages = {}
+        for given in (None, *self._model.pretrained(self._layer)):
+            role = f"evidence {given.label}" if given else "evidence"
+            parents = {**read, "dense": dense.get(role)}
+            if given is None:
+                parents["sae"] = self.saes.get(first)
+            if dense:
+                which = self._dense.activations if given else self._dense.saes[first]
+                parents["dense_activations" if given else "dense_sae"] = which
+            label = f"{self._name} {given.label}" if given else self._name
+            stages[role] = self._model.evidence(given, parents, label)
         return stages
 
     def _about_fates(self, answers: Mapping[str, Stage]) -> dict[str, Stage]:

@@ -43,6 +43,7 @@ VERSIONS = {  # raise one when the same config would give other numbers
     "transfer": 2,
     "fragility": 2,
     "causal": 1,
+    "evidence": 1,
     "predictor": 1,
     "planted_world": 1,
     "planted_activations": 1,
@@ -163,10 +164,6 @@ class ModelPlan:
     ) -> Stage:
         """RQ3 of one condition: our dense SAEs (among the parents), or one SAE of others."""
         config = self._study.transfer
-        pretrained = None
-        if given:
-            content = given.model_dump(mode="json", include={"release", "sae_id", "nominal_l0"})
-            pretrained = {**content, "content": self._sources.sae(given)}
         return self.stage(
             "transfer",
             {
@@ -175,7 +172,7 @@ class ModelPlan:
                 "layer": layer,
                 "max_norm_multiple": self._study.activations.max_norm_multiple,
                 **config.model_dump(mode="json"),
-                "pretrained": pretrained,
+                "pretrained": self._content(given),
             },
             {"corpus": self.corpus, **parents},
             label=label,
@@ -196,6 +193,23 @@ class ModelPlan:
             },
             {"corpus": self.corpus, **parents},
             label=label,
+        )
+
+    def evidence(
+        self, given: PretrainedSaeConfig | None, parents: Mapping[str, Stage | None], label: str
+    ) -> Stage:
+        """Where the latents of our SAE (among the parents) fire, or those of an SAE of others."""
+        return self.stage(
+            "evidence",
+            {
+                **self._weights,
+                "skip_first": self._study.activations.skip_first,
+                **self._study.evidence.model_dump(mode="json"),
+                "pretrained": self._content(given),
+            },
+            {"corpus": self.corpus, **parents},
+            label=label,
+            given=given,
         )
 
     def activations(self, layer: int, pruned: Stage | None, label: str) -> Stage:
@@ -237,6 +251,13 @@ class ModelPlan:
     def shape(self) -> ModelShape:
         """Width, depth and vocabulary."""
         return self._shape
+
+    def _content(self, given: PretrainedSaeConfig | None) -> dict[str, Any] | None:
+        """What an SAE of others is in identities."""
+        if given is None:
+            return None
+        content = given.model_dump(mode="json", include={"release", "sae_id", "nominal_l0"})
+        return {**content, "content": self._sources.sae(given)}
 
     def _tokenised(self, name: str, corpus: CorpusConfig) -> Stage:
         content = corpus.model_dump(mode="json", exclude={"paths"})

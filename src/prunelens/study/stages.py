@@ -3,7 +3,8 @@
 Each function in the modules below reads its parents' folders by role and writes its own files; the
 result depends on the stage's config and its parents alone. `model_stages`: text to activations;
 `sae_stages`: SAEs; `arm_stages`: pairs of SAEs; `question_stages`: what else is asked of them;
-`output_stages`: what needs the model's output again (transfer, ablations); `planted_stages`: the
+`output_stages`: what needs the model's output again (transfer, ablations); `evidence_stages`: the
+text on which latents fire; `planted_stages`: the
 world with known truth in the model's place.
 """
 
@@ -20,6 +21,7 @@ import torch
 
 from prunelens.errors import UserError
 from prunelens.study.arm_stages import ARM_STAGES
+from prunelens.study.evidence_stages import EVIDENCE_STAGES
 from prunelens.study.model_stages import MODEL_STAGES, make_activations
 from prunelens.study.output_stages import OUTPUT_STAGES
 from prunelens.study.planted_stages import PLANTED_STAGES
@@ -35,6 +37,7 @@ STAGES = {
     **ARM_STAGES,
     **QUESTION_STAGES,
     **OUTPUT_STAGES,
+    **EVIDENCE_STAGES,
     **PLANTED_STAGES,
 }
 TOGETHER: dict[str, Callable[[Sequence[Work]], None]] = {
