@@ -46,11 +46,7 @@ ROW = 10  # of docs/performance.md
 MOST_GIB, MOST_RATIO = 24.0, 2.2
 WORTH_A_RATIO = 2.0  # seconds; below, a ratio of times says nothing
 SECONDS_BETWEEN_SAMPLES = 0.2
-PRUNINGS = (
-    "[{criterion: magnitude, scope: global, sparsities: [0.5]},"
-    " {criterion: wanda, scope: row, sparsities: [0.3]}]"
-)
-PRUNINGS_OF_FULL = "[{criterion: wanda, scope: row, sparsities: [0.3]}]"
+PRUNINGS = "[{criterion: wanda, scope: row, sparsities: [0.3]}]"
 
 
 class Kind(NamedTuple):
@@ -158,6 +154,7 @@ def _settings(folder: pathlib.Path, tokens: int, chosen: argparse.Namespace) -> 
     settings = {
         "models.0.name": str(folder / "model"),
         "models.0.pretrained": "[]",
+        "prunings": PRUNINGS,
         "corpus.source": "tokens",
         "corpus.paths": f"[{folder / f'{tokens}.safetensors'}]",
         "perplexity.corpus": "null",
@@ -167,7 +164,7 @@ def _settings(folder: pathlib.Path, tokens: int, chosen: argparse.Namespace) -> 
         "keep_activations": "true",  # their stages are to be seen at the end
     }
     if chosen.full:
-        return settings | {"prunings": PRUNINGS_OF_FULL}
+        return settings
     sizes = {
         "corpus.train_tokens": tokens,
         "corpus.eval_tokens": tokens // 2,
@@ -178,12 +175,12 @@ def _settings(folder: pathlib.Path, tokens: int, chosen: argparse.Namespace) -> 
         "sae.batch_tokens": 1024,
         "sae.steps": tokens // 512,
         "sae.checkpoint_every": 10**6,
-        "causal.prompts": max(2, tokens // 2048),
-        "causal.group_size": 4,
-        "causal.contexts_per_latent": max(2, tokens // 1024),
+        "causal.prompts": max(2, tokens // 4096),
+        "causal.group_size": 2,
+        "causal.contexts_per_latent": max(2, tokens // 4096),
     }
     written = {field: str(size) for field, size in sizes.items()}
-    return settings | {"sae.seeds": "[0, 1]", "prunings": PRUNINGS} | written
+    return settings | {"sae.seeds": "[0, 1]"} | written
 
 
 def _write_text(path: pathlib.Path, tokens: int) -> None:

@@ -662,8 +662,8 @@ def test_joint_scaling_is_free_of_interference():
 def test_entries_are_ordered_alike_by_either_sort():
     """A GPU, or an SAE of very many latents, sorts with PyTorch; the CPU with numpy."""
     flat = torch.randint(LATENTS, (5000,), generator=torch.Generator().manual_seed(0))
-    by_numpy = pattern._order_by_latent(flat, LATENTS)
-    by_torch = pattern._order_by_latent(flat, pattern._NUM_RADIX_KEYS + 1)
+    by_numpy = pattern.order_by_latent(flat, LATENTS)
+    by_torch = pattern.order_by_latent(flat, pattern._NUM_RADIX_KEYS + 1)
     assert torch.equal(by_numpy, by_torch)
     assert torch.equal(by_numpy, torch.tensor(sorted(range(5000), key=flat.tolist().__getitem__)))
 

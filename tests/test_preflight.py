@@ -256,7 +256,7 @@ def test_disk_is_what_the_files_take(data, tmp_path):
     assert size(tmp_path / "masks.safetensors") == pytest.approx(512 * 512 / 8, rel=0.01)
     assert disk.store == 4800 // CONTEXT * (CONTEXT - 1) * 16 * 4
     assert disk.stores == 2 * disk.store  # the dense one, and that of the pruned run in work
-    assert disk.kept == disk.saes + disk.masks
+    assert disk.kept == disk.saes + disk.masks + disk.contexts
     assert disk.downloads == 0
     kept = study.model_copy(update={"keep_activations": True})
     assert disk_use(kept, {"tiny": shape}, stages, 3).stores == 4 * disk.store

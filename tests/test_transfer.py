@@ -46,6 +46,9 @@ class JumpReluCoder:
     def decode(self, latents):
         return latents @ self.w_dec + self.b_dec
 
+    def directions(self):
+        return self.w_dec
+
 
 def jump_relu(*, bias=0.3, seed=0):
     generator = torch.Generator().manual_seed(seed)

@@ -21,8 +21,10 @@ SECTIONS: dict[str, type[pydantic.BaseModel]] = {  # what a study file calls it 
     "prunings (a list)": config.PruningGrid,
     "activations": config.ActivationConfig,
     "sae": config.SaeConfig,
+    "sufficiency": config.SufficiencyConfig,
     "transfer": config.TransferConfig,
     "causal": config.CausalConfig,
+    "evidence": config.EvidenceConfig,
 }
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "study.md"
 

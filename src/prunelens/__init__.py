@@ -4,7 +4,7 @@ The public API on one page; importing it loads nothing heavy, names load on firs
 
     text      read_study, study_from_data, CorpusConfig, split_tokens, windows
     model     load_model, run_to_site, run_to_sites, replace_at_site, measure_perplexity
-    prune     prune_model, input_norms, apply_masks, save_checkpoint
+    prune     prune_model, input_norms, apply_masks, save_checkpoint, masks_sha256
     SAEs      capture, capture_sites, Activations, statistics, TopKSAE, train_sae, train_saes,
               evaluate_sae, export_sae
     compare   match_dictionaries, match_rates, seed_stability, survival, persistence
@@ -14,6 +14,9 @@ The public API on one page; importing it loads nothing heavy, names load on firs
     fragility latent_fates, quintiles, fragility_tests, fit_predictor, predict_survival
     causal    latent_groups, ablate, causal_summary, UpperBlocks
     claims    judge_claims, published
+    evidence  collect_contexts, read_contexts, token_effects, study_contexts
+    explorer  view_study, write_study_explorer
+    share     export_hub, export_checkpoint, push_folder, Sharing
     study     plan_study, preflight, run_and_report, write_report, predict_latents
 """
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from prunelens.analyses.causal import ablate
     from prunelens.analyses.causal_groups import causal_summary, latent_groups
     from prunelens.analyses.claims import judge_claims
+    from prunelens.analyses.evidence import collect_contexts, read_contexts
     from prunelens.analyses.fates import latent_fates
     from prunelens.analyses.fragility import fragility_tests, quintiles
     from prunelens.analyses.grades import grades
@@ -38,11 +42,14 @@ if TYPE_CHECKING:
     from prunelens.analyses.subspace import subspace_overlaps
     from prunelens.analyses.sufficiency import sufficiency, survival_by_step
     from prunelens.analyses.survival import corrected_survival, survival
+    from prunelens.analyses.token_effects import token_effects
     from prunelens.analyses.transfer import transfer, transfer_verdicts
+    from prunelens.cards import Sharing
     from prunelens.config import (
         ActivationConfig,
         CausalConfig,
         CorpusConfig,
+        EvidenceConfig,
         ModelConfig,
         PretrainedSaeConfig,
         PruningConfig,
@@ -54,6 +61,7 @@ if TYPE_CHECKING:
     )
     from prunelens.corpus import split_tokens, windows
     from prunelens.errors import UserError
+    from prunelens.hub import push_folder
     from prunelens.match import match_dictionaries, match_rates
     from prunelens.model import (
         LanguageModel,
@@ -68,6 +76,8 @@ if TYPE_CHECKING:
     from prunelens.prune.apply import apply_masks, prune_model
     from prunelens.prune.calibrate import input_norms
     from prunelens.prune.checkpoint import save_checkpoint
+    from prunelens.prune.masks import masks_sha256
+    from prunelens.report.explorer.study import view_study, write_study_explorer
     from prunelens.report.selftest import run_selftest
     from prunelens.report.write import run_and_report, write_report
     from prunelens.sae.export import export_sae
@@ -76,6 +86,8 @@ if TYPE_CHECKING:
     from prunelens.sae.quality import evaluate_sae
     from prunelens.sae.topk import TopKSAE
     from prunelens.sae.train import SaeRequest, train_sae, train_saes
+    from prunelens.study.contexts import study_contexts
+    from prunelens.study.exports import export_checkpoint, export_hub
     from prunelens.study.plan import plan_study
     from prunelens.study.predict import predict_latents
     from prunelens.study.preflight import preflight
@@ -101,6 +113,7 @@ _HOMES = {
         "latent_groups",
     ),
     "prunelens.analyses.claims": ("judge_claims",),
+    "prunelens.analyses.evidence": ("collect_contexts", "read_contexts"),
     "prunelens.analyses.fates": ("latent_fates",),
     "prunelens.analyses.fragility": (
         "fragility_tests",
@@ -129,14 +142,17 @@ _HOMES = {
         "corrected_survival",
         "survival",
     ),
+    "prunelens.analyses.token_effects": ("token_effects",),
     "prunelens.analyses.transfer": (
         "transfer",
         "transfer_verdicts",
     ),
+    "prunelens.cards": ("Sharing",),
     "prunelens.config": (
         "ActivationConfig",
         "CausalConfig",
         "CorpusConfig",
+        "EvidenceConfig",
         "ModelConfig",
         "PretrainedSaeConfig",
         "PruningConfig",
@@ -151,6 +167,7 @@ _HOMES = {
         "windows",
     ),
     "prunelens.errors": ("UserError",),
+    "prunelens.hub": ("push_folder",),
     "prunelens.match": (
         "match_dictionaries",
         "match_rates",
@@ -175,6 +192,8 @@ _HOMES = {
     ),
     "prunelens.prune.calibrate": ("input_norms",),
     "prunelens.prune.checkpoint": ("save_checkpoint",),
+    "prunelens.report.explorer.study": ("view_study", "write_study_explorer"),
+    "prunelens.prune.masks": ("masks_sha256",),
     "prunelens.report.selftest": ("run_selftest",),
     "prunelens.report.write": (
         "run_and_report",
@@ -193,7 +212,12 @@ _HOMES = {
         "train_sae",
         "train_saes",
     ),
+    "prunelens.study.exports": (
+        "export_checkpoint",
+        "export_hub",
+    ),
     "prunelens.study.plan": ("plan_study",),
+    "prunelens.study.contexts": ("study_contexts",),
     "prunelens.study.predict": ("predict_latents",),
     "prunelens.study.preflight": ("preflight",),
     "prunelens.study.single": ("transfer_sae",),

@@ -1,7 +1,7 @@
 """What talks to the Hugging Face hub, and its failures told in one line.
 
 Everything is asked for by commit: `snapshot` resolves a branch or tag once per process, and the
-folder that it returns is named after the commit.
+folder that it returns is named after the commit. `push_folder` goes the other way.
 """
 
 from __future__ import annotations
@@ -92,6 +92,102 @@ def dataset_rows(
         ) from None
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be that of a repository on the hub. Asks no hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name may be that of someone's repository on the hub: USER/REPO. Asks no hub."""
+    return is_hub_id(name) and name.count("/") == 1
+
+
+def check_push(repository: str) -> None:
+    """Refuse early what `push_folder` would refuse after hours of work; asks no hub.
+
+    Raises: UserError where `repository` is not USER/REPO or nobody is logged in.
+    """
+    import huggingface_hub
+
+    if not is_repository(repository):
+        raise UserError(
+            f"--push: {repository!r} is no repository of the hub; give USER/REPO, of letters,"
+            " digits, '-', '_' and '.'"
+        )
+    if huggingface_hub.get_token() is None:
+        raise UserError("--push: you are not logged in to the hub; run `hf auth login` first")
+
+
+def push_folder(
+    folder: str | pathlib.Path, repository: str, *, private: bool = False, message: str = ""
+) -> str:
+    """Upload a folder's files to a model repository of the hub, which is made if it is not there.
+
+    Files of the repository that the folder does not have stay. The token is the one that
+    `hf auth login` stored.
+
+    Args:
+        folder: what to upload, with its README.md.
+        repository: USER/REPO.
+        private: for a new repository; one that is there must be private already.
+        message: of the commit.
+    Returns: the repository's address.
+    Raises: UserError where nobody is logged in, the hub refuses or cannot be reached, or the
+        repository is public and should be private.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    check_push(repository)
+    api = huggingface_hub.HfApi(library_name="prunelens")
+    try:
+        address = api.create_repo(repository, private=private or None, exist_ok=True)
+        if private and not api.model_info(repository).private:
+            raise UserError(
+                f"--private: {repository!r} is there already and public; nothing was uploaded:"
+                " name another one, or make it private on its hub page"
+            )
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=message or "Upload by prunelens",
+        )
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(_refusal(error, repository)) from None
+    return str(address)
+
+
+def _refusal(error: Exception, repository: str) -> str:
+    """Why an upload failed, with the fix."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"--push: {repository!r}: HF_HUB_OFFLINE is set; unset it to upload"
+    response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
+    status = None if response is None else response.status_code
+    if status == 401:
+        return (
+            f"--push: {repository!r}: the hub does not accept your token; run `hf auth login` again"
+        )
+    if status in (403, 404):
+        return (
+            f"--push: {repository!r}: you may not write there; check the name, and that your token"
+            " may write"
+        )
+    if status is not None:
+        return _first_line("--push", repository, error, "mend that and push again", "uploaded")
+    return _first_line(
+        "--push", repository, error, "check the connection and push again", "uploaded"
+    )
+
+
 def _problem(error: Exception, name: str, *, field: str, kind: Kind, revision: str | None) -> str:
     """Which of the hub's failures this is, with the fix."""
     from huggingface_hub import errors
@@ -121,6 +217,8 @@ def _gated(name: str, field: str) -> str:
     )
 
 
-def _first_line(field: str, value: str | None, error: Exception, fix: str) -> str:
+def _first_line(
+    field: str, value: str | None, error: Exception, fix: str, done: str = "read"
+) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return f"{field}: {value!r} cannot be read ({reason}); {fix}"
+    return f"{field}: {value!r} cannot be {done} ({reason}); {fix}"

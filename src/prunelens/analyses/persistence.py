@@ -19,7 +19,8 @@ from torch import Tensor
 from prunelens.analyses.noise import isotropic_noise_like, other_token
 from prunelens.analyses.statistics import fisher_z
 from prunelens.sae.kernels import Buffers
-from prunelens.sae.topk import SparseLatents, TopKSAE
+from prunelens.sae.sparse import SparseEncoder
+from prunelens.sae.topk import SparseLatents
 
 SOURCES = ("pruned", "noise_isotropic", "noise_shuffled")
 NOISE_DRAWS = 3
@@ -39,7 +40,7 @@ class Rows(Protocol):
 
 @torch.no_grad()
 def persistence(
-    sae: TopKSAE,
+    sae: SparseEncoder,
     dense: Rows,
     pruned: Rows,
     tokens: Int[Tensor, " tokens"],
@@ -51,7 +52,8 @@ def persistence(
 
     Args:
         sae: trained on dense activations.
-        dense, pruned: paired rows, both normalised with the dense mean and deviation.
+        dense, pruned: paired rows, both normalised with the dense mean and deviation; for an SAE
+            that reads raw activations, raw. The isotropic noise is isotropic in their space.
         tokens: the rows to look at.
         seed: of the noise.
     Returns: one row per source and latent: source, latent, dense_firings, firings, correlation
@@ -66,7 +68,7 @@ def persistence(
     draws = {"pruned": 1, "noise_isotropic": NOISE_DRAWS, "noise_shuffled": NOISE_DRAWS}
     before = _Before(sae.num_latents)
     sums = {source: [_Sums(before) for _ in range(n)] for source, n in draws.items()}
-    encode = functools.partial(sae.encode, buffers=Buffers())
+    encode = functools.partial(sae.encode_sparse, buffers=Buffers())
     for start in range(0, len(tokens), BATCH_TOKENS):
         batch = slice(start, start + BATCH_TOKENS)
         x = dense.rows(tokens[batch])

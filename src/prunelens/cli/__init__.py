@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from prunelens.cli import selftest, steps, studies
+from prunelens.cli import explorer, export, selftest, steps, studies
 from prunelens.errors import UserError
 
 INTERRUPTED = 130  # what typer returns after Ctrl-C
@@ -28,10 +28,11 @@ for command in (
     studies.status,
     studies.report,
     studies.predict,
+    explorer.view,
     steps.prune,
     steps.match,
     steps.transfer,
-    steps.export,
+    export.export,
     selftest.selftest,
 ):
     app.command()(command)

@@ -1,4 +1,4 @@
-"""Commands about single steps: prune, match, transfer, export."""
+"""Commands about single steps: prune, match, transfer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from prunelens.cli.export import (
+    License,
+    Private,
+    Push,
+    checked_sharing,
+    push_if_asked,
+    tell_pushed,
+)
 from prunelens.cli.options import (
     AsJson,
     Criterion,
@@ -40,17 +48,27 @@ def prune(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    license: License = None,
+    push: Push = None,
+    private: Private = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prune a model and save it as a Hugging Face checkpoint."""
+    """Prune a model and save it as a Hugging Face checkpoint, with its card and masks."""
+    from prunelens.prune.masks import masks_sha256
     from prunelens.study.single import prune_checkpoint
 
+    sharing = checked_sharing(license, push, private)
     config = single_step(model, dtype, criterion, scope, sparsity, calibration, settings)
-    report = prune_checkpoint(config.models[0], config.conditions()[0], config.corpus, out, device)
+    pruned = prune_checkpoint(
+        config.models[0], config.conditions()[0], config.corpus, out, device, sharing=sharing
+    )
+    address = push_if_asked(out, push, private)
     if as_json:
-        print_json({"out": str(out), "achieved_sparsity": report.achieved_sparsity})
+        told = {"out": str(out), "achieved_sparsity": pruned.achieved_sparsity}
+        print_json({**told, "masks_sha256": masks_sha256(pruned.masks), "pushed": address})
     else:
-        print(f"achieved sparsity {report.achieved_sparsity:.4f}; checkpoint saved in {out}")
+        print(f"achieved sparsity {pruned.achieved_sparsity:.4f}; checkpoint saved in {out}")
+        tell_pushed(address)
 
 
 def match(
@@ -118,21 +136,3 @@ def transfer(
     answer = table.loc[table["positions"] == "norm_filtered", "verdict"]
     answer = answer[answer != ""]
     print(f"believe norm_filtered: {answer.iloc[0] if len(answer) else 'undefined, see --json'}")
-
-
-def export(
-    sae: Annotated[pathlib.Path, typer.Argument(metavar="SAE", help="Folder of an SAE of ours.")],
-    file_format: Annotated[str, typer.Option("--format", help="saelens or sparsify")],
-    out: Annotated[pathlib.Path, typer.Option("--out", help="A new folder for its files.")],
-    model: Annotated[str | None, typer.Option(help="The model's name, to be noted.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write an SAE for SAELens or sparsify, its normalisation folded into its weights."""
-    from prunelens.sae.export import export_format, export_sae
-
-    exported = export_sae(sae, out, format=export_format(file_format), model=model)
-    if as_json:
-        print_json({"out": str(out), "format": exported.format, "hook": exported.hook})
-        return
-    place = f", for {exported.hook}" if exported.hook else "; its files do not say for which place"
-    print(f"{exported.format} SAE saved in {out}{place}")

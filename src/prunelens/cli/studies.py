@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from prunelens.cli.explorer import what_is_done
 from prunelens.cli.options import (
     AsJson,
     Device,
@@ -104,13 +105,24 @@ def status(folder: Folder, as_json: AsJson = False) -> None:
     Console().print(table)
 
 
-def report(folder: Folder) -> None:
+def report(
+    folder: Folder,
+    explorer: Annotated[
+        bool, typer.Option("--explorer", help="Also write DIR/explorer, a page to share.")
+    ] = False,
+) -> None:
     """Write a study's tables and figures again from its artifacts, and print the summary."""
     from prunelens.report.summary import print_summary
     from prunelens.report.write import write_report
     from prunelens.study.run import read_runs
 
     print_summary(write_report(folder), read_runs(folder))
+    if explorer:
+        from prunelens.report.explorer.study import write_study_explorer
+
+        with what_is_done() as tell:
+            written = write_study_explorer(folder, tell=tell)
+        print(f"open {written / 'index.html'}, or copy the folder and open it anywhere")
 
 
 def predict(

@@ -85,8 +85,8 @@ class StudyConfig(Frozen):
     """What the explorer shows of each latent."""
     questions: tuple[Question, ...] = typing.get_args(Question)
     """What is asked: RQ1, RQ2, same-dictionary persistence, other measures of identity, SAEs that
-    start from the dense ones, whether all were trained enough, RQ3, RQ4, its predictor, RQ5, and the
-    text on which each latent fires."""
+    start from the dense ones, whether all were trained enough, RQ3, RQ4, its predictor, RQ5, and
+    the text on which each latent fires."""
     threads_per_stage: int = Field(2, ge=1)
     """CPU threads of each stage; part of every identity, because reductions depend on it."""
     keep_activations: bool = False

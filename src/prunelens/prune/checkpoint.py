@@ -1,20 +1,44 @@
-"""A model as a Hugging Face checkpoint on disk."""
+"""A model as a Hugging Face checkpoint on disk, with a card that says how it was pruned."""
 
 from __future__ import annotations
 
+import json
 import pathlib
 import tempfile
+from collections.abc import Mapping
 
+from jaxtyping import Bool
+from torch import Tensor
+
+from prunelens.cards import CARD_FILE, RECORD_FILE, Sharing, version
 from prunelens.checkpoint import without_progress_bars
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel
+from prunelens.prune.card import checkpoint_card
+from prunelens.prune.masks import MASKS_FILE, masks_sha256, save_masks
+from prunelens.prune.record import PruningRecord
 
 
-def save_checkpoint(lm: LanguageModel, folder: pathlib.Path) -> None:
+def save_checkpoint(
+    lm: LanguageModel,
+    folder: pathlib.Path,
+    *,
+    record: PruningRecord | None = None,
+    masks: Mapping[str, Bool[Tensor, "_output _input"]] | None = None,
+    sharing: Sharing | None = None,
+) -> None:
     """Write model (safetensors) and tokenizer so that `AutoModelForCausalLM` loads them.
 
     They are written beside `folder` and renamed, so `folder` is whole or not there. Zeroed weights
     are stored as zeros: the files are as large as the dense model's.
+
+    Args:
+        lm: the model, pruned already.
+        folder: a new or an empty one.
+        record: how it was pruned. With it the folder also gets a model card (README.md), the same
+            facts for programs (prunelens.json) and the masks (prune_masks.safetensors).
+        masks: those of `record`; given with it and only with it.
+        sharing: license and repository, for the card.
     Raises: UserError where `folder` exists and is not an empty folder.
     """
     check_target(folder)
@@ -24,6 +48,14 @@ def save_checkpoint(lm: LanguageModel, folder: pathlib.Path) -> None:
             lm.model.save_pretrained(partial)
         if lm.tokenizer is not None:
             lm.tokenizer.save_pretrained(partial)
+        if record is not None:
+            assert masks is not None and masks_sha256(masks) == record.masks_sha256
+            save_masks(masks, partial / MASKS_FILE)
+            card = checkpoint_card(record, sharing or Sharing())
+            (partial / CARD_FILE).write_text(card, encoding="utf-8")
+            facts = {"kind": "pruned checkpoint", "prunelens": version(), **record.as_json()}
+            text = json.dumps(facts, indent=1) + "\n"
+            (partial / RECORD_FILE).write_text(text, encoding="utf-8")
         partial.replace(folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import pathlib
@@ -21,6 +22,7 @@ from prunelens.prune.scores import Scored
 from prunelens.prune.selection import Kept, select
 
 FORMAT = "prunelens-masks-1"
+MASKS_FILE = "prune_masks.safetensors"  # beside a checkpoint that is passed on
 
 
 class PackedMasks(Mapping[str, Tensor]):
@@ -98,11 +100,8 @@ def keep_masks(
 
 def save_masks(masks: Mapping[str, Bool[Tensor, "_output _input"]], path: pathlib.Path) -> None:
     """Write masks as safetensors, one bit per weight (row by row, high bit first), atomically."""
-    if isinstance(masks, PackedMasks):
-        packed, shapes = dict(masks.bits), masks.shapes
-    else:
-        packed = {name: _packed(mask) for name, mask in masks.items()}
-        shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+    packed = {name: _bits(masks, name) for name in masks}
+    shapes = _shapes(masks)
     metadata = {"format": FORMAT, "shapes": json.dumps(dict(shapes))}
     partial = path.with_name(path.name + ".partial")
     safetensors.numpy.save_file(packed, partial, metadata=metadata)
@@ -130,6 +129,32 @@ def load_masks(path: pathlib.Path) -> PackedMasks:
     except safetensors.SafetensorError as error:
         raise UserError(f"masks: {str(path)!r} is no safetensors file ({error})") from None
     return masks
+
+
+def masks_sha256(masks: Mapping[str, Bool[Tensor, "_output _input"]]) -> str:
+    """What stands for masks on any machine: a SHA-256 in hexadecimal.
+
+    It runs over the matrices by rising name: the name in UTF-8, a zero byte, the shape as
+    `rows x columns` in decimals (`128x512`), a zero byte, then the mask's bytes as `save_masks`
+    writes them. The order in which the masks were made does not matter.
+    """
+    digest = hashlib.sha256()
+    shapes = _shapes(masks)
+    for name in sorted(masks):
+        shape = "x".join(map(str, shapes[name]))
+        digest.update(f"{name}\0{shape}\0".encode() + _bits(masks, name).tobytes())
+    return digest.hexdigest()
+
+
+def _shapes(masks: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
+    if isinstance(masks, PackedMasks):
+        return masks.shapes
+    return {name: tuple(mask.shape) for name, mask in masks.items()}
+
+
+def _bits(masks: Mapping[str, Tensor], name: str) -> UInt8[np.ndarray, " bytes"]:
+    """One mask as bytes; those of packed masks are not unpacked."""
+    return masks.bits[name] if isinstance(masks, PackedMasks) else _packed(masks[name])
 
 
 def _packed(mask: Tensor) -> UInt8[np.ndarray, " bytes"]:

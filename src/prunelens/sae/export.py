@@ -217,11 +217,11 @@ def _write(layout: _Layout, out: pathlib.Path) -> None:
             text = json.dumps(description, indent=2) + "\n"
             (partial / name).write_text(text, encoding="utf-8")
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            flush(path)
         partial.replace(out)
 
 
-def _flush(path: pathlib.Path) -> None:
+def flush(path: pathlib.Path) -> None:
     """Have the operating system write a file or a folder's entries to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -19,10 +19,13 @@ from torch import Tensor
 from prunelens.activations import Statistics
 from prunelens.config import Site
 from prunelens.errors import UserError
+from prunelens.sae.kernels import Buffers, SparseLatents
+from prunelens.sae.sparse import sparse_latents
 from prunelens.sae.topk import TopKSAE
 
 PLACE_FILE = "place.json"  # site and layer that an SAE of ours was trained at
 L0_TOLERANCE = 2.0  # a dense L0 outside 1/2 to 2 x the nominal one is no longer the same SAE
+_DENSE_NUMBERS = 2**24  # latents written out at a time where only sparse ones are asked for: 64 MB
 
 
 @runtime_checkable
@@ -38,6 +41,9 @@ class Coder(Protocol):
 
     def decode(self, latents: Tensor, /) -> Tensor:
         """[tokens, latents] to [tokens, d_model] raw."""
+
+    def directions(self) -> Tensor:
+        """[latents, d_model]: what one unit of each latent adds to a reconstruction."""
 
 
 class Rebuilt(NamedTuple):
@@ -80,6 +86,27 @@ class GivenSae:
     def encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens latents"]:
         """Latents in float32, zeros written out; a latent is active where it is not 0."""
         return self.coder.encode(x.to(self.device, torch.float32), self.threshold_scale)
+
+    @torch.no_grad()
+    def encode_sparse(
+        self, x: Float[Tensor, "tokens d_model"], *, buffers: Buffers | None = None
+    ) -> SparseLatents:
+        """`encode` without the zeros: of other architectures than TopK, and of a few that know
+        negative latents, all entries that are not 0. Not meant for `decode`.
+        """
+        x = x.to(self.device, torch.float32)
+        if isinstance(self.coder, NormalisedTopK):
+            return self.coder.encode_sparse(x, buffers=buffers)
+        at_once = max(1, _DENSE_NUMBERS // self.num_latents)
+        return sparse_latents(self.encode(part) for part in x.split(at_once))
+
+    @torch.no_grad()
+    def directions(self) -> Float[Tensor, "latents d_model"]:
+        """Decoder rows in raw space: what one unit of each latent adds to a reconstruction.
+
+        Of an SAE that normalises each token by itself, before that token's own scale.
+        """
+        return self.coder.directions()
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "tokens latents"]) -> Float[Tensor, "tokens d_model"]:
@@ -217,16 +244,24 @@ class NormalisedTopK:
 
     def encode(self, x: Tensor, _threshold_scale: float, /) -> Tensor:
         """See Coder."""
-        return self.sae.dense_latents(self.sae.encode((x - self.mean) / self.sigma))
+        return self.sae.dense_latents(self.encode_sparse(x))
+
+    def encode_sparse(self, x: Tensor, *, buffers: Buffers | None = None) -> SparseLatents:
+        """See GivenSae."""
+        return self.sae.encode((x - self.mean) / self.sigma, buffers=buffers)
 
     def decode(self, latents: Tensor, /) -> Tensor:
         """See Coder."""
         rec = latents @ self.sae.decoder_weight + self.sae.decoder_bias
         return self.sigma * rec + self.mean
 
+    def directions(self) -> Tensor:
+        """See Coder."""
+        return self.sae.decoder_weight * self.sigma
+
     def rebuild(self, x: Tensor) -> Rebuilt:
         """See GivenSae; before any shift."""
-        latents = self.sae.encode((x - self.mean) / self.sigma)
+        latents = self.encode_sparse(x)
         rec = self.sae.decode(latents)
         return Rebuilt(self.sigma * rec + self.mean, (latents.values != 0).sum(1))
 

@@ -21,7 +21,7 @@ class TransposedPattern:
 
     def __init__(self, indices: Int[Tensor, "tokens k"], num_latents: int) -> None:
         flat = indices.flatten()
-        self._order = _order_by_latent(flat, num_latents)
+        self._order = order_by_latent(flat, num_latents)
         self._latents = flat[self._order]
         self._tokens = self._order // indices.shape[1]
         self._num_latents = num_latents
@@ -66,7 +66,7 @@ class TransposedPattern:
         return torch.bincount(self._latents, weights=entries, minlength=self._num_latents)
 
 
-def _order_by_latent(flat: Int[Tensor, " entries"], num_latents: int) -> Int[Tensor, " entries"]:
+def order_by_latent(flat: Int[Tensor, " entries"], num_latents: int) -> Int[Tensor, " entries"]:
     """The stable order that sorts entries by latent; numpy's on a CPU, where its keys suffice."""
     if flat.device.type != "cpu" or num_latents > _NUM_RADIX_KEYS:
         return flat.sort(stable=True).indices

@@ -159,6 +159,13 @@ class _SaeLensCoder:
     def decode(self, latents: Tensor, /) -> Tensor:
         return self.sae.decode(latents)
 
+    def directions(self) -> Tensor:
+        rows = self.sae.W_dec
+        # Its TopK SAEs may take latents to be in units of their decoder rows' norms.
+        if getattr(self.sae.cfg, "rescale_acts_by_decoder_norm", False):
+            return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return rows.clone()
+
 
 # --- what SAELens knows -------------------------------------------------------------------------
 

@@ -84,6 +84,12 @@ class TopKSAE(nn.Module):
             x_hat, self.encoder_weight, self.encoder_bias, self.k, buffers=buffers
         )
 
+    def encode_sparse(
+        self, x: Float[Tensor, "tokens d_model"], *, buffers: kernels.Buffers | None = None
+    ) -> SparseLatents:
+        """`encode`, under the name that all SAEs have for it (see SparseEncoder)."""
+        return self.encode(x, buffers=buffers)
+
     def decode(self, latents: SparseLatents) -> Float[Tensor, "tokens d_model"]:
         """The reconstruction, in normalised space."""
         return kernels.decode(latents, self.decoder_weight, self.decoder_bias)

@@ -65,7 +65,7 @@ def _of_others(work: Work) -> None:
         _collect(work, given, given.directions(), rows, work.share(rows.num_tokens))
         return
     kept = _kept(work)
-    tokens = second_half(work, kept)
+    tokens = second_half(work, kept, store="dense_activations")
     total = rows.num_tokens + len(tokens)
     _read_where_dense_fires(work, given, rows, work.share(total))
     dense, progress = (

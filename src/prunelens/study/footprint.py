@@ -19,6 +19,8 @@ from prunelens.study.store import Stage
 FLOAT = 4
 PROCESS_BYTES = 700e6  # a process with torch and transformers
 GPU_CONTEXT_BYTES = 600e6  # what CUDA and its libraries take
+SAMPLES_FOUND = 1.5  # intervals of a latent's range, in units of `evidence.samples`: 1 to 2
+CONTEXT_TOKEN_BYTES = 5.5  # 4 under pruning, and as they are: mostly zeros, compressed
 
 
 class Disk(NamedTuple):
@@ -32,6 +34,8 @@ class Disk(NamedTuple):
     """All SAEs, control SAEs included, and the decoders kept from within their training."""
     masks: float
     """One bit per prunable weight and pruned condition."""
+    contexts: float
+    """Where latents fire, and what they do there under pruning; 0 without the question."""
     checkpoint: float
     """The SAEs that are trained in turn, whose checkpoints go when they are done."""
     kept: float
@@ -90,13 +94,24 @@ def disk_use(
     stores = all_stores if study.keep_activations else together
     saes = sum(sae[label] * (n + early[label] / 2) for label, n in counts["sae"].items())
     masks = pruned * sum(shape.linear_weights for shape in shapes.values()) / 8
+    contexts = sum(
+        _contexts_bytes(shapes[label], study) * n for label, n in counts["evidence"].items()
+    )
     # Weights, two moments, and the decoder's start.
     checkpoint = 3.5 * saes_at_once(stages) * max(sae.values())
-    kept = saes + masks + (all_stores if study.keep_activations else 0.0)
+    kept = saes + masks + contexts + (all_stores if study.keep_activations else 0.0)
     fetched = [shapes[m.label].parameters for m in study.models if not is_local(m.name)]
-    peak = saes + masks + stores + checkpoint
+    peak = saes + masks + contexts + stores + checkpoint
     return Disk(
-        max(store.values()), stores, saes, masks, checkpoint, kept, peak, 2.0 * sum(fetched)
+        max(store.values()),
+        stores,
+        saes,
+        masks,
+        contexts,
+        checkpoint,
+        kept,
+        peak,
+        2.0 * sum(fetched),
     )
 
 
@@ -146,6 +161,14 @@ def _model_memory(
 def _sae_bytes(shape: ModelShape, study: StudyConfig) -> float:
     d_model, num_latents, _ = sae_size(shape, study)
     return float(FLOAT * (2 * num_latents * d_model + num_latents + d_model))
+
+
+def _contexts_bytes(shape: ModelShape, study: StudyConfig) -> float:
+    """Of one stage: contexts as they are and, in a pruned run, under pruning."""
+    _, num_latents, _ = sae_size(shape, study)
+    evidence = study.evidence
+    per_latent = evidence.top + SAMPLES_FOUND * evidence.samples
+    return num_latents * per_latent * (2 * evidence.either_side + 1) * CONTEXT_TOKEN_BYTES
 
 
 def _training_bytes(shape: ModelShape, study: StudyConfig, kind: str, num_saes: int) -> float:

@@ -71,9 +71,9 @@ def _by_dense_sae(
     pd.concat(summaries, ignore_index=True).to_parquet(work.out / file)
 
 
-def second_half(work: Work, kept: Tensor) -> Tensor:
+def second_half(work: Work, kept: Tensor, *, store: str = "dense") -> Tensor:
     """Which of the rows that count are of the second half of the eval documents."""
-    first_half = read_json(work.parents["dense"] / "rows.json")["eval_first_rows"]
+    first_half = read_json(work.parents[store] / "rows.json")["eval_first_rows"]
     return (kept >= first_half).nonzero().squeeze(1)
 
 

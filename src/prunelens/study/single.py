@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prunelens.activations import Statistics
 from prunelens.analyses.transfer import DenseReference, Transfer, transfer, transfer_verdicts
+from prunelens.cards import Sharing
 from prunelens.config import (
     CorpusConfig,
     ModelConfig,
@@ -20,13 +21,15 @@ from prunelens.config import (
     StudyConfig,
     TransferConfig,
 )
-from prunelens.corpus import TokenSplits, split_tokens, windows
+from prunelens.corpus import TokenSplits, fingerprint, split_tokens, windows
 from prunelens.errors import UserError
 from prunelens.match import MatchRates, match_dictionaries, match_rates
-from prunelens.model import LanguageModel, load_model
+from prunelens.model import LanguageModel, load_model, model_fingerprint
 from prunelens.prune.apply import Pruned, prune_model
 from prunelens.prune.calibrate import input_norms
 from prunelens.prune.checkpoint import check_target, save_checkpoint
+from prunelens.prune.masks import masks_sha256
+from prunelens.prune.record import ModelRecord, PruningRecord, TextRecord
 from prunelens.sae.formats import check_fits
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
@@ -41,18 +44,28 @@ def prune_checkpoint(
     corpus: CorpusConfig,
     out: pathlib.Path,
     device: str,
+    *,
+    sharing: Sharing | None = None,
 ) -> Pruned:
-    """Load, prune and save a model as a Hugging Face checkpoint.
+    """Load, prune and save a model as a Hugging Face checkpoint with its card and masks.
 
     Raises: UserError for a wrong model or text, or where `out` is not empty.
     """
     check_target(out)
     lm = load_model(model, device=resolve_device(device))
-    splits = None
+    splits, text = None, None
     if pruning.criterion == "wanda":
         splits = split_tokens(corpus, lm.tokenizer, only=("calibration",))
-    pruned = _pruned(lm, pruning, splits, corpus.context_tokens)
-    save_checkpoint(lm, out)
+        text = TextRecord(corpus, fingerprint(corpus))
+    pruned = _pruned(lm, pruning, splits, corpus.context_tokens, with_masks=True)
+    record = PruningRecord(
+        model=ModelRecord.of(model, model_fingerprint(model)),
+        pruning=pruning,
+        matrices=pruned.report,
+        masks_sha256=masks_sha256(pruned.masks),
+        calibration=text,
+    )
+    save_checkpoint(lm, out, record=record, masks=pruned.masks, sharing=sharing)
     return pruned
 
 
@@ -171,7 +184,12 @@ def _named(sae: str) -> PretrainedSaeConfig:
 
 
 def _pruned(
-    lm: LanguageModel, pruning: PruningConfig, splits: TokenSplits | None, width: int
+    lm: LanguageModel,
+    pruning: PruningConfig,
+    splits: TokenSplits | None,
+    width: int,
+    *,
+    with_masks: bool = False,
 ) -> Pruned:
     """Prune in place, calibrated on the splits where the criterion asks for it."""
     norms, tokens = None, None
@@ -180,7 +198,7 @@ def _pruned(
         tokens = _cut(splits, "calibration", width)
         if pruning.calibration == "dense":
             norms, tokens = input_norms(lm, tokens), None
-    return prune_model(lm, pruning, calibration=tokens, input_norms=norms, with_masks=False)
+    return prune_model(lm, pruning, calibration=tokens, input_norms=norms, with_masks=with_masks)
 
 
 def _cut(splits: TokenSplits, name: str, width: int) -> Tensor:

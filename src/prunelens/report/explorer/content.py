@@ -7,7 +7,6 @@ one context. Nothing here knows files, studies or the page.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ class Column:
     """What the page calls it."""
     help: str
     """One sentence: what it means and in which direction it is bad."""
-    values: np.ndarray[Any, Any]
+    values: np.ndarray
     """[F] float32 or int32; NaN where undefined, and -1 for an index that there is not."""
 
 
@@ -34,7 +33,7 @@ class Tokens:
 
     vocabulary: tuple[str, ...]
     """The text of every token that occurs or is promoted, spaces and line breaks included."""
-    ids: np.ndarray[Any, Any]
+    ids: np.ndarray
     """[windows, context_tokens] uint32, indices into `vocabulary`."""
 
 
@@ -42,36 +41,36 @@ class Tokens:
 class Contexts:
     """Where the latents of a dictionary fire; rows sorted by latent, then kind, then rank."""
 
-    latent: np.ndarray[Any, Any]
+    latent: np.ndarray
     """[n] int32."""
-    is_sample: np.ndarray[Any, Any]
+    is_sample: np.ndarray
     """[n] bool: one of the sample over the activation range; otherwise one of the strongest."""
-    window: np.ndarray[Any, Any]
+    window: np.ndarray
     """[n] int32."""
-    position: np.ndarray[Any, Any]
+    position: np.ndarray
     """[n] int32: of the token in the middle, within its window."""
-    low: np.ndarray[Any, Any]
+    low: np.ndarray
     """[n] float32: the interval of activations that a sample stands for; NaN for the strongest."""
-    high: np.ndarray[Any, Any]
+    high: np.ndarray
     """[n] float32."""
     either_side: int
     """Tokens shown before and after the middle one."""
-    activations: dict[str, np.ndarray[Any, Any]]
-    """[n, W] float32 by condition (`dense` or a condition's id): the same latent on the same tokens.
-    NaN before and behind the window and where a token was not read."""
+    activations: dict[str, np.ndarray]
+    """[n, W] float32 by condition (`dense` or a condition's id): the same latent on the same
+    tokens. NaN before and behind the window and where a token was not read."""
 
 
 @dataclass(frozen=True)
 class Effects:
     """Which next tokens a latent's direction promotes and suppresses; indices into `vocabulary`."""
 
-    promoted: np.ndarray[Any, Any]
+    promoted: np.ndarray
     """[F, m] uint32, the strongest first."""
-    promoted_logits: np.ndarray[Any, Any]
+    promoted_logits: np.ndarray
     """[F, m] float32: the logit over the mean of all tokens' logits."""
-    suppressed: np.ndarray[Any, Any]
+    suppressed: np.ndarray
     """[F, m] uint32."""
-    suppressed_logits: np.ndarray[Any, Any]
+    suppressed_logits: np.ndarray
     """[F, m] float32."""
 
 
@@ -100,13 +99,13 @@ class Condition:
     """Requested."""
     columns: tuple[Column, ...]
     """What became of each latent of the view's dictionary: persistence, survival per arm, …"""
-    kept: np.ndarray[Any, Any]
+    kept: np.ndarray
     """[F] float32: 1 where the latent is kept by the view's measure, 0 where it is lost, NaN where
     it cannot be said (it hardly fires)."""
-    match: np.ndarray[Any, Any] | None
+    match: np.ndarray | None
     """[F] int32: the latent of `own` nearest to each latent of the view's dictionary; None where
     there is no own dictionary."""
-    matched_back: np.ndarray[Any, Any] | None
+    matched_back: np.ndarray | None
     """[F of own] int32: the latent of the view's dictionary that is its mutual nearest neighbour at
     the view's tau, or -1: then it is new."""
     own: OwnLatents | None

@@ -1,0 +1,72 @@
+"""Screen the latents that a safety case rests on, before the model is pruned.
+
+A small sweep of prunings fits a predictor (firing rate and sparsity) and measures persistence. Both
+are printed for a list of latents, beside other latents that fire as often: one that suffers like
+those suffers for being rare, not for what it is about. About 50 s of one CPU core; writes
+runs/example_3.
+"""
+
+import pathlib
+
+import pandas as pd
+
+import prunelens as pl
+
+MODEL, LAYER = "bundled", 2
+WATCHED: list[int] = []  # your latents; without any, those whose strongest contexts match this:
+ABOUT = r"eval|exec|subprocess|popen|password|token|permission"  # the bundled model reads Python
+SPARSITIES = (0.2, 0.4, 0.6)  # measured
+ALSO = (0.3, 0.5)  # predicted alone
+KEPT = 0.7  # the persistence above which a latent counts as kept, as for the predictor
+OUT = pathlib.Path("runs/example_3")
+SEED = 0
+
+
+def main() -> None:
+    """Run what is missing of the sweep, and tell what becomes of the latents."""
+    study = {
+        "models": [{"name": MODEL, "layers": [LAYER]}],
+        "prunings": [{"criterion": "wanda", "scope": "row", "sparsities": SPARSITIES}],
+        "questions": ["survival", "persistence", "predictor", "evidence"],
+        "corpus": {"train_tokens": 60_000, "eval_tokens": 20_000, "calibration_tokens": 20_000},
+        "sae": {"expansion": 4, "k": 8, "steps": 200, "batch_tokens": 512, "learning_rate": 4e-3,
+                "seeds": [SEED, 1]},
+        "threads_per_stage": 1,
+    }  # fmt: skip
+    pl.run_and_report(pl.study_from_data(study), OUT, quiet=True)
+    latents = pd.read_parquet(OUT / "latents.parquet").query("seed == @SEED")
+    watched = WATCHED or latents_about(pl.study_contexts(OUT))
+    others = as_frequent(latents.query("method == 'dense'"), watched)
+    tell(latents, watched, others)
+
+
+def latents_about(contexts: pd.DataFrame, count: int = 8) -> list[int]:
+    """The latents of whose strongest contexts most match ABOUT."""
+    text = contexts["tokens"].str.join("").str.lower()
+    hits = contexts.assign(hit=text.str.contains(ABOUT)).query("kind == 'top'")
+    return sorted(hits.groupby("latent")["hit"].mean().nlargest(count).index)
+
+
+def as_frequent(dense: pd.DataFrame, watched: list[int], each: int = 5) -> list[int]:
+    """For each watched latent the others whose firing rates are nearest to its own."""
+    rates = dense.set_index("latent")["firing_rate"]
+    others = rates.drop(watched)
+    near = ((others - rates[latent]).abs().nsmallest(each).index for latent in watched)
+    return sorted({latent for group in near for latent in group})
+
+
+def tell(latents: pd.DataFrame, watched: list[int], others: list[int]) -> None:
+    """What is predicted and what was seen, by sparsity."""
+    print(f"watched: {watched}; {len(others)} others fire as often\n")
+    print("sparsity  kept, predicted  kept, measured  of the others  lowest persistence")
+    safe: float | None = 0.0
+    for sparsity in sorted(SPARSITIES + ALSO):
+        chance = pl.predict_latents(OUT, sparsity=sparsity, latents=watched)["persistence"].mean()
+        print(f"{sparsity:<9} {chance:<16.2f}", end=" ")
+        seen = latents.query("sparsity == @sparsity").set_index("latent")["persistence"]
+        if seen.empty:
+            print("not pruned so far")
+            continue
+        lowest, at = seen[watched].min(), seen[watched].idxmin()
+        shares = f"{(seen[watched] > KEPT).mean():<15.2f} {(seen[others] > KEPT).mean():<14.2f}"
+        print(f"{shares} {lowest:.2f}, latent {at}")
