@@ -1,4 +1,5 @@
 # `make demo` runs the main job, `make test` the checks; each sets up .venv by itself when it has to.
+#   make docs                 the documentation as a site, in site/
 #   make install              set up .venv alone
 #   make test PYTEST_ARGS=…   pytest arguments in place of -n 2, for example PYTEST_ARGS='-k prune -x'
 #   make demo PYTHON=…        the Python 3.11 or newer that .venv is made from
@@ -13,12 +14,15 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 export PIP_COMPILE := 0
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo test
+.PHONY: install demo docs test
 
 install: .venv/installed
 
 demo: .venv/installed
 	.venv/bin/prunelens demo
+
+docs: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict
 
 test: .venv/installed-dev
 	$(VENV_PYTHON) -m ruff check .

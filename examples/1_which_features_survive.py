@@ -2,7 +2,7 @@
 
 A study of survival, persistence, and of the text on which each latent fires. Every number stands
 beside the control that could falsify it; then come the latents that pruning harmed most, with text
-that they fire on. About 40 s of one CPU core; writes runs/example_1.
+that they fire on. About 30 s of one CPU core; writes runs/example_1.
 """
 
 import pathlib
@@ -18,15 +18,16 @@ SEED = 0
 
 def main() -> None:
     """Run what is missing of the study, and read its answer."""
-    # With a model of your own delete `corpus` and `sae`: what a study leaves out has the size of
-    # the published one. `prunelens plan` says beforehand how long that takes.
+    # With a model of your own delete `corpus`, `sae` and `perplexity`: what a study leaves out has
+    # the size of the published one. `prunelens plan` says beforehand how long that takes.
     study = {
         "models": [{"name": MODEL, "layers": [LAYER]}],
         "prunings": [{"criterion": "wanda", "scope": "row", "sparsities": [0.5]}],
         "questions": ["survival", "persistence", "evidence"],
-        "corpus": {"train_tokens": 100_000, "eval_tokens": 20_000, "calibration_tokens": 20_000},
-        "sae": {"expansion": 4, "k": 8, "steps": 300, "batch_tokens": 512, "learning_rate": 4e-3,
+        "corpus": {"train_tokens": 60_000, "eval_tokens": 20_000, "calibration_tokens": 10_000},
+        "sae": {"expansion": 4, "k": 8, "steps": 250, "batch_tokens": 512, "learning_rate": 4e-3,
                 "seeds": [SEED, 1]},
+        "perplexity": {"context_tokens": [256], "max_tokens": 5_000},
         "threads_per_stage": 1,
     }  # fmt: skip
     pl.run_and_report(pl.study_from_data(study), OUT, quiet=True)

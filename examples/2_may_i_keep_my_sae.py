@@ -3,7 +3,7 @@
 `transfer_sae` reads the pruned model's activations with the SAE as it is, then refitted, and says
 keep, refit or retrain. Needs `pip install 'prunelens[saelens]'`. Nobody has published an SAE of the
 bundled model, so one is trained and written as SAELens would save it, in place of a pretrained one.
-About 40 s of one CPU core; writes runs/example_2.
+About 30 s of one CPU core; writes runs/example_2.
 """
 
 import pathlib
@@ -42,6 +42,7 @@ def stand_in(folder: pathlib.Path) -> pathlib.Path:
         "corpus": TEXT.model_dump(),
         "sae": {"expansion": 4, "k": 8, "steps": 300, "batch_tokens": 512, "learning_rate": 4e-3,
                 "seeds": [0]},
+        "perplexity": {"context_tokens": [256], "max_tokens": 5_000},
         "threads_per_stage": 1,
     }  # fmt: skip
     made = OUT / "study"

@@ -16,7 +16,7 @@ MODEL, LAYER = "bundled", 2
 WATCHED: list[int] = []  # your latents; without any, those whose strongest contexts match this:
 ABOUT = r"eval|exec|subprocess|popen|password|token|permission"  # the bundled model reads Python
 SPARSITIES = (0.2, 0.4, 0.6)  # measured
-ALSO = (0.3, 0.5)  # predicted alone
+ALSO = (0.5,)  # predicted alone
 KEPT = 0.7  # the persistence above which a latent counts as kept, as for the predictor
 OUT = pathlib.Path("runs/example_3")
 SEED = 0
@@ -28,9 +28,11 @@ def main() -> None:
         "models": [{"name": MODEL, "layers": [LAYER]}],
         "prunings": [{"criterion": "wanda", "scope": "row", "sparsities": SPARSITIES}],
         "questions": ["survival", "persistence", "predictor", "evidence"],
-        "corpus": {"train_tokens": 60_000, "eval_tokens": 20_000, "calibration_tokens": 20_000},
-        "sae": {"expansion": 4, "k": 8, "steps": 200, "batch_tokens": 512, "learning_rate": 4e-3,
+        "corpus": {"train_tokens": 50_000, "eval_tokens": 20_000, "calibration_tokens": 10_000},
+        "sae": {"expansion": 4, "k": 8, "steps": 150, "batch_tokens": 512, "learning_rate": 4e-3,
                 "seeds": [SEED, 1]},
+        "perplexity": {"context_tokens": [256], "max_tokens": 5_000},
+        "taus": [0.7],
         "threads_per_stage": 1,
     }  # fmt: skip
     pl.run_and_report(pl.study_from_data(study), OUT, quiet=True)
@@ -59,14 +61,22 @@ def tell(latents: pd.DataFrame, watched: list[int], others: list[int]) -> None:
     """What is predicted and what was seen, by sparsity."""
     print(f"watched: {watched}; {len(others)} others fire as often\n")
     print("sparsity  kept, predicted  kept, measured  of the others  lowest persistence")
-    safe: float | None = 0.0
+    safe, lost = 0.0, False
     for sparsity in sorted(SPARSITIES + ALSO):
         chance = pl.predict_latents(OUT, sparsity=sparsity, latents=watched)["persistence"].mean()
         print(f"{sparsity:<9} {chance:<16.2f}", end=" ")
-        seen = latents.query("sparsity == @sparsity").set_index("latent")["persistence"]
-        if seen.empty:
+        if sparsity in ALSO:
             print("not pruned so far")
             continue
-        lowest, at = seen[watched].min(), seen[watched].idxmin()
-        shares = f"{(seen[watched] > KEPT).mean():<15.2f} {(seen[others] > KEPT).mean():<14.2f}"
-        print(f"{shares} {lowest:.2f}, latent {at}")
+        seen = latents.query("sparsity == @sparsity").set_index("latent")["persistence"]
+        seen = seen.dropna()  # undefined: fired on fewer than 10 of the tokens
+        ours, theirs = seen[seen.index.isin(watched)], seen[seen.index.isin(others)]
+        shares = f"{(ours > KEPT).mean():<15.2f} {(theirs > KEPT).mean():<14.2f}"
+        print(f"{shares} {ours.min():.2f}, latent {ours.idxmin()}")
+        lost |= not (ours > KEPT).all()
+        safe = safe if lost else sparsity
+    print(f"\nAll watched latents that fire often enough were kept up to a sparsity of {safe:g}.")
+
+
+if __name__ == "__main__":
+    main()

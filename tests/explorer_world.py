@@ -54,16 +54,20 @@ def explorer_world(
     contexts_each: int = 4,
     either_side: int = 12,
     hostile: bool = True,
+    own_dictionaries: bool = True,
     neuronpedia: str | None = "gpt2-small/6-res-jb",
 ) -> Explorer:
     """One view; half of each latent's contexts are samples; every second condition has its own
-    dictionary, of as many latents.
+    dictionary, of as many latents, unless `own_dictionaries` is False.
     """
     random = np.random.default_rng(seed)
     tokens = _tokens(random, windows, context_tokens)
     names = _names(num_conditions, hostile)
     world = _World(random, num_latents, windows, context_tokens, contexts_each, either_side)
-    conditions = tuple(_condition(world, i, name, tokens) for i, name in enumerate(names))
+    conditions = tuple(
+        _condition(world, i, name, tokens, has_own=own_dictionaries and i % 2 == 0)
+        for i, name in enumerate(names)
+    )
     model = HOSTILE_MODEL if hostile else "tiny-llama"
     view = View(
         id="v0",
@@ -180,7 +184,9 @@ class _World:
         return Effects(choices[0], logits, choices[1], -logits)
 
 
-def _condition(world: _World, number: int, name: str, tokens: Tokens) -> Condition:
+def _condition(
+    world: _World, number: int, name: str, tokens: Tokens, *, has_own: bool
+) -> Condition:
     random, num_latents = world.random, world.num_latents
     persistence = world.persistence(number)
     kept = np.where(np.isnan(persistence), np.nan, persistence > 0.7).astype(np.float32)
@@ -191,7 +197,6 @@ def _condition(world: _World, number: int, name: str, tokens: Tokens) -> Conditi
         Column("persistence", "persistence", "Correlation; low is bad.", persistence),
         Column("jaccard", "Jaccard", "Overlap of the tokens it fires on.", cosine**2),
     )
-    has_own = number % 2 == 0
     match = random.permutation(num_latents).astype(np.int32)
     back = np.full(num_latents, -1, dtype=np.int32)
     mutual = random.random(num_latents) < 0.4

@@ -29,7 +29,7 @@ from prunelens.study_file import read_study
         ),
         (
             {"prunings": [{"criterion": "wand", "scope": "row", "sparsities": [0.5]}]},
-            "'magnitude', 'wanda' or 'planted' (got 'wand')",
+            "'random' or 'planted' (got 'wand')",
         ),
         (
             {"prunings": [{"criterion": "planted", "scope": "row", "sparsities": [0.3]}]},
@@ -66,7 +66,7 @@ from prunelens.study_file import read_study
                     }
                 ]
             },
-            "'sequential' is for wanda",
+            "'sequential' is for wanda and sparsegpt",
         ),
         ([1, 2], "must be a mapping"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import http.server
 import os
@@ -132,6 +133,15 @@ def _watched(page: Any) -> Sight:
     return sight
 
 
+def _until(page: Any, expression: str) -> None:
+    """Wait for it (the browser's own way to wait would need `unsafe-eval` in the policy)."""
+    for _ in range(MILLISECONDS // 20):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError(f"never came true: {expression}")
+
+
 def _column(of: View | Condition, key: str) -> Column:
     return next(column for column in of.columns if column.key == key)
 
@@ -168,11 +178,12 @@ def test_every_request_is_to_the_folder(open_page: Open, address: str) -> None:
 
 def test_columns_sort(open_page: Open, address: str, view: View) -> None:
     sight = open_page(address)
-    for down in (False, True):
+    for down in (False, True):  # and another order is looked at from its top
+        sight.page.evaluate("document.querySelector('.tabulator-tableholder').scrollTop = 5000")
         sight.page.get_by_role("button", name="mean activation").click()
         expected = _by(_column(view, "mean_activation").values, down=down)
         sight.page.locator(ROWS).first.filter(has_text=f"#{expected[0]}").wait_for()
-        sight.page.wait_for_function(f"location.hash.includes('dir=desc') === {str(down).lower()}")
+        _until(sight.page, f"location.hash.includes('dir=desc') === {str(down).lower()}")
         found = sight.latents()
         assert found == expected[: len(found)]
 
@@ -394,10 +405,35 @@ def test_comparison_opens_latents(open_page: Open, address: str, view: View) -> 
     assert set(sight.latents()) <= set(np.flatnonzero(lost).tolist())
     page.locator(".group", has_text="new").click()
     page.get_by_text("Latents of the dictionary trained under").wait_for()
+    condition = view.conditions[2]
+    assert condition.own is not None
+    new = np.asarray(condition.matched_back) < 0
+    rates = np.where(new, condition.own.columns[0].values, np.nan)
+    found = sight.latents()
+    assert found == _by(rates, down=True)[: len(found)]  # the most frequent first
     page.locator(".tabulator-row").first.click()
     page.get_by_role("heading", name="of wanda-row-0.50").wait_for()
     assert "/c2/latent/" in page.url
     assert page.get_by_text("New", exact=True).is_visible()
+
+
+def test_a_second_view_may_have_next_to_nothing(
+    open_page: Open, view: View, tmp_path: pathlib.Path
+) -> None:
+    """Another dictionary without conditions, effects and firing rates."""
+    bare = dataclasses.replace(
+        view, id="v1", label="bare", columns=(), conditions=(), effects=None, neuronpedia=None
+    )
+    folder = write_explorer(Explorer("two", (view, bare)), tmp_path / "out")
+    page = open_page((folder / "index.html").as_uri()).page
+    page.get_by_label("View", exact=True).select_option("v1")
+    _until(page, "!document.querySelector('.heading[title*=persistence]')")
+    page.locator(ROWS).first.filter(has_text="#0").click()
+    page.locator(".context").first.wait_for()
+    page.get_by_role("link", name="Scatter").click()
+    page.get_by_text("There is nothing to draw").wait_for()
+    page.get_by_role("link", name="Compare").click()
+    page.locator(".group", has_text=re.compile("^300 kept$")).wait_for()
 
 
 # --- addresses and keys ---------------------------------------------------------------------------
@@ -429,7 +465,7 @@ def test_a_copied_address_shows_the_same(open_page: Open, address: str) -> None:
     first.page.locator(".count", has_text="occurs").wait_for()
     first.page.get_by_label("Fate", exact=True).select_option("lost")
     first.page.get_by_role("button", name="Jaccard").click()
-    first.page.wait_for_function("location.hash.includes('sort=c.jaccard')")
+    _until(first.page, "location.hash.includes('sort=c.jaccard')")
     second = open_page(first.page.url)
     second.page.locator(".count", has_text="occurs").wait_for()
     assert second.latents() == first.latents()
@@ -453,7 +489,7 @@ def test_keys(open_page: Open, address: str) -> None:
     page, order = sight.page, sight.latents()
     page.keyboard.press("j")
     page.keyboard.press("ArrowDown")
-    page.wait_for_function(f"document.activeElement.dataset.latent === '{order[1]}'")
+    _until(page, f"document.activeElement.dataset.latent === '{order[1]}'")
     page.keyboard.press("Enter")
     heading = functools.partial(page.get_by_role, "heading", exact=True)
     heading(name=f"Latent #{order[1]}").wait_for()
@@ -462,14 +498,14 @@ def test_keys(open_page: Open, address: str) -> None:
     page.keyboard.press("ArrowLeft")
     heading(name=f"Latent #{order[1]}").wait_for()
     page.keyboard.press("Escape")
-    page.wait_for_function(f"document.activeElement.dataset.latent === '{order[1]}'")
+    _until(page, f"document.activeElement.dataset.latent === '{order[1]}'")
     page.keyboard.press("?")
     assert page.get_by_role("dialog").is_visible()
     page.keyboard.press("Escape")
     assert not page.get_by_role("dialog").is_visible()
     page.get_by_role("button", name="firing rate").focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("location.hash.includes('sort=d.firing_rate')")
+    _until(page, "location.hash.includes('sort=d.firing_rate')")
 
 
 # --- looks ----------------------------------------------------------------------------------------
@@ -591,7 +627,7 @@ class _served:  # noqa: N801 - a context manager, used as a function
 
 @pytest.fixture(scope="module")
 def large_address(tmp_path_factory: pytest.TempPathFactory) -> str:
-    world = explorer_world(contexts_each=2, **MANY)
+    world = explorer_world(contexts_each=2, own_dictionaries=False, **MANY)
     folder = write_explorer(world, tmp_path_factory.mktemp("large") / "explorer")
     return (folder / "index.html").as_uri()
 

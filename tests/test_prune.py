@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from conftest import VOCABULARY
+from conftest import VOCABULARY, tiny_language_model
 from independent import pruning as independent
 from prunelens.config import PruningConfig
 from prunelens.errors import UserError
@@ -172,6 +172,110 @@ def test_wanda_weighs_columns_by_their_inputs():
     weight = torch.tensor([[1.0, -2.0], [-3.0, 0.5]], dtype=torch.bfloat16)
     assert torch.equal(wanda(weight, torch.tensor([10.0, 1.0])), torch.tensor([[10, 2], [30, 0.5]]))
     assert torch.equal(magnitude(weight), torch.tensor([[1, 2], [3, 0.5]]))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("zeroed", "size"), [(2, 4), (4, 8)])
+def test_a_pattern_takes_the_lowest_of_neighbours_first_index_first(
+    zeroed, size, threads, monkeypatch
+):
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(scores_module, "BLOCK_WEIGHTS", 64)
+    generator = torch.Generator().manual_seed(0)
+    scores = {
+        name: torch.randint(0, 4, shape, generator=generator).float() / 3
+        for name, shape in {"b": (21, 16), "a": (14, 8), "c": (1, 24)}.items()
+    }
+    ours = keep_masks(scores, scope="row", sparsity=Fraction(1, 2), group=(zeroed, size))
+    lists = {name: matrix.tolist() for name, matrix in scores.items()}
+    assert_same_masks(ours, independent.masks_of(lists, size, ["0.5"])[0])
+    for mask in ours.values():
+        assert (mask.reshape(-1, size).sum(1) == size - zeroed).all()
+
+
+def test_a_pattern_does_not_see_the_order_of_rows_or_groups():
+    """Rows and whole groups may be turned round; what stays of each is the same."""
+    scores = torch.rand(12, 24, generator=torch.Generator().manual_seed(1))
+    rows = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    groups = torch.randperm(6, generator=torch.Generator().manual_seed(3))
+
+    def turned(matrix):
+        return matrix[rows].reshape(12, 6, 4)[:, groups].reshape(12, 24).contiguous()
+
+    options = {"scope": "row", "sparsity": Fraction(1, 2), "group": (2, 4)}
+    plain = keep_masks({"m": scores}, **options)["m"]
+    assert torch.equal(keep_masks({"m": turned(scores)}, **options)["m"], turned(plain))
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "random"])
+def test_patterns_prune_whole_models(tiny_lm, windows, criterion):
+    options = {"criterion": criterion, "scope": "row", "pattern": "4:8", "sparsity": 0.5}
+    weights = independent.prunable_weights(tiny_lm.model)
+    norms = input_norms(tiny_lm, windows)
+    pruned = prune_model(tiny_lm, PruningConfig(**options), input_norms=norms)
+    if criterion != "random":
+        slow_norms = {name: norm.numpy() for name, norm in norms.items()}
+        scores = independent.scores_of(weights, criterion, slow_norms)
+        assert_same_masks(pruned.masks, independent.masks_of(scores, 8, ["0.5"])[0])
+    for name, mask in pruned.masks.items():
+        assert (mask.reshape(-1, 8).sum(1) == 4).all(), name
+    assert pruned.achieved_sparsity == 0.5 and not pruned.updates_weights
+
+
+# By lot
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_lots_are_those_of_the_independent_implementation(tiny_lm, scope, monkeypatch):
+    monkeypatch.setattr(scores_module, "BLOCK_WEIGHTS", 96)
+    config = PruningConfig(criterion="random", scope=scope, sparsity=0.3, random_seed=5)
+    lots = {
+        name: [
+            [independent.lot(5, name, i * matrix.shape[1] + j) for j in range(matrix.shape[1])]
+            for i in range(len(matrix))
+        ]
+        for name, matrix in independent.prunable_weights(tiny_lm.model).items()
+    }
+    pruned = prune_model(tiny_lm, config)
+    assert_same_masks(pruned.masks, independent.masks_of(lots, scope, ["0.3"])[0])
+
+
+def test_lots_are_uniform_and_differ_by_seed_matrix_and_place():
+    count = 1 << 18
+    draws = {
+        key: scores_module.lots(*key, 0, count).double() / 2**30
+        for key in ((0, "a"), (1, "a"), (0, "b"))
+    }
+    for numbers in draws.values():
+        assert float(numbers.min()) >= 0 and float(numbers.max()) < 1
+        bins = torch.histc(numbers, 64, 0, 1)
+        chi_squared = float(((bins - count / 64) ** 2 / (count / 64)).sum())
+        assert 20 < chi_squared < 120  # 63 degrees of freedom: all but one in 10^5
+        neighbours = np.corrcoef(numbers[:-1], numbers[1:])[0, 1]
+        assert abs(neighbours) < 5 / count**0.5
+    first, *others = draws.values()
+    assert all(abs(np.corrcoef(first, other)[0, 1]) < 5 / count**0.5 for other in others)
+
+
+def test_random_pruning_looks_at_no_weight(tiny_llama):
+    other = copy.deepcopy(tiny_llama)
+    for module in prunable_matrices(other).values():
+        as_matrix(module).mul_(-3).add_(0.1)
+    config = PruningConfig(criterion="random", scope="global", sparsity=0.5)
+    ours, theirs = (prune_model(lm, config).masks for lm in (tiny_llama, other))
+    assert all(torch.equal(mask, theirs[name]) for name, mask in ours.items())
+
+
+def test_seeds_of_random_pruning_agree_by_chance_alone():
+    lm = tiny_language_model("llama")
+    masks = []
+    for seed in (0, 1):
+        options = {"criterion": "random", "scope": "global", "sparsity": 0.5}
+        config = PruningConfig(**options, random_seed=seed)
+        masks.append(prune_model(copy.deepcopy(lm), config).masks)
+    equal = sum(int((masks[0][n] == masks[1][n]).sum()) for n in masks[0])
+    total = sum(mask.numel() for mask in masks[0].values())
+    assert equal / total == pytest.approx(0.5, abs=4 * (0.25 / total) ** 0.5)
 
 
 # The calibration

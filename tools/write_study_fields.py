@@ -19,6 +19,7 @@ SECTIONS: dict[str, type[pydantic.BaseModel]] = {  # what a study file calls it 
     "corpus": config.CorpusConfig,
     "perplexity": config.PerplexityConfig,
     "prunings (a list)": config.PruningGrid,
+    "prunings, an entry with `checkpoint`": config.CheckpointEntry,
     "activations": config.ActivationConfig,
     "sae": config.SaeConfig,
     "sufficiency": config.SufficiencyConfig,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
+import json
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,14 +31,22 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "*.jinja",
 )
+_QUANTISERS = {  # quant_method of a config -> the package that reads such weights
+    "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
+    "compressed-tensors": "compressed_tensors",
+}
 _WEIGHT_FILES = ("config.json", "generation_config.json", "model*.safetensors*")
 
 
-def load_weights(config: ModelConfig) -> PreTrainedModel:
+def load_weights(config: ModelConfig, *, device: str = "cpu") -> PreTrainedModel:
     """The Hugging Face model of a checkpoint, from safetensors; no remote code is run.
 
-    Raises: UserError where it is missing, gated, out of reach, without safetensors, incomplete or
-        no causal language model.
+    Args:
+        config: the model; without `device_map` it is left on the CPU.
+        device: where a quantised one is put at once, as it cannot be moved.
+    Raises: UserError where it is missing, gated, out of reach, without safetensors, incomplete, no
+        causal language model, or quantised by a package that is not installed.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -47,12 +57,13 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
             f"models.name: {config.name!r} has no .safetensors weights; convert it once with"
             " AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) and name that folder"
         )
+    quantised = _check_quantised(config, folder)
     try:
         with without_progress_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, config.dtype),
-                device_map=config.device_map,
+                device_map=config.device_map or ({"": device} if quantised else None),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -66,6 +77,25 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
             f" {missing[0]}; save the whole model (adapters merged) and name that folder"
         )
     return model
+
+
+def _check_quantised(config: ModelConfig, folder: pathlib.Path) -> bool:
+    """Whether weights are quantised; raises UserError where the package for it is missing."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _cannot_load(config, "its config.json", error) from None
+    how = content.get("quantization_config") if isinstance(content, dict) else None
+    if not isinstance(how, dict):
+        return False
+    method = str(how.get("quant_method"))
+    package = _QUANTISERS.get(method)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"models.name: {config.name!r} is quantised by {method}, which is not installed; pip"
+            f" install {package.replace('_', '-')}"
+        )
+    return True
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
@@ -165,16 +195,16 @@ def _linear_weights(model: PreTrainedModel) -> int:
     )
 
 
-def model_fingerprint(config: ModelConfig) -> str:
+def model_fingerprint(config: ModelConfig, *, field: str = "models.name") -> str:
     """What stands for the weights in artifact identities.
 
     The resolved commit of a hub model; else a SHA-256 over config, weights and tokenizer files.
-    Raises: UserError as `load_weights`.
+    Raises: UserError as `load_weights`; `field` is what it names.
     """
     if not is_local(config.name):
-        return hub.commit(config.name, field="models.name", kind="model", revision=config.revision)
+        return hub.commit(config.name, field=field, kind="model", revision=config.revision)
     names = ("config.json", "*.safetensors*", *_TOKENIZER_FILES)
-    return files_fingerprint(_files(_folder(config, ()), names))
+    return files_fingerprint(_files(_folder(config, (), field=field), names))
 
 
 def files_fingerprint(paths: Iterable[pathlib.Path]) -> str:
@@ -186,16 +216,16 @@ def files_fingerprint(paths: Iterable[pathlib.Path]) -> str:
     return digest.hexdigest()
 
 
-def _folder(config: ModelConfig, patterns: tuple[str, ...]) -> pathlib.Path:
+def _folder(
+    config: ModelConfig, patterns: tuple[str, ...], *, field: str = "models.name"
+) -> pathlib.Path:
     """Where the model's files are; a hub model's are fetched first."""
     if not is_local(config.name):
         return hub.snapshot(
             config.name,
-            field="models.name",
+            field=field,
             kind="model",
-            revision=hub.commit(
-                config.name, field="models.name", kind="model", revision=config.revision
-            ),
+            revision=hub.commit(config.name, field=field, kind="model", revision=config.revision),
             patterns=patterns,
         )
     folder = BUNDLED if config.name == "bundled" else pathlib.Path(config.name).expanduser()
@@ -207,7 +237,7 @@ def _folder(config: ModelConfig, patterns: tuple[str, ...]) -> pathlib.Path:
             )
         state = "has no config.json" if folder.exists() else "does not exist"
         raise UserError(
-            f"models.name: the folder {config.name!r} {state}; name a folder that save_pretrained"
+            f"{field}: the folder {config.name!r} {state}; name a folder that save_pretrained"
             " wrote, or a hub id"
         )
     return folder

@@ -113,9 +113,9 @@ def load_model(config: ModelConfig | str, *, device: str = "cpu") -> LanguageMod
     """
     config = ModelConfig(name=config) if isinstance(config, str) else config
     device = usable_device(device)
-    model = load_weights(config)
-    if config.device_map is None:
-        model.to(device)
+    model = load_weights(config, device=device)
+    if config.device_map is None and getattr(model, "hf_quantizer", None) is None:
+        model.to(device)  # a quantised one is there already, and cannot be moved
     return as_language_model(model, load_tokenizer(config), label=config.label)
 
 

@@ -1,5 +1,6 @@
 """Pruning as methods §3 words it, one weight at a time."""
 
+import hashlib
 import math
 import re
 from decimal import Decimal
@@ -46,14 +47,30 @@ def masks_of(scores, scope, sparsities):
 
 
 def _groups(scores, scope):
-    """The weights that compete: (score, order of the matrix, row, column, name)."""
+    """The weights that compete: (score, order of the matrix, row, column, name).
+
+    A number as scope: so many neighbours in a row.
+    """
     groups = {}
     for order, (name, matrix) in enumerate(scores.items()):
         for i, row in enumerate(np.asarray(matrix).tolist()):
-            group = {"global": 0, "matrix": order, "row": (order, i)}[scope]
-            entries = groups.setdefault(group, [])
-            entries.extend((score, order, i, j, name) for j, score in enumerate(row))
+            for j, score in enumerate(row):
+                if isinstance(scope, int):
+                    group = (order, i, j // scope)
+                else:
+                    group = {"global": 0, "matrix": order, "row": (order, i)}[scope]
+                groups.setdefault(group, []).append((score, order, i, j, name))
     return groups
+
+
+def lot(seed, name, index):
+    """The 30-bit number that weight `index` of a matrix draws: SplitMix64, its highest bits."""
+    digest = hashlib.sha256(f"{seed}".encode() + b"\0" + name.encode()).digest()
+    state = int.from_bytes(digest[:8], "little")
+    state = (state + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (state ^ (state >> 31)) >> 34
 
 
 def norms_of(inputs):

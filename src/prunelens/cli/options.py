@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from prunelens.config import StudyConfig, study_from_data
+from prunelens.config import PruningConfig, StudyConfig, study_from_data
 from prunelens.errors import UserError
 from prunelens.study_file import with_settings
 
@@ -27,10 +27,29 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no summary
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Folder = Annotated[pathlib.Path, typer.Argument(metavar="DIR", help="A study's folder.")]
 Site = Annotated[str, typer.Option(help="resid_post, mlp_out or attn_out")]
-Criterion = Annotated[str, typer.Option(help="magnitude or wanda")]
+Criterion = Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or random")]
 Scope = Annotated[str | None, typer.Option(help="global, matrix or row")]
+Pattern = Annotated[str, typer.Option(help="unstructured, 2:4 or 4:8")]
+RandomSeed = Annotated[int | None, typer.Option(min=0, help="of criterion random; default 0")]
 Sparsity = Annotated[float, typer.Option(help="share of the weights to zero, 0 to 1")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
+
+
+USUAL_SCOPES = {  # of the papers
+    "magnitude": "global",
+    "wanda": "row",
+    "sparsegpt": "matrix",
+    "random": "global",
+}
+
+
+class SingleStep(NamedTuple):
+    """What a command outside a study is to do."""
+
+    study: StudyConfig
+    """Model, text and sizes."""
+    pruning: PruningConfig
+    """The one pruning."""
 
 
 def single_step(
@@ -44,21 +63,27 @@ def single_step(
     layer: int | None = None,
     site: str = "resid_post",
     corpus: dict[str, Any] | None = None,
-) -> StudyConfig:
-    """One model and one pruning, as a study that is checked like any other."""
+    pattern: str = "unstructured",
+    random_seed: int | None = None,
+) -> SingleStep:
+    """One model and one pruning, checked as those of a study are."""
     if not 0 <= sparsity < 1:
         raise UserError(f"--sparsity: {sparsity} is outside [0, 1); give for example 0.5")
-    if criterion not in ("magnitude", "wanda"):
+    if criterion not in USUAL_SCOPES:
         raise UserError(
-            f"--criterion: {criterion!r} is neither magnitude nor wanda; give one of them"
+            f"--criterion: {criterion!r} is none of {', '.join(USUAL_SCOPES)}; give one of them"
         )
     models: dict[str, Any] = {"name": model, "dtype": dtype, "site": site}
+    usual = USUAL_SCOPES[criterion] if pattern == "unstructured" else "row"
     pruning = {
         "criterion": criterion,
-        "scope": scope or {"magnitude": "global"}.get(criterion, "row"),
-        "calibration": calibration or "dense",
+        "scope": scope or usual,
+        "pattern": pattern,
+        "random_seed": random_seed,
         "sparsities": [sparsity],
     }
+    if calibration is not None:
+        pruning["calibration"] = calibration
     if layer is not None:
         models["layers"] = [layer]
     data: dict[str, Any] = {
@@ -66,7 +91,11 @@ def single_step(
         "prunings": [pruning],
         "corpus": dict(corpus or {}),
     }
-    return study_from_data(with_settings(data, parsed(settings)))
+    study = study_from_data(with_settings(data, parsed(settings)))
+    [pruned] = study.conditions()
+    if not isinstance(pruned, PruningConfig):
+        raise UserError("--set: prunings cannot name a checkpoint here; leave it out")
+    return SingleStep(study, pruned)
 
 
 def parsed(settings: list[str] | None) -> dict[str, str]:

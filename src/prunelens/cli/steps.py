@@ -22,6 +22,8 @@ from prunelens.cli.options import (
     Criterion,
     Device,
     Dtype,
+    Pattern,
+    RandomSeed,
     Scope,
     Site,
     Sparsity,
@@ -42,7 +44,11 @@ def prune(
     criterion: Criterion = "wanda",
     scope: Scope = None,
     sparsity: Sparsity = 0.5,
-    calibration: Annotated[str, typer.Option(help="wanda's norms: dense or sequential")] = "dense",
+    pattern: Pattern = "unstructured",
+    calibration: Annotated[
+        str | None, typer.Option(help="wanda's norms: dense or sequential; default dense")
+    ] = None,
+    random_seed: RandomSeed = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Calibration text: corpus.source=files …")
     ] = None,
@@ -58,10 +64,18 @@ def prune(
     from prunelens.study.single import prune_checkpoint
 
     sharing = checked_sharing(license, push, private)
-    config = single_step(model, dtype, criterion, scope, sparsity, calibration, settings)
-    pruned = prune_checkpoint(
-        config.models[0], config.conditions()[0], config.corpus, out, device, sharing=sharing
+    study, pruning = single_step(
+        model,
+        dtype,
+        criterion,
+        scope,
+        sparsity,
+        calibration,
+        settings,
+        pattern=pattern,
+        random_seed=random_seed,
     )
+    pruned = prune_checkpoint(study.models[0], pruning, study.corpus, out, device, sharing=sharing)
     address = push_if_asked(out, push, private)
     if as_json:
         told = {"out": str(out), "achieved_sparsity": pruned.achieved_sparsity}
@@ -97,6 +111,8 @@ def transfer(
     criterion: Criterion = "wanda",
     scope: Scope = None,
     sparsity: Sparsity = 0.5,
+    pattern: Pattern = "unstructured",
+    random_seed: RandomSeed = None,
     pruned: Annotated[
         str | None, typer.Option(help="A compressed checkpoint to test instead of pruning.")
     ] = None,
@@ -112,18 +128,29 @@ def transfer(
     from prunelens.analyses.transfer import TRANSFER_RULE
     from prunelens.study.single import transfer_sae
 
-    config = single_step(
-        model, dtype, criterion, scope, sparsity, None, settings, layer, site, TEXT
+    study, pruning = single_step(
+        model,
+        dtype,
+        criterion,
+        scope,
+        sparsity,
+        None,
+        settings,
+        layer,
+        site,
+        TEXT,
+        pattern=pattern,
+        random_seed=random_seed,
     )
     with progress_bar("transfer", quiet=as_json) as progress:
         table = transfer_sae(
             sae,
-            config.models[0],
-            config.corpus,
+            study.models[0],
+            study.corpus,
             layer=layer,
-            pruning=None if pruned else config.conditions()[0],
+            pruning=None if pruned else pruning,
             pruned=pruned,
-            sizes=config.transfer,
+            sizes=study.transfer,
             device=device,
             progress=progress,
         )

@@ -13,13 +13,22 @@ from prunelens.config.features import (
     TransferConfig,
 )
 from prunelens.config.model import ModelConfig, PretrainedSaeConfig, Site
-from prunelens.config.pruning import PruningConfig, PruningGrid
+from prunelens.config.pruning import (
+    CheckpointConfig,
+    CheckpointEntry,
+    Condition,
+    PruningConfig,
+    PruningGrid,
+)
 from prunelens.config.study import Question, StudyConfig, study_from_data
 from prunelens.config.text import CorpusConfig, PerplexityConfig
 
 __all__ = [
     "ActivationConfig",
     "CausalConfig",
+    "CheckpointConfig",
+    "CheckpointEntry",
+    "Condition",
     "CorpusConfig",
     "EvidenceConfig",
     "ModelConfig",

@@ -19,7 +19,7 @@ from prunelens.config.features import (
 )
 from prunelens.config.frozen import Frozen
 from prunelens.config.model import PLANTED, ModelConfig
-from prunelens.config.pruning import PruningConfig, PruningGrid
+from prunelens.config.pruning import CHECKPOINT, ENTRIES, Condition, PruningEntry
 from prunelens.config.text import CorpusConfig, PerplexityConfig
 from prunelens.errors import UserError
 
@@ -60,14 +60,14 @@ class StudyConfig(Frozen):
     """A matrix of runs and the questions asked of it."""
 
     name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Names the output folder runs/<name> by default."""
+    """Names the output folder, `runs/<name>`, by default."""
     models: tuple[ModelConfig, ...] = Field((ModelConfig(),), min_length=1)
     """The models; each is run dense and under every pruning."""
     corpus: CorpusConfig = CorpusConfig()
     """The text of the study."""
     perplexity: PerplexityConfig = PerplexityConfig()
     """How perplexity is measured."""
-    prunings: tuple[PruningGrid, ...] = ()
+    prunings: tuple[PruningEntry, ...] = ()
     """The pruned conditions; the dense one is always there."""
     activations: ActivationConfig = ActivationConfig()
     """Which activations the SAEs see."""
@@ -145,6 +145,11 @@ class StudyConfig(Frozen):
         names = [m.label for m in self.models]
         if len(set(names)) < len(names):
             raise ValueError(f"models: {names} share a name; run names would clash")
+        if len(names) > 1 and any(entry.criterion == CHECKPOINT for entry in self.prunings):
+            raise ValueError(
+                f"prunings.checkpoint: it takes the place of one model, and the study has"
+                f" {len(names)}; make a study of each model"
+            )
         return self
 
     @model_validator(mode="after")
@@ -164,16 +169,16 @@ class StudyConfig(Frozen):
             )
         return self
 
-    def followed(self) -> PruningConfig | None:
+    def followed(self) -> Condition | None:
         """The pruned condition whose SAEs are followed while they are trained."""
         wanted = self.sufficiency.condition
         return next((p for p in self.conditions() if wanted in (None, p.label)), None)
 
-    def conditions(self) -> list[PruningConfig]:
+    def conditions(self) -> list[Condition]:
         """The pruned conditions, in the order of the file."""
         return [pruning for grid in self.prunings for pruning in grid.prunings()]
 
-    def seeds_of(self, pruning: PruningConfig | None) -> tuple[int, ...]:
+    def seeds_of(self, pruning: Condition | None) -> tuple[int, ...]:
         """The SAE seeds of a condition; None is the dense one."""
         for grid in self.prunings:
             if grid.seeds is not None and pruning in list(grid.prunings()):
@@ -184,22 +189,29 @@ class StudyConfig(Frozen):
 def _one_line(error: pydantic.ValidationError) -> str:
     """The first problem as `field: what (got value); fix`, and where the others are."""
     first, *others = error.errors(include_url=False)
-    where = ".".join(str(part) for part in first["loc"]) or "study"
+    where = _place(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = f"unknown key{_nearest(first['loc'])}"
     elif first["type"] != "value_error" and first["type"] != "missing":
         message = f"{message} (got {str(first['input'])[:80]!r})"
-    also = ", ".join(".".join(map(str, other["loc"])) or "study" for other in others)
+    also = ", ".join(_place(other["loc"]) for other in others)
     text = f"{where}: {message}" + (f" (also wrong: {also})" if also else "")
     return " ".join(text.split())
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """The field as the file has it."""
+    return ".".join(str(part) for part in location if part not in ENTRIES) or "study"
 
 
 def _nearest(location: tuple[int | str, ...]) -> str:
     """`; did you mean 'x'?` for the closest field of the model that the key was put in."""
     model: Any = StudyConfig
     for part in location[:-1]:
-        if isinstance(part, str) and part in getattr(model, "model_fields", {}):
+        if part in ENTRIES:
+            model = ENTRIES[str(part)]
+        elif isinstance(part, str) and part in getattr(model, "model_fields", {}):
             model = _inner_model(model.model_fields[part].annotation) or model
     fields = list(getattr(model, "model_fields", {}))
     close = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.65)

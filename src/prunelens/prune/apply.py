@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -12,11 +13,11 @@ from torch import Tensor
 from prunelens.config import PruningConfig
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel
-from prunelens.prune import calibrate
+from prunelens.prune import calibrate, sparsegpt
 from prunelens.prune.masks import PackedMasks
 from prunelens.prune.matrices import as_matrix, prunable_matrices
 from prunelens.prune.scores import INTEGERS, Scored
-from prunelens.prune.selection import select
+from prunelens.prune.selection import Kept, select
 
 _NARROW = {torch.bfloat16, torch.float16}
 """What is ordered by its own bits, if all matrices have it; others are scored in float32."""
@@ -42,6 +43,8 @@ class Pruned(NamedTuple):
     """By matrix, True where a weight was kept; one bit per weight, or empty where not asked for."""
     report: tuple[MatrixSparsity, ...]
     """One line per matrix, in the order of `prunable_matrices`."""
+    updates_weights: bool = False
+    """Remaining weights were changed too, so that masks alone do not give the model again."""
 
     @property
     def achieved_sparsity(self) -> float:
@@ -59,36 +62,39 @@ def prune_model(
     with_masks: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Pruned:
-    """Zero weights of `lm` in place (methods §3).
+    """Zero weights of `lm` in place (methods §3); `sparsegpt` also changes the others.
 
     Weights are scored, chosen and zeroed a block of rows at a time, so that the memory taken
-    beside the model and the masks (one bit per weight) is a few MiB, however large the model.
+    beside the model and the masks (one bit per weight) is a few MiB, however large the model;
+    what block by block calibration takes is told by `norms_upwards` and `products_upwards`.
 
     Args:
         lm: the model; an error under `calibration: dense` leaves it as it was, under `sequential`
             its lower blocks may be pruned already.
-        pruning: criterion, scope, sparsity, calibration.
-        calibration: token windows; Wanda needs them, unless `input_norms` is given.
+        pruning: criterion, scope, pattern, sparsity, calibration.
+        calibration: token windows; SparseGPT needs them, and Wanda unless `input_norms` is given.
         input_norms: what `input_norms` gave for the dense model, to be used for many sparsities.
         with_masks: False where only the pruned model is wanted; saves the masks' memory.
         progress: called with the number of calibration windows done.
-    Raises: UserError where Wanda's norms are missing or of another model, where scores are NaN
-        or infinite, and as `prunable_matrices`.
+    Raises: UserError where windows or Wanda's norms are missing or of another model, where scores
+        are NaN or infinite, where a pattern divides no row, and as `prunable_matrices`.
     """
     _check(pruning, calibration, input_norms)
-    scope = pruning.scope
-    assert scope in ("global", "matrix", "row"), "the planted world has no weights"
-    sizes = {name: as_matrix(module).numel() for name, module in prunable_matrices(lm).items()}
-    masks, num_zeroed = PackedMasks(), dict.fromkeys(sizes, 0)
-    for matrices in _scored(lm, pruning, calibration, input_norms, progress):
-        for kept in select(matrices, scope=scope, sparsity=pruning.fraction):
-            weight = matrices[kept.name].weight
-            _zero(weight[kept.rows], kept.keep)
-            num_zeroed[kept.name] += kept.keep.numel() - int(kept.keep.count_nonzero())
-            if with_masks:
-                masks.write(kept, tuple(weight.shape))
-    lines = ((name, sizes[name], gone) for name, gone in num_zeroed.items())
-    return Pruned(masks, tuple(MatrixSparsity(*line, line[2] / line[1]) for line in lines))
+    shapes = {n: tuple(as_matrix(module).shape) for n, module in prunable_matrices(lm).items()}
+    masks, num_zeroed = PackedMasks(), dict.fromkeys(shapes, 0)
+    updates = pruning.criterion == "sparsegpt"
+    if updates:
+        assert calibration is not None
+        pruned = sparsegpt.prune_upwards(lm, pruning, calibration, progress)
+    else:
+        pruned = _zeroed(_scored(lm, pruning, calibration, input_norms, progress), pruning)
+    for kept in pruned:
+        num_zeroed[kept.name] += kept.keep.numel() - int(kept.keep.count_nonzero())
+        if with_masks:
+            masks.write(kept, shapes[kept.name])
+    lines = ((name, math.prod(shapes[name]), gone) for name, gone in num_zeroed.items())
+    report = tuple(MatrixSparsity(*line, line[2] / line[1]) for line in lines)
+    return Pruned(masks, report, updates)
 
 
 @torch.no_grad()
@@ -122,11 +128,23 @@ def _check(
     """Refuse what the configuration alone cannot: see there for the rest."""
     if pruning.calibration == "sequential" and input_norms is not None:
         raise UserError(
-            "pruning.calibration: 'sequential' measures its own norms; give calibration windows"
+            "pruning.calibration: 'sequential' measures its own inputs; give calibration windows"
             " instead of input_norms"
         )
+    if pruning.criterion == "sparsegpt" and calibration is None:
+        raise UserError("pruning.criterion: 'sparsegpt' needs calibration windows")
     if pruning.criterion == "wanda" and calibration is None and input_norms is None:
         raise UserError("pruning.criterion: 'wanda' needs calibration windows or input_norms")
+
+
+def _zeroed(scored: Iterator[dict[str, Scored]], pruning: PruningConfig) -> Iterator[Kept]:
+    """What stays, once the rest is zeroed."""
+    scope = pruning.scope
+    assert scope in ("global", "matrix", "row"), "the planted world has no weights"
+    for matrices in scored:
+        for kept in select(matrices, scope=scope, sparsity=pruning.fraction, group=pruning.group):
+            _zero(matrices[kept.name].weight[kept.rows], kept.keep)
+            yield kept
 
 
 def _scored(
@@ -142,6 +160,10 @@ def _scored(
         dtypes = {weight.dtype for weight in weights.values()}
         [dtype] = dtypes if len(dtypes) == 1 and dtypes <= _NARROW else {torch.float32}
         yield {name: Scored(weight, None, dtype) for name, weight in weights.items()}
+    elif pruning.criterion == "random":
+        seed = pruning.random_seed
+        assert seed is not None
+        yield {n: Scored(weight, None, torch.float32, (seed, n)) for n, weight in weights.items()}
     elif pruning.calibration == "sequential":
         assert calibration is not None
         for block_norms in calibrate.norms_upwards(lm, calibration, progress):

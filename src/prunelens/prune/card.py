@@ -18,8 +18,8 @@ def checkpoint_card(record: PruningRecord, sharing: Sharing) -> str:
         f"# {escaped(sharing.base_model or model.title)}, pruned: {pruning.label}",
         f"{model_in_words(model, sharing)}, of which {pruning.criterion} pruning has set"
         f" {record.achieved_sparsity:.2%} of the weights of the linear layers in its decoder"
-        " blocks to zero. Zeroed weights are stored as zeros: the files are as large as the dense"
-        " model's, and no special code is needed.",
+        f" blocks to zero{_others(record)}. Zeroed weights are stored as zeros: the files are as"
+        " large as the dense model's, and no special code is needed.",
         "## How to load",
         cards.code(
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -34,9 +34,9 @@ def checkpoint_card(record: PruningRecord, sharing: Sharing) -> str:
         perplexity_table(record.perplexity),
         "## The masks",
         f"`{MASKS_FILE}` holds one bit per weight, 1 where it stayed;"
-        " `prunelens.prune.load_masks` reads it and `prunelens.apply_masks` zeroes the dense"
-        f" model's weights by it. `{cards.RECORD_FILE}` holds the numbers of this card in full"
-        " precision, with every matrix.",
+        f" `prunelens.prune.load_masks` reads it{_use_of_masks(record)}."
+        f" `{cards.RECORD_FILE}` holds the numbers of this card in full precision, with every"
+        " matrix.",
         closing(sharing),
     ]
     return cards.card(
@@ -133,13 +133,28 @@ def closing(sharing: Sharing) -> str:
     return f"{cards.license_line(sharing)} Made by prunelens {cards.version()}."
 
 
+def _others(record: PruningRecord) -> str:
+    updated = record.pruning.criterion == "sparsegpt"
+    return ", and changed the others to make up for it" if updated else ""
+
+
+def _use_of_masks(record: PruningRecord) -> str:
+    if record.pruning.criterion == "sparsegpt":
+        return "; the weights that stayed are not the dense model's"
+    return " and `prunelens.apply_masks` zeroes the dense model's weights by it"
+
+
 def _calibration(record: PruningRecord) -> str:
     if record.calibration is None:
+        seed = record.pruning.random_seed
+        if seed is not None:
+            return f"none: by lot, seed {seed}"
         return "none: the criterion looks at weights alone"
     corpus = record.calibration.corpus
+    what = "products" if record.pruning.criterion == "sparsegpt" else "norms"
     how = {
-        "dense": "norms of the dense model's inputs",
-        "sequential": "norms taken block by block from the already pruned model",
+        "dense": f"{what} of the dense model's inputs",
+        "sequential": f"{what} of inputs, block by block, of the already pruned model",
     }[record.pruning.calibration]
     return (
         f"{corpus.calibration_tokens} tokens in windows of {corpus.context_tokens} from"

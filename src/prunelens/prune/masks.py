@@ -76,6 +76,7 @@ def keep_masks(
     *,
     scope: Literal["global", "matrix", "row"],
     sparsity: Fraction,
+    group: tuple[int, int] | None = None,
 ) -> dict[str, Bool[Tensor, "_output _input"]]:
     """Which weights stay (True), by matrix, on the scores' devices (methods §3).
 
@@ -86,14 +87,15 @@ def keep_masks(
         scores: by matrix, not negative, in `named_modules` order.
         scope: the weights that compete: `global` all, `matrix` those of one, `row` of one row.
         sparsity: in [0, 1], exact.
-    Raises: UserError where a score is NaN or infinite; it names the matrix.
+        group: n and m of a pattern n:m, as for `select`.
+    Raises: UserError where a score is NaN or infinite, or m divides no row; it names the matrix.
     """
     for name, matrix in scores.items():
         assert matrix.dtype == torch.float32 and matrix.ndim == 2, (name, matrix.dtype)
         assert not bool((matrix < 0).any()), f"negative scores in {name}"
     matrices = {name: Scored(matrix, None, torch.float32) for name, matrix in scores.items()}
     masks = {name: torch.empty_like(m, dtype=torch.bool) for name, m in scores.items()}
-    for kept in select(matrices, scope=scope, sparsity=sparsity):
+    for kept in select(matrices, scope=scope, sparsity=sparsity, group=group):
         masks[kept.name][kept.rows] = kept.keep
     return masks
 

@@ -11,13 +11,25 @@ from prunelens.model import LanguageModel
 
 
 def prunable_matrices(lm: LanguageModel) -> dict[str, nn.Module]:
+    """`linear_matrices` whose weights can be edited.
+
+    Raises: UserError as `linear_matrices`, or where a weight is quantised or offloaded.
+    """
+    found = linear_matrices(lm)
+    for name, module in found.items():
+        assert isinstance(module, nn.Linear | Conv1D)
+        _check_editable(name, module.weight)
+    return found
+
+
+def linear_matrices(lm: LanguageModel) -> dict[str, nn.Module]:
     """Every nn.Linear and Conv1D inside the decoder blocks (methods §3), by full name.
 
     The order is that of `model.named_modules()`, which is the order of ties. Embeddings and the
     output head lie outside the blocks. Two modules that share one weight count once, under the
     first name; a weight shared with an embedding or the head does not count.
-    Raises: UserError where the blocks hold no such module, or one whose weight cannot be edited
-        (quantised, offloaded), or the stacked experts of a mixture, which are no linear layers.
+    Raises: UserError where the blocks hold no such module, or the stacked experts of a mixture,
+        which are no linear layers.
     """
     inside = {id(module) for block in lm.blocks for module in block.modules()}
     outside = (lm.model.get_input_embeddings(), lm.model.get_output_embeddings())
@@ -28,7 +40,6 @@ def prunable_matrices(lm: LanguageModel) -> dict[str, nn.Module]:
             continue
         if isinstance(module, nn.Linear | Conv1D):
             if id(module.weight) not in seen:
-                _check_editable(name, module.weight)
                 found[name] = module
                 seen.add(id(module.weight))
         else:
@@ -47,14 +58,23 @@ def as_matrix(module: nn.Module) -> Float[Tensor, "output input"]:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+def kind_of(name: str) -> str:
+    """What follows the last number in a module's name, which is its block's: `mlp.down_proj`."""
+    parts = name.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[last + 1 :])
+
+
 def _check_editable(name: str, weight: Tensor) -> None:
     if weight.is_meta:
         raise UserError(
             f"pruning: {name} is offloaded; prune where the whole model fits on its devices"
         )
-    if not weight.is_floating_point():
+    own_kind = type(weight.data) is not Tensor  # torchao's say that they are of a float dtype
+    if own_kind or not weight.is_floating_point():
+        stored = type(weight.data).__name__ if own_kind else weight.dtype
         raise UserError(
-            f"pruning: {name} is quantised ({weight.dtype}); prune the float checkpoint instead"
+            f"pruning: {name} is quantised ({stored}); prune the float checkpoint instead"
         )
 
 

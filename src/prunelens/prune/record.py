@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from prunelens.checkpoint import is_local
 from prunelens.config import CorpusConfig, ModelConfig, PruningConfig
 from prunelens.prune.apply import MatrixSparsity
+from prunelens.prune.matrices import kind_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ class PruningRecord:
     masks_sha256: str
     """What `masks_sha256` gives."""
     calibration: TextRecord | None = None
-    """The text that Wanda's norms were measured on; None where the criterion reads none."""
+    """The text that inputs were measured on; None where the criterion reads none."""
     perplexity: tuple[PerplexityRecord, ...] = ()
     """Empty where it was not measured."""
 
@@ -101,7 +102,7 @@ class PruningRecord:
         """Achieved sparsity by kind of matrix: its name below the block, e.g. `mlp.down_proj`."""
         kinds: dict[str, list[MatrixSparsity]] = {}
         for matrix in self.matrices:
-            kinds.setdefault(_kind(matrix.name), []).append(matrix)
+            kinds.setdefault(kind_of(matrix.name), []).append(matrix)
         return {kind: _achieved(found) for kind, found in kinds.items()}
 
     def as_json(self) -> dict[str, Any]:
@@ -109,7 +110,7 @@ class PruningRecord:
         return {
             "label": self.label,
             "model": dataclasses.asdict(self.model),
-            "pruning": self.pruning.model_dump(mode="json"),
+            "pruning": self.pruning.model_dump(mode="json", exclude_none=True),
             "achieved_sparsity": self.achieved_sparsity,
             "achieved_sparsity_by_kind": self.by_kind(),
             "matrices": [matrix._asdict() for matrix in self.matrices],
@@ -122,10 +123,3 @@ class PruningRecord:
 def _achieved(matrices: Iterable[MatrixSparsity]) -> float:
     found = list(matrices)
     return sum(m.num_zeroed for m in found) / sum(m.num_weights for m in found)
-
-
-def _kind(name: str) -> str:
-    """What follows the last number in a module's name, which is its block's."""
-    parts = name.split(".")
-    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
-    return ".".join(parts[last + 1 :])

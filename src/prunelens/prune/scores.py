@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, Int32
 from torch import Tensor
 
 BLOCK_WEIGHTS = 1 << 19
 """Weights that are scored at a time; bounds the memory, changes no result."""
+LOT_BITS = 30
+"""Of a lot; as a float32's bits it is below those of infinity."""
+_GAMMA, _FIRST_FACTOR, _SECOND_FACTOR = (
+    number - (1 << 64) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By bytes, what has the bits of a floating-point number."""
 
@@ -33,6 +39,35 @@ def wanda(
     return weight.abs().float() * input_norm.to(weight.device).float()
 
 
+def lots(
+    seed: int, name: str, start: int, count: int, device: torch.device | str = "cpu"
+) -> Int32[Tensor, " count"]:
+    """Uniform numbers in [0, 2^30) for some weights of a matrix (methods §3, `random`).
+
+    Each depends on seed, matrix and flat index alone (SplitMix64, Steele et al. 2014, at that
+    index), so it is the same on every device and however the weights are shared out.
+
+    Args:
+        seed: of the pruning.
+        name: the matrix; its own seed is the first eight bytes of a SHA-256 of seed and name.
+        start: flat index of the first weight.
+        count: how many weights.
+        device: where to work.
+    """
+    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    own = int.from_bytes(digest[:8], "little", signed=True)
+    steps = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=device)
+    state = steps * _GAMMA + own
+    state = (state ^ _shifted(state, 30)) * _FIRST_FACTOR
+    state = (state ^ _shifted(state, 27)) * _SECOND_FACTOR
+    return _shifted(state ^ _shifted(state, 31), 64 - LOT_BITS).int()
+
+
+def _shifted(state: Int[Tensor, " count"], bits: int) -> Int[Tensor, " count"]:
+    """To the right without its sign."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)
+
+
 class Scored(NamedTuple):
     """A matrix and how its weights are scored, a block of rows at a time.
 
@@ -42,9 +77,11 @@ class Scored(NamedTuple):
     weight: Float[Tensor, "output input"]
     """Rows are outputs."""
     input_norm: Float[Tensor, " input"] | None
-    """For `wanda`; None for `magnitude`."""
+    """For `wanda`; None for the others."""
     dtype: torch.dtype
     """Of the scores: float32, or that of 16-bit weights whose magnitude needs no rounding."""
+    lot: tuple[int, str] | None = None
+    """Seed and name for `random`, where the weights' values do not matter."""
 
     @property
     def infinity(self) -> int:
@@ -61,6 +98,9 @@ class Scored(NamedTuple):
     def keys(self, rows: slice) -> Int[Tensor, "rows input"]:
         """The keys of some rows."""
         weight = self.weight[rows]
+        if self.lot is not None:
+            start = rows.start * weight.shape[1]
+            return lots(*self.lot, start, weight.numel(), weight.device).view(weight.shape)
         if self.input_norm is not None:
             return wanda(weight, self.input_norm).contiguous().view(torch.int32)
         integers = INTEGERS[self.dtype.itemsize]

@@ -47,6 +47,7 @@ def select(
     *,
     scope: Literal["global", "matrix", "row"],
     sparsity: Fraction,
+    group: tuple[int, int] | None = None,
 ) -> Iterator[Kept]:
     """What stays, block by block, in order; a block may be zeroed as soon as it is given.
 
@@ -54,19 +55,33 @@ def select(
         matrices: by name, in `named_modules` order, which is the order of ties.
         scope: the weights that compete: `global` all, `matrix` those of one, `row` of one row.
         sparsity: in [0, 1], exact.
-    Raises: UserError, before the first block is given, where a score is NaN or infinite.
+        group: n and m of a pattern n:m, with scope `row` and sparsity n/m: of every m neighbours
+            in a row n go.
+    Raises: UserError, before the first block is given, where a score is NaN or infinite, or m
+        divides no row.
     """
+    assert group is None or (scope == "row" and sparsity == Fraction(*group)), (scope, group)
     device = next((matrix.weight.device for matrix in matrices.values()), torch.device("cpu"))
     threads = _threads(device)
     if scope == "row":
         for name, matrix in matrices.items():
             _check_finite(name, matrix)
-        yield from _lowest_of_rows(matrices, sparsity, threads)
+            check_groups(name, matrix.weight.shape[1], group)
+        yield from _lowest_of_rows(matrices, sparsity, group, threads)
         return
-    groups = [matrices] if scope == "global" else [{n: m} for n, m in matrices.items()]
-    cuts = [_cut(group, sparsity, threads) for group in groups]
-    for group, cut in zip(groups, cuts, strict=True):
-        yield from _above(group, cut, threads)
+    rivals = [matrices] if scope == "global" else [{n: m} for n, m in matrices.items()]
+    cuts = [_cut(those, sparsity, threads) for those in rivals]
+    for those, cut in zip(rivals, cuts, strict=True):
+        yield from _above(those, cut, threads)
+
+
+def check_groups(name: str, num_inputs: int, group: tuple[int, int] | None) -> None:
+    """Raises UserError where rows of a matrix do not fall into whole groups."""
+    if group and num_inputs % group[1]:
+        raise UserError(
+            f"pruning.pattern: '{group[0]}:{group[1]}' needs rows of a multiple of {group[1]}"
+            f" weights, and those of {name} have {num_inputs}; use unstructured"
+        )
 
 
 class _Cut(NamedTuple):
@@ -156,13 +171,18 @@ def _above(group: Mapping[str, Scored], cut: _Cut, threads: int) -> Iterator[Kep
 
 
 def _lowest_of_rows(
-    matrices: Mapping[str, Scored], sparsity: Fraction, threads: int
+    matrices: Mapping[str, Scored],
+    sparsity: Fraction,
+    group: tuple[int, int] | None,
+    threads: int,
 ) -> Iterator[Kept]:
-    """What stays where every row competes on its own."""
+    """What stays where every row, or every group of a row, competes on its own."""
 
     def choose(part: _Part) -> Kept:
         name, matrix, rows = part
-        return Kept(name, rows, _keep_in_rows(matrix.keys(rows), sparsity))
+        keys = matrix.keys(rows)
+        width = group[1] if group else keys.shape[1]
+        return Kept(name, rows, _keep_in_rows(keys.view(-1, width), sparsity).view(keys.shape))
 
     return _in_threads(choose, _parts(matrices), threads)
 

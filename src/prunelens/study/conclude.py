@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pathlib
 
+from prunelens.config import PruningConfig
 from prunelens.study.matrix import Plan
 from prunelens.study.model_plan import VERSIONS
 from prunelens.study.progress import StudyProgress
@@ -15,11 +16,16 @@ from prunelens.study.store import Stage, Store
 
 
 def predictor_stage(plan: Plan, store: Store) -> Stage | None:
-    """The predictor over every run whose latents' fates are there; None where it has none."""
+    """The predictor over every run whose latents' fates are there; None where it has none.
+
+    Runs of a checkpoint of others are left out: nobody asked for their sparsity.
+    """
     parents = {
         run.name: run.stages["fates"]
         for run in plan.runs
-        if run.pruning and "fates" in run.stages and store.has(run.stages["fates"])
+        if isinstance(run.pruning, PruningConfig)
+        and "fates" in run.stages
+        and store.has(run.stages["fates"])
     }
     if "predictor" not in plan.study.questions or not parents:
         return None

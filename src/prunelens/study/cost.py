@@ -131,11 +131,17 @@ def _calibration(
 def _prune(
     config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
 ) -> Work:
-    """With sequential calibration every block runs twice: unpruned for its norms, then pruned."""
-    if config["pruning"]["calibration"] != "sequential":
-        return Work(10.0 * shape.linear_weights)  # scores, and counting their bit patterns
+    """With sequential calibration every block runs twice: unpruned for its inputs, then pruned.
+
+    SparseGPT's products of inputs take about as much as a pass: a matrix's inputs are about as many
+    as its outputs, and it has products where they have weights.
+    """
+    pruning = config.get("pruning")
+    if pruning is None or pruning["calibration"] != "sequential":
+        return Work(10.0 * shape.linear_weights)  # scores, and counting; or a comparison
     once = _calibration(config, parents, shape, study)
-    return Work(2 * once.flops, 2 * once.forward_tokens)
+    products = once.flops if pruning["criterion"] == "sparsegpt" else 0.0
+    return Work(2 * once.flops + products, 2 * once.forward_tokens)
 
 
 def _perplexity(

@@ -97,7 +97,7 @@ def _collect(
     )
     found.contexts.to_parquet(work.out / "contexts.parquet")
     found.latents.to_parquet(work.out / "latents.parquet")
-    lm = load_stage_model(work, pruned=False)  # pruning leaves the unembedding as it is
+    lm = load_stage_model(work)  # a pruned one is no parent: pruning leaves the unembedding alone
     effects = token_effects(directions, *unembedding(lm), count=work.config["effects"])
     save_file(
         {k: v.contiguous() for k, v in effects._asdict().items()}, work.out / "effects.safetensors"

@@ -15,13 +15,14 @@ from typing import NamedTuple
 import pandas as pd
 
 from prunelens.cards import Sharing
-from prunelens.config import ModelConfig, PruningConfig, SaeConfig
+from prunelens.config import CheckpointConfig, ModelConfig, PruningConfig, SaeConfig
 from prunelens.errors import UserError
 from prunelens.model import load_model
-from prunelens.prune.apply import MatrixSparsity, apply_masks
+from prunelens.prune.apply import MatrixSparsity
 from prunelens.prune.checkpoint import check_target, save_checkpoint
 from prunelens.prune.masks import load_masks, masks_sha256
 from prunelens.prune.record import ModelRecord, PerplexityRecord, PruningRecord, TextRecord
+from prunelens.prune.stored import MASKS, apply_pruning
 from prunelens.sae.hub_folder import HubFolder, SaeSource, write_hub_folder
 from prunelens.sae.record import TrainingRecord
 from prunelens.study.matrix import Run, Sae
@@ -81,10 +82,10 @@ def export_checkpoint(
     *,
     sharing: Sharing | None = None,
 ) -> ExportedCheckpoint:
-    """Write a study's pruned model as a Hugging Face checkpoint: the dense model under its masks.
+    """Write a study's pruned model as a Hugging Face checkpoint, made again from its artifact.
 
-    The masks are those that the study's SAEs were trained under; the dense model's files are
-    the same as then, or the study's plan has no such artifact.
+    It is what the study's SAEs were trained on; the dense model's files are the same as then, or
+    the study's plan has no such artifact.
 
     Args:
         study: a study's folder.
@@ -97,11 +98,16 @@ def export_checkpoint(
     facts, out = _Facts(pathlib.Path(study)), pathlib.Path(out).expanduser().absolute()
     check_target(out)
     run = facts.pruned_run(condition)
+    if isinstance(run.pruning, CheckpointConfig):
+        raise UserError(
+            f"--condition: {condition!r} is the checkpoint {run.pruning.checkpoint!r} itself; pass"
+            " that on"
+        )
     record = facts.pruning(run)
     assert record
-    masks = load_masks(facts.artifact(run.stages["prune"], run) / "masks.safetensors")
+    folder = facts.artifact(run.stages["prune"], run)
     lm = load_model(facts.model_config(run))
-    apply_masks(lm, masks)
+    masks = apply_pruning(lm, folder)
     save_checkpoint(lm, out, record=record, masks=masks, sharing=sharing)
     return ExportedCheckpoint(out, _condition(run), record)
 
@@ -200,8 +206,8 @@ class _Facts:
         return SaeSource(folder, training)
 
     def pruning(self, run: Run) -> PruningRecord | None:
-        """How the run's model was pruned; None for the dense one."""
-        if run.pruning is None:
+        """How the run's model was pruned; None for the dense one and for a checkpoint of others."""
+        if not isinstance(run.pruning, PruningConfig):
             return None
         name = _condition(run)  # the same whichever layer is looked at
         if name not in self._prunings:
@@ -241,7 +247,7 @@ class _Facts:
             model=self._model(run),
             pruning=pruning,
             matrices=tuple(MatrixSparsity(**row) for row in rows),
-            masks_sha256=masks_sha256(load_masks(folder / "masks.safetensors")),
+            masks_sha256=masks_sha256(load_masks(folder / MASKS)),
             calibration=self._text(text) if text else None,
             perplexity=self._perplexity(run),
         )
@@ -269,7 +275,12 @@ class _Facts:
 
     def _model(self, run: Run) -> ModelRecord:
         sae = next(iter(run.saes.values()))
-        return ModelRecord.of(self.model_config(run), sae.parents["activations"].config["weights"])
+        activations = sae.parents["activations"]
+        if isinstance(run.pruning, CheckpointConfig):
+            prune = activations.parents["prune"]
+            assert prune.source and prune.source.checkpoint
+            return ModelRecord.of(prune.source.checkpoint, prune.config["checkpoint"])
+        return ModelRecord.of(self.model_config(run), activations.config["weights"])
 
     def _text(self, stage: Stage) -> TextRecord:
         return TextRecord(self.plan.study.corpus, stage.config["text"])

@@ -10,7 +10,7 @@ import torch
 
 from prunelens.activations import STORAGE
 from prunelens.checkpoint import ModelShape, is_local
-from prunelens.config import ModelConfig, StudyConfig
+from prunelens.config import CheckpointConfig, ModelConfig, StudyConfig
 from prunelens.model import forward_tokens
 from prunelens.perplexity import LOGITS_AT_ONCE, SCORES_AT_ONCE
 from prunelens.study.cost import sae_size
@@ -33,7 +33,8 @@ class Disk(NamedTuple):
     saes: float
     """All SAEs, control SAEs included, and the decoders kept from within their training."""
     masks: float
-    """One bit per prunable weight and pruned condition."""
+    """One bit per prunable weight and pruned condition; under SparseGPT, which changes them, the
+    remaining weights as well."""
     contexts: float
     """Where latents fire, and what they do there under pruning; 0 without the question."""
     checkpoint: float
@@ -94,6 +95,7 @@ def disk_use(
     stores = all_stores if study.keep_activations else together
     saes = sum(sae[label] * (n + early[label] / 2) for label, n in counts["sae"].items())
     masks = pruned * sum(shape.linear_weights for shape in shapes.values()) / 8
+    masks += sum(_changed_weights(shapes[model.label], model, study) for model in study.models)
     contexts = sum(
         _contexts_bytes(shapes[label], study) * n for label, n in counts["evidence"].items()
     )
@@ -101,6 +103,11 @@ def disk_use(
     checkpoint = 3.5 * saes_at_once(stages) * max(sae.values())
     kept = saes + masks + contexts + (all_stores if study.keep_activations else 0.0)
     fetched = [shapes[m.label].parameters for m in study.models if not is_local(m.name)]
+    fetched += [
+        shapes[study.models[0].label].parameters
+        for condition in study.conditions()
+        if isinstance(condition, CheckpointConfig) and not is_local(condition.checkpoint)
+    ]
     peak = saes + masks + contexts + stores + checkpoint
     return Disk(
         max(store.values()),
@@ -156,6 +163,12 @@ def _model_memory(
     context = 0.0 if kind == "cpu" else GPU_CONTEXT_BYTES
     on_device = context + max(forward, perplexity, training)
     return Memory(weights, forward, perplexity, training, on_device, PROCESS_BYTES + weights)
+
+
+def _changed_weights(shape: ModelShape, model: ModelConfig, study: StudyConfig) -> float:
+    """What SparseGPT leaves of a model, over all its conditions."""
+    kept = sum(1 - c.sparsity for c in study.conditions() if c.criterion == "sparsegpt")
+    return kept * shape.linear_weights * getattr(torch, model.dtype).itemsize
 
 
 def _sae_bytes(shape: ModelShape, study: StudyConfig) -> float:

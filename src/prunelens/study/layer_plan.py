@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prunelens.config import PruningConfig
+from prunelens.config import CheckpointConfig, Condition
 from prunelens.study.matrix import Run, Sae, Training
 from prunelens.study.model_plan import ModelPlan
 from prunelens.study.store import Stage
@@ -23,7 +23,7 @@ class LayerPlan:
         self,
         model: ModelPlan,
         layer: int,
-        pruning: PruningConfig | None,
+        pruning: Condition | None,
         dense: LayerPlan | None,
     ) -> None:
         self._model, self._layer, self._pruning = model, layer, pruning
@@ -150,6 +150,8 @@ class LayerPlan:
         dense = {} if self._dense is self else self._dense._evidence()
         first = self._dense._seeds()[0]
         read = {"activations": self.activations, "screening": self._dense.screening}
+        if isinstance(self._pruning, CheckpointConfig) and self.prune:
+            read["prune"] = self.prune  # it may have an unembedding of its own
         stages = {}
         for given in (None, *self._model.pretrained(self._layer)):
             role = f"evidence {given.label}" if given else "evidence"

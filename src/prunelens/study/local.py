@@ -24,6 +24,10 @@ from prunelens.study.stages import try_stages
 from prunelens.study.store import DamagedArtifactError, Stage, Store
 from prunelens.study.worker import die_with_parent, make_by_identity, read_share, worker_context
 
+DIED = (
+    "its process died twice; was there enough memory? (A script that starts several workers has to"
+    " do so under `if __name__ == '__main__':`)"
+)
 log = logging.getLogger(__name__)
 
 TEXT = ("corpus", "text")  # stages that read text; they have no parents
@@ -151,7 +155,7 @@ class _Scheduler:
             self._running.clear()
             for other in running:
                 if len(running) == 1 and other.identity in self._crashed:
-                    self._settle(other, "its process died twice; was there enough memory?")
+                    self._settle(other, DIED)
                 else:
                     self._crashed.add(other.identity)
             raise

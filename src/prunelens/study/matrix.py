@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from prunelens.config import PruningConfig, StudyConfig
+from prunelens.config import Condition, StudyConfig
 from prunelens.study.store import Stage
 
 STORES = ("activations", "planted_activations")  # stages that make activation stores
@@ -39,7 +39,7 @@ class Run:
     """For example `gemma-3-1b/L12/wanda-row-0.30`."""
     model: str
     layer: int
-    pruning: PruningConfig | None
+    pruning: Condition | None
     """None: the dense condition."""
     stages: dict[str, Stage] = field(default_factory=dict)
     """Role -> stage whose artifact holds a result of this run: perplexity, prune, stability, …

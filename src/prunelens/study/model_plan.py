@@ -9,10 +9,11 @@ from typing import Any
 
 from prunelens.checkpoint import files_fingerprint
 from prunelens.config import (
+    CheckpointConfig,
+    Condition,
     CorpusConfig,
     ModelConfig,
     PretrainedSaeConfig,
-    PruningConfig,
     StudyConfig,
 )
 from prunelens.corpus import fingerprint
@@ -57,9 +58,11 @@ class Sources:
     def __init__(self, resolve: bool) -> None:
         self._resolve = resolve
 
-    def weights(self, model: ModelConfig) -> str:
-        """A model's files."""
-        return model_fingerprint(model) if self._resolve else _unresolved(model.name, model)
+    def weights(self, model: ModelConfig, *, field: str = "models.name") -> str:
+        """A model's files; `field` names it in errors."""
+        if not self._resolve:
+            return _unresolved(model.name, model)
+        return model_fingerprint(model, field=field)
 
     def text(self, corpus: CorpusConfig) -> str:
         """A corpus."""
@@ -84,6 +87,17 @@ def _unresolved(name: str, source: ModelConfig | CorpusConfig) -> str:
     return f"unresolved {name}@{source.revision}"
 
 
+def checkpoint_model(model: ModelConfig, condition: CheckpointConfig) -> ModelConfig:
+    """The checkpoint of a condition as it is loaded in the model's place."""
+    return model.model_copy(
+        update={
+            "name": condition.checkpoint,
+            "revision": condition.revision,
+            "short_name": condition.label,
+        }
+    )
+
+
 class ModelPlan:
     """The stages of one model."""
 
@@ -103,6 +117,7 @@ class ModelPlan:
         label: str,
         corpus: CorpusConfig | None = None,
         given: PretrainedSaeConfig | None = None,
+        checkpoint: ModelConfig | None = None,
         together: str = "",
     ) -> Stage:
         """A stage of this model; parents that are None are left out."""
@@ -114,17 +129,26 @@ class ModelPlan:
             {**config, "threads": self._study.threads_per_stage},
             present,
             label=f"{name} {label}",
-            source=Source(self._model, corpus, self._study.sae.checkpoint_every, given),
+            source=Source(self._model, corpus, self._study.sae.checkpoint_every, given, checkpoint),
             cost=progress_cost(name, work),
             together=together,
         )
 
-    def prune(self, pruning: PruningConfig) -> Stage:
-        """Masks of one condition; Wanda's norms of the dense model are measured once for all."""
-        wanda = pruning.criterion == "wanda"
-        sequential = wanda and pruning.calibration == "sequential"
+    def prune(self, condition: Condition) -> Stage:
+        """What one condition is made from; Wanda's dense norms are measured once for all."""
+        if isinstance(condition, CheckpointConfig):
+            checkpoint = checkpoint_model(self._model, condition)
+            content = self._sources.weights(checkpoint, field="prunings.checkpoint")
+            return self.stage(
+                "prune",
+                {**self._weights, "checkpoint": content},
+                {},
+                label=f"{self._model.label} {condition.label}",
+                checkpoint=checkpoint,
+            )
+        sequential = condition.calibration == "sequential"
         norms = None
-        if wanda and not sequential:
+        if condition.is_calibrated and not sequential:
             norms = self.stage(
                 "calibration",
                 self._weights,
@@ -133,9 +157,9 @@ class ModelPlan:
             )
         return self.stage(
             "prune",
-            {**self._weights, "pruning": pruning.model_dump(mode="json")},
+            {**self._weights, "pruning": condition.model_dump(mode="json", exclude_none=True)},
             {"calibration": norms, "corpus": self.corpus if sequential else None},
-            label=f"{self._model.label} {pruning.label}",
+            label=f"{self._model.label} {condition.label}",
         )
 
     def perplexity(self, pruned: Stage | None, label: str) -> Stage | None:

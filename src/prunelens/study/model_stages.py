@@ -19,13 +19,12 @@ from prunelens.activations import (
     statistics,
     usable_rows,
 )
-from prunelens.config import ActivationConfig, PruningConfig
+from prunelens.config import ActivationConfig
 from prunelens.corpus import TokenSplits, joined_stream, split_tokens, windows
 from prunelens.model import LanguageModel, load_model, load_tokenizer
 from prunelens.perplexity import measure_perplexity
-from prunelens.prune.apply import apply_masks, prune_model
 from prunelens.prune.calibrate import input_norms
-from prunelens.prune.masks import load_masks, save_masks
+from prunelens.study.conditions import load_condition, make_condition
 from prunelens.study.work import Work, read_json, share_of_all, write_json
 
 
@@ -54,17 +53,7 @@ def _calibration(work: Work) -> None:
 
 
 def _prune(work: Work) -> None:
-    pruning = PruningConfig.model_validate(work.config["pruning"])
-    lm = load_stage_model(work)
-    norms, tokens = None, None
-    if "calibration" in work.parents:
-        norms = load_file(work.parents["calibration"] / "norms.safetensors")
-    if "corpus" in work.parents:
-        tokens = load_windows(work, "calibration")
-    pruned = prune_model(lm, pruning, calibration=tokens, input_norms=norms)
-    save_masks(pruned.masks, work.out / "masks.safetensors")
-    pd.DataFrame(pruned.report).to_parquet(work.out / "matrices.parquet")
-    write_json(work.out / "prune.json", {"achieved_sparsity": pruned.achieved_sparsity})
+    make_condition(work, load_windows(work, "calibration") if "corpus" in work.parents else None)
 
 
 def _perplexity(work: Work) -> None:
@@ -184,12 +173,13 @@ MODEL_STAGES: dict[str, Callable[[Work], None]] = {
 
 
 def load_stage_model(work: Work, *, pruned: bool = True) -> LanguageModel:
-    """The stage's model on its device; with `pruned`, under the masks of a parent if it has one."""
-    assert work.stage.source
-    lm = load_model(work.stage.source.model, device=work.device)
+    """The stage's model on its device; with `pruned`, that of the parent `prune` if it has one."""
     if pruned and "prune" in work.parents:
-        apply_masks(lm, load_masks(work.parents["prune"] / "masks.safetensors"))
-    return lm
+        made_by = work.stage.parents["prune"].source
+        assert made_by
+        return load_condition(made_by, work.parents["prune"], device=work.device)
+    assert work.stage.source
+    return load_model(work.stage.source.model, device=work.device)
 
 
 def _save_splits(work: Work, splits: TokenSplits) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from prunelens import planted
-from prunelens.config import ActivationConfig, ModelConfig, PruningConfig, StudyConfig
+from prunelens.config import ActivationConfig, Condition, ModelConfig, StudyConfig
 from prunelens.errors import UserError
 from prunelens.model import model_shape
 from prunelens.study.model_plan import ModelPlan
@@ -37,9 +37,9 @@ class PlantedPlan(ModelPlan):
                 )
         self._check_saes(self._shape)
 
-    def prune(self, pruning: PruningConfig) -> Stage:
+    def prune(self, condition: Condition) -> Stage:
         """The world with its directions changed, and what became of each."""
-        return self.stage("planted_world", {"choice": pruning.scope}, {}, label=pruning.label)
+        return self.stage("planted_world", {"choice": condition.scope}, {}, label=condition.label)
 
     def perplexity(self, _pruned: Stage | None, _label: str) -> None:
         """There is no text."""

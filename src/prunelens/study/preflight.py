@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from prunelens.checkpoint import ModelShape, is_local
-from prunelens.config import StudyConfig
+from prunelens.config import CheckpointConfig, Condition, StudyConfig
 from prunelens.model import model_shape
 from prunelens.study.calibrate import Rate, calibrate
 from prunelens.study.cost import KINDS, Work, stage_work
@@ -133,11 +133,18 @@ def _row(run: Run, study: StudyConfig) -> Row:
         "layer": run.layer,
         "method": run.pruning.criterion if run.pruning else "dense",
         "scope": run.pruning.scope if run.pruning else "",
-        "sparsity": run.pruning.sparsity if run.pruning else 0.0,
+        "sparsity": _asked_sparsity(run.pruning),
         "seeds": seeds,
         "saes": seeds,
         "control_saes": len(run.saes) - seeds,
     }
+
+
+def _asked_sparsity(condition: Condition | None) -> float | None:
+    """None where it will be measured: of a checkpoint."""
+    if isinstance(condition, CheckpointConfig):
+        return None
+    return condition.sparsity if condition else 0.0
 
 
 def _sum_of(works: Iterable[Work]) -> Row:
@@ -246,5 +253,9 @@ def _is_on_the_hub(study: StudyConfig) -> bool:
     """Whether a model or a text would have to be looked up."""
     texts = [study.corpus, study.perplexity.corpus]
     return any(text is not None and text.source == "hub" for text in texts) or any(
-        not is_local(model.name) for model in study.models
+        not is_local(name)
+        for name in (
+            *(model.name for model in study.models),
+            *(c.checkpoint for c in study.conditions() if isinstance(c, CheckpointConfig)),
+        )
     )

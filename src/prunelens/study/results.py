@@ -21,6 +21,8 @@ from prunelens.analyses.fates import (
     subspace_by_latent,
 )
 from prunelens.analyses.fragility import holm
+from prunelens.config import CheckpointConfig
+from prunelens.prune.stored import FACTS
 from prunelens.study.conclude import predictor_stage
 from prunelens.study.matrix import Plan, Run, Sae
 from prunelens.study.store import Store
@@ -36,7 +38,7 @@ def study_results(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
     """
     tables = {}
     for name, rows in _BUILDERS.items():
-        parts = [with_run(run, part) for run, part in rows(plan, store)]
+        parts = [with_run(run, part, store) for run, part in rows(plan, store)]
         if parts:
             tables[name] = pd.concat(parts, ignore_index=True)
     if "fragility_tests" in tables:
@@ -62,10 +64,25 @@ def method_columns(run: Run) -> dict[str, Any]:
     }
 
 
-def with_run(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+def with_run(run: Run, table: pd.DataFrame, store: Store | None = None) -> pd.DataFrame:
     """The table with the columns that say which run its rows belong to."""
     names = {"run": run.name, "model": run.model, "layer": run.layer, **method_columns(run)}
+    if store is not None:
+        names["sparsity"] = sparsity_of(run, store)
     return pd.concat([pd.DataFrame([names] * len(table), index=table.index), table], axis=1)
+
+
+def sparsity_of(run: Run, store: Store) -> float:
+    """The sparsity that was asked for; of a checkpoint of others the one that it was found to have.
+
+    Raises: UserError where the artifact that says so is damaged.
+    """
+    if not isinstance(run.pruning, CheckpointConfig):
+        return run.pruning.sparsity if run.pruning else 0.0
+    stage = run.stages["prune"]
+    if not store.has(stage):
+        return run.pruning.sparsity
+    return float(_json(store.read(stage) / FACTS)["achieved_sparsity"])
 
 
 def _perplexity(plan: Plan, store: Store) -> _Rows:
@@ -74,8 +91,7 @@ def _perplexity(plan: Plan, store: Store) -> _Rows:
     for run, folder in _folders(plan, store, "perplexity"):
         achieved = 0.0
         if run.pruning:
-            masks = store.read(run.stages["prune"]) / "prune.json"
-            achieved = _json(masks)["achieved_sparsity"]
+            achieved = _json(store.read(run.stages["prune"]) / FACTS)["achieved_sparsity"]
         rows = pd.read_parquet(folder / "perplexity.parquet")
         yield run, rows.assign(corpus=name, achieved_sparsity=achieved)
 

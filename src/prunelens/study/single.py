@@ -54,7 +54,7 @@ def prune_checkpoint(
     check_target(out)
     lm = load_model(model, device=resolve_device(device))
     splits, text = None, None
-    if pruning.criterion == "wanda":
+    if pruning.is_calibrated:
         splits = split_tokens(corpus, lm.tokenizer, only=("calibration",))
         text = TextRecord(corpus, fingerprint(corpus))
     pruned = _pruned(lm, pruning, splits, corpus.context_tokens, with_masks=True)
@@ -168,7 +168,7 @@ def _text_for_transfer(
     least = max(sizes.refit_tokens, corpus.context_tokens)
     corpus = corpus.model_copy(update={"train_tokens": min(corpus.train_tokens, least)})
     only = ["train", "eval_first", "eval_second"]
-    if pruning is not None and pruning.criterion == "wanda":
+    if pruning is not None and pruning.is_calibrated:
         only.append("calibration")
     return split_tokens(corpus, lm.tokenizer, only=only)
 
@@ -193,7 +193,7 @@ def _pruned(
 ) -> Pruned:
     """Prune in place, calibrated on the splits where the criterion asks for it."""
     norms, tokens = None, None
-    if pruning.criterion == "wanda":
+    if pruning.is_calibrated:
         assert splits
         tokens = _cut(splits, "calibration", width)
         if pruning.calibration == "dense":

@@ -40,6 +40,8 @@ class Source(NamedTuple):
     """How often an SAE in training is saved."""
     pretrained: PretrainedSaeConfig | None = None
     """Where the SAE of others is, for the stage that tries it."""
+    checkpoint: ModelConfig | None = None
+    """Of the stage `prune`: the checkpoint that takes the model's place, where one does."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,7 @@ from prunelens.report.explorer.evidence_files import (
 from prunelens.report.explorer.source import Source, sources
 from prunelens.sae.neuronpedia import neuronpedia_id
 from prunelens.study.matrix import Plan, Run
+from prunelens.study.results import sparsity_of
 from prunelens.study.store import Store
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def _condition(
         identifier,
         run.pruning.label,
         run.name,
-        run.pruning.sparsity,
+        sparsity_of(run, source.store),
         columns=columns_of(fates, CONDITION_COLUMNS),
         kept=_kept(source, fates, latents),
         match=match,

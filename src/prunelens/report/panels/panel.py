@@ -194,7 +194,7 @@ def _method_of(family: str, rows: pd.DataFrame) -> str:
 
 def family_of(runs: pd.Series) -> pd.Series:
     """Conditions without their sparsity, as wanda-row."""
-    return condition_of(runs).map(lambda name: re.sub(r"-[0-9.]+", "", name))
+    return condition_of(runs).map(lambda name: re.sub(r"-0\.[0-9]+(?=-|$)", "", name))
 
 
 def conditions(rows: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame]]:

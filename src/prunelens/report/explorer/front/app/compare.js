@@ -69,7 +69,7 @@
   const newHelp = (b, own, name, view) => {
     if (!b) return "The dense model’s dictionary is the one that all are compared with.";
     if (!b.hasOwn) return `No dictionary was trained under ${name}.`;
-    return `Latents of the dictionary trained under ${name} that fire and have no mutual nearest dense latent at ${P.number(view.tau)} or more.`;
+    return `Latents of the dictionary trained under ${name} that fire and have no mutual nearest dense latent at ${P.brief(view.tau)} or more.`;
   };
 
   // --- their list ---------------------------------------------------------------------------------
@@ -85,10 +85,12 @@
       sort=${sort} onSort=${onSort} linkTo=${(latent) => P.format(place(latent))} onOpen=${(latent) => go(place(latent))} />`;
   };
 
-  // "-b0" in the address: by that column, downwards.
+  // "-b0" in the address: by that column, downwards. Else the most lost first; of new ones, the most frequent.
   const sorting = (columns, by) => {
     const field = by.replace("-", "");
     if (columns.some((column) => column.field === field)) return { field, dir: by.startsWith("-") ? "desc" : "asc" };
+    const rate = columns.find(({ field: name, key }) => name.startsWith("o") && key === "firing_rate");
+    if (rate) return { field: rate.field, dir: "desc" };
     return { field: columns.some((column) => column.field === "b0") ? "b0" : "i", dir: "asc" };
   };
 

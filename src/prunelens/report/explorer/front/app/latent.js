@@ -112,7 +112,7 @@
     if (!condition.hasOwn || match < 0) return null;
     const back = own.value && own.value.matchedBack;
     const isMutual = back && back[match] === state.latent;
-    const kind = back ? `, ${isMutual ? "and each is the other’s nearest" : `not mutual at ${P.number(view.tau)} or more`}` : "";
+    const kind = back ? `, ${isMutual ? "and each is the other’s nearest" : `not mutual at ${P.brief(view.tau)} or more`}` : "";
     return html`<p>Nearest in the dictionary trained under ${P.visible(condition.label)}: <a
       href=${P.format({ ...state, own: condition.id, latent: match })}>#${match}</a>${kind}.</p>`;
   };
@@ -120,7 +120,7 @@
   const Back = ({ view, own, state }) => {
     const back = own.matchedBack ? own.matchedBack[state.latent] : undefined;
     if (back === undefined) return null;
-    if (back < 0) return html`<b>New</b>: no latent of the dense dictionary is its mutual nearest at ${P.number(view.tau)} or more.`;
+    if (back < 0) return html`<b>New</b>: no latent of the dense dictionary is its mutual nearest at ${P.brief(view.tau)} or more.`;
     return html`It and <a href=${P.format({ ...state, own: "", c: state.own, latent: back })}>#${back}</a> of the dense dictionary are each other’s nearest.`;
   };
 

@@ -3,23 +3,25 @@
 (() => {
   const P = window.prunelens;
   const { html } = P;
-  const { useMemo } = window.preactHooks;
+  const { useMemo, useRef } = window.preactHooks;
   const FATE_CHOICES = [["", "kept or lost"], ["lost", "✗ lost"], ["kept", "✓ kept"], ["unsaid", "– cannot be said"]];
   const FILTERS = ["kept", "low", "high", "loss"];
   const newest = { key: "", rows: [] }; // the rows of the condition that was looked at last
 
   P.List = ({ view, condition, state, go }) => {
     const { rows, found } = P.useSelection(view, condition, state);
+    const shown = useRef(null); // while a text is searched, the rows of the last one stay
+    if (rows) shown.current = rows;
     const sort = P.sorting(view, condition, state);
     const columns = useMemo(() => listColumns(view, condition), [view, condition]);
     return html`<section class="fill" aria-labelledby="list-title">
       <h2 id="list-title" class="said">Latents</h2>
       <${Filters} view=${view} condition=${condition} state=${state} go=${go} />
       <${Count} view=${view} rows=${rows} found=${found} query=${state.q} />
-      <${P.Table} key=${`${view.id}/${state.c}`} label="Latents" columns=${columns} rows=${rows || []} sort=${sort}
+      ${shown.current && html`<${P.Table} key=${`${view.id}/${state.c}`} label="Latents" columns=${columns} rows=${shown.current} sort=${sort}
         focusOn=${P.lastLatent} onSort=${(field, dir) => go(P.withSort(view, condition, state, field, dir), { replace: true })}
         linkTo=${(latent) => P.format({ ...state, latent, own: "" })}
-        onOpen=${(latent) => go({ ...state, latent, own: "" })} />
+        onOpen=${(latent) => go({ ...state, latent, own: "" })} />`}
     </section>`;
   };
 

@@ -18,7 +18,7 @@
       return () => table.current.destroy();
     }, []);
     useEffect(() => whenBuilt(table.current, () => showRows(table.current, latest.current)), [props.rows]);
-    useEffect(() => whenBuilt(table.current, () => showSort(table.current, latest.current)), [props.sort.field, props.sort.dir]);
+    useEffect(() => whenBuilt(table.current, () => showSort(table.current, latest.current, place.current)), [props.sort.field, props.sort.dir]);
     return html`<div class="table" onKeyDown=${(event) => onKey(event, table.current)}><div aria-label=${props.label} ref=${place}></div></div>`;
   };
 
@@ -42,7 +42,7 @@
     table.on("tableBuilt", () => {
       table.isBuilt = true;
       (table.todo || []).forEach((act) => act());
-      const { focusOn } = latest.current;
+      const { focusOn } = latest.current; // after that, or the scrolling would be undone
       if (rows.some(({ i }) => i === focusOn)) focusRow(table, table.getRow(focusOn));
     });
     table.on("dataSorted", (sorters) => onSorted(sorters, latest.current));
@@ -62,9 +62,11 @@
     table.replaceData(rows);
   };
 
-  const showSort = (table, { sort }) => {
+  // Another order is looked at from its top.
+  const showSort = (table, { sort }, place) => {
     const [now] = table.getSorters();
     if (!now || now.field !== sort.field || now.dir !== sort.dir) table.setSort(sort.field, sort.dir);
+    place.querySelector(".tabulator-tableholder").scrollTop = 0;
   };
 
   const onSorted = (sorters, { sort, onSort }) => {

@@ -1,0 +1,126 @@
+"""The documentation builds without a warning, fetches nothing, and leaves nothing out."""
+
+import html.parser
+import pathlib
+import re
+import subprocess
+import sys
+import typing
+
+import pytest
+from ruamel.yaml import YAML
+from typer.main import get_command
+
+from prunelens.cli import app
+from prunelens.config import Question
+from prunelens.report.panels import FIGURES
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+LOADS = {  # what a browser fetches by itself: element -> attributes
+    "script": ("src",),
+    "link": ("href",),
+    "img": ("src", "srcset"),
+    "iframe": ("src",),
+    "source": ("src", "srcset"),
+    "video": ("src", "poster"),
+    "audio": ("src",),
+    "object": ("data",),
+    "embed": ("src",),
+    "use": ("href", "xlink:href"),
+}
+MOST_BYTES = 80_000  # of a picture
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site as `make docs` builds it, elsewhere."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+def navigation():
+    pages = YAML(typ="safe", pure=True).load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))[
+        "nav"
+    ]
+    return [path for page in pages for path in page.values()]
+
+
+def fetched(page):
+    """What a browser fetches from somewhere else when it opens the page."""
+    found = []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            for name, value in attributes:
+                if name in LOADS.get(tag, ()) and re.match(r"\s*(?:https?:)?//", value or ""):
+                    found.append(f"<{tag} {name}={value}>")
+
+    Reader().feed(page)
+    return found + re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^)\"']+", page)
+
+
+def test_every_page_is_built_and_every_document_is_a_page(site):
+    pages = navigation()
+    assert sorted(pages) == sorted(path.name for path in DOCS.glob("*.md"))
+    for page in pages:
+        assert (site / page).with_suffix(".html").is_file(), page
+
+
+def test_no_page_or_style_fetches_from_elsewhere(site):
+    pages = [*site.rglob("*.html"), *site.rglob("*.css")]
+    assert len(pages) > len(navigation())
+    for page in pages:
+        assert not fetched(page.read_text(encoding="utf-8")), page.relative_to(site)
+
+
+@pytest.mark.parametrize(
+    "markup",
+    [
+        '<script src="https://a.b/c.js">',
+        '<link rel="preconnect" href="//fonts.b">',
+        "<img srcset='http://a.b/c.png 2x'>",
+        "<style>@import 'https://a.b/c.css'</style>",
+        "<style>p {background: url(//a.b/c)}</style>",
+    ],
+)
+def test_what_is_fetched_is_seen(markup):
+    assert fetched(markup)
+    assert not fetched('<a href="https://a.b">a link that is followed on a click</a>')
+
+
+def test_every_question_has_its_section():
+    headings = re.findall(r"^## (.+)$", (DOCS / "questions.md").read_text("utf-8"), re.MULTILINE)
+    sections = [name for heading in headings for name in re.findall(r"`(\w+)`", heading)]
+    assert sorted(sections) == sorted(typing.get_args(Question))
+
+
+def test_every_figure_is_explained():
+    page = (DOCS / "questions.md").read_text("utf-8")
+    for name, figure in FIGURES.items():
+        number = figure.title.split(":")[0]
+        assert f"**{number}" in page, number
+        assert f"figures/{name}.png" in page or name == "fig9_selftest"  # of another study
+
+
+def test_pictures_are_small():
+    for picture in (DOCS / "figures").glob("*.png"):
+        assert picture.stat().st_size <= MOST_BYTES, picture.name
+
+
+def test_every_command_is_in_the_quick_start():
+    page = (DOCS / "index.md").read_text(encoding="utf-8")
+    for command in get_command(app).commands:
+        assert f"`prunelens {command}" in page, command
+
+
+def test_every_example_is_in_the_quick_start_and_in_the_index():
+    names = {
+        path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".py", ".ipynb")
+    }
+    for page in (DOCS / "index.md", ROOT / "examples" / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        assert set(re.findall(r"\w+\.(?:py|ipynb)\b", text)) >= names, page
