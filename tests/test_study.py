@@ -364,8 +364,8 @@ def test_a_new_condition_runs_only_what_is_new(finished, data, tmp_path):
     outcome = run_and_report(study_from_data(data), tmp_path / "copy", quiet=True)
     # two activation stores (the dense one was deleted), statistics, masks, perplexity, three SAEs
     # and a warm one, stability, survival, corrected, persistence, activation matching, scaling,
-    # subspace, sufficiency, transfer, fates, fragility, causal; the predictor
-    assert outcome.num_executed == 22
+    # subspace, sufficiency, transfer, fates, fragility, causal, evidence; the predictor
+    assert outcome.num_executed == 23
     assert len(pd.read_csv(tmp_path / "copy" / "runs.csv")) == 4
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import pathlib
 import re
 import sysconfig
@@ -90,10 +91,8 @@ def stdlib_documents() -> list[Document]:
     """
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     out = []
-    for path in sorted(root.rglob("*.py")):
+    for path in _stdlib_files(root):
         parts = path.relative_to(root).with_suffix("").parts
-        if _NOT_TEXT & set(parts[:-1]):
-            continue
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         text = path.read_text(encoding="utf-8", errors="replace")
         if text.strip():
@@ -104,6 +103,15 @@ def stdlib_documents() -> list[Document]:
             " has none; install them, or use source 'files'"
         )
     return out
+
+
+def _stdlib_files(root: pathlib.Path) -> list[pathlib.Path]:
+    """Installed packages lie beside the library and are many more files: they are not walked."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_TEXT]
+        found += [pathlib.Path(folder) / name for name in names if name.endswith(".py")]
+    return sorted(found)
 
 
 def stdlib_held_out(name: str) -> bool:
