@@ -164,7 +164,7 @@ def test_list_begins_with_what_was_lost_most(open_page: Open, address: str, view
     assert found == expected[: len(found)]
     assert sight.count() == "300 of 300 latents"
     titles = sight.page.locator(".heading").all_text_contents()
-    assert titles[:4] == ["latent", "kept", "firing rate", "persistence"]
+    assert titles[:5] == ["latent", "fires on", "kept", "firing rate", "persistence"]
 
 
 def test_every_request_is_to_the_folder(open_page: Open, address: str) -> None:
@@ -207,6 +207,17 @@ def test_search_finds_text_where_latents_fire(open_page: Open, address: str) -> 
     sight.page.locator(".count", has_text="occurs 1 time").wait_for()
     assert sight.latents() == [NEEDLE_LATENT]
     assert "1 latent fires there" in sight.count()
+
+
+def test_the_list_shows_what_a_latent_fires_on(open_page: Open, address: str, view: View) -> None:
+    page = open_page(address).page
+    page.get_by_role("searchbox").fill(f"#{NEEDLE_LATENT}")
+    page.locator(".count", has_text="1 of 300").wait_for()
+    row = int(np.searchsorted(view.contexts.latent, NEEDLE_LATENT))
+    window, position = view.contexts.window[row], view.contexts.position[row]
+    token = view.tokens.vocabulary[view.tokens.ids[window, position]]
+    page.locator(".glimpse .fired", has_text=token.strip()).wait_for()
+    assert page.locator(".glimpse .fired").count() == 1
 
 
 def test_search_agrees_with_a_plain_one(open_page: Open, address: str, view: View) -> None:

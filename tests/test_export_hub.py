@@ -39,7 +39,7 @@ from prunelens.prune import (
     save_checkpoint,
     save_masks,
 )
-from prunelens.prune.card import model_in_words, text_in_words
+from prunelens.prune.card import data_sets, model_in_words, text_in_words
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.exports import _path, export_checkpoint, export_hub
@@ -223,6 +223,10 @@ def test_where_a_model_and_a_text_come_from():
     assert text_in_words(TextRecord(corpus, "f00")) == (
         "data set a/b, subset &lt;c&gt;, split d, revision f00"
     )
+    assert data_sets(TextRecord(corpus, "f00"), text, None) == ["a/b"]
+    own = TextRecord(CorpusConfig(source="hub", dataset="/secret/place/rows"), "abc")
+    assert "secret" not in json.dumps(own.as_json()) + text_in_words(own)
+    assert data_sets(own) == []  # the hub would refuse a card with it
 
 
 # ---- masks ----

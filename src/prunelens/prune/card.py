@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from prunelens import cards
 from prunelens.cards import Sharing, escaped
 from prunelens.prune.masks import MASKS_FILE
-from prunelens.prune.record import ModelRecord, PerplexityRecord, PruningRecord, TextRecord
+from prunelens.prune.record import (
+    ModelRecord,
+    PerplexityRecord,
+    PruningRecord,
+    TextRecord,
+    hub_dataset,
+)
 
 
 def checkpoint_card(record: PruningRecord, sharing: Sharing) -> str:
@@ -110,21 +116,22 @@ def base_models(models: Sequence[ModelRecord], sharing: Sharing) -> list[str]:
 def text_in_words(text: TextRecord) -> str:
     """A text and what its content was; paths of a machine are not told."""
     corpus = text.corpus
-    if corpus.source == "hub":
+    if dataset := hub_dataset(corpus):
         subset = f", subset {escaped(corpus.subset)}" if corpus.subset else ""
         split = f", split {escaped(corpus.split)}"
-        return f"data set {escaped(corpus.dataset)}{subset}{split}, revision {text.content}"
+        return f"data set {escaped(dataset)}{subset}{split}, revision {text.content}"
     kind = {
         "stdlib": "the Python standard library's sources",
         "files": "local files",
         "tokens": "ready-made token ids",
+        "hub": "a local data set",
     }[corpus.source]
     return f"{kind} (fingerprint {text.content})"
 
 
 def data_sets(*texts: TextRecord | None) -> list[str]:
     """The hub's data sets among some texts, each once."""
-    found = [text.corpus.dataset for text in texts if text and text.corpus.source == "hub"]
+    found = [hub_dataset(text.corpus) for text in texts if text]
     return [name for name in dict.fromkeys(found) if name]
 
 

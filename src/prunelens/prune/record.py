@@ -50,7 +50,15 @@ class TextRecord:
 
     def as_json(self) -> dict[str, Any]:
         """Without the paths, which are the machine's own."""
-        return {**self.corpus.model_dump(mode="json", exclude={"paths"}), "content": self.content}
+        corpus = self.corpus.model_dump(mode="json", exclude={"paths"})
+        return {**corpus, "dataset": hub_dataset(self.corpus), "content": self.content}
+
+
+def hub_dataset(corpus: CorpusConfig) -> str | None:
+    """The hub's data set that a text is from; None for other texts, a folder of one's own too."""
+    if corpus.source != "hub" or corpus.dataset is None or is_local(corpus.dataset):
+        return None
+    return corpus.dataset
 
 
 class PerplexityRecord(NamedTuple):

@@ -21,7 +21,13 @@ from prunelens.model import load_model
 from prunelens.prune.apply import MatrixSparsity
 from prunelens.prune.checkpoint import check_target, save_checkpoint
 from prunelens.prune.masks import load_masks, masks_sha256
-from prunelens.prune.record import ModelRecord, PerplexityRecord, PruningRecord, TextRecord
+from prunelens.prune.record import (
+    ModelRecord,
+    PerplexityRecord,
+    PruningRecord,
+    TextRecord,
+    hub_dataset,
+)
 from prunelens.prune.stored import MASKS, apply_pruning
 from prunelens.sae.hub_folder import HubFolder, SaeSource, write_hub_folder
 from prunelens.sae.record import TrainingRecord
@@ -267,7 +273,7 @@ class _Facts:
         scored = self.plan.study.perplexity.corpus
         text = f"{self.plan.study.corpus.source} eval"
         if scored is not None:
-            text = scored.dataset or scored.source
+            text = hub_dataset(scored) or ("files" if scored.source == "hub" else scored.source)
         return tuple(
             PerplexityRecord(text, int(width), float(before[width]), float(after[width]))
             for width in before.index.intersection(after.index)
@@ -291,6 +297,5 @@ class _Facts:
         if stage is None or not self.store.has(stage):
             return None, "the question `sufficiency` was not asked"
         verdict = pd.read_parquet(self.store.read(stage) / "verdict.parquet").iloc[0]
-        return None if pd.isna(verdict["trained_enough"]) else bool(
-            verdict["trained_enough"]
-        ), verdict["reason"]
+        enough = verdict["trained_enough"]
+        return None if pd.isna(enough) else bool(enough), verdict["reason"]

@@ -45,11 +45,11 @@ CONDITION_COLUMNS = (
     "causal_effect_pruned",
 )
 KEPT_MEANS = {
-    "persistence": f"Kept: persistence above {PERSISTENT}; lost: at most that; neither where the"
+    "persistence": f"persistence above {PERSISTENT}; lost: at most that; neither where the"
     " latent fires too seldom to say.",
-    "survival": "Kept: mutual nearest neighbour in the pruned SAE of the same start, at a cosine of"
+    "survival": "mutual nearest neighbour in the pruned SAE of the same start, at a cosine of"
     f" at least {TAU}; lost: not so; neither where the latent never fires.",
-    "nothing": "Neither kept nor lost: the study asks neither persistence nor survival.",
+    "nothing": "nothing can be said, for the study asks neither persistence nor survival.",
 }
 
 

@@ -127,7 +127,7 @@ class View:
     tau: float
     """Of `matched_back`."""
     kept_means: str
-    """One sentence: by which measure a latent counts as kept."""
+    """By which measure a latent counts as kept: what follows "Kept:", to the end of a sentence."""
     columns: tuple[Column, ...]
     """Of the dense dictionary: firing rate, mean activation, init retention, …"""
     conditions: tuple[Condition, ...]

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 LARGEST_PORT = 65_535
+HTTP_PORT = 80  # browsers leave it out
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -88,7 +89,9 @@ class ExplorerServer(http.server.ThreadingHTTPServer):
     @property
     def hosts(self) -> set[str]:
         """How a browser on this machine names the server."""
-        return {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
+        names = {HOST, "localhost"}
+        with_port = {f"{name}:{self.server_port}" for name in names}
+        return with_port | names if self.server_port == HTTP_PORT else with_port
 
     def server_bind(self) -> None:
         """As the base class, without looking the host's name up in the network."""

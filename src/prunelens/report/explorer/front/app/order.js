@@ -71,13 +71,8 @@
   };
 
   const searcher = async (view) => {
-    const [text, places] = await Promise.all([P.text(view), P.load(`${view.id}/places`)]);
+    const [text, where] = await Promise.all([P.text(view), P.places(view)]);
     const joined = joinedText(text);
-    const where = {
-      ...places,
-      offsets: P.unpack(places.offsets), windows: P.unpack(places.windows),
-      positions: P.unpack(places.positions), fires: P.unpack(places.fires),
-    };
     return (query) => latentsAt(view, text, where, tokensWith(joined, query));
   };
 

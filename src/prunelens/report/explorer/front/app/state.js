@@ -54,11 +54,12 @@
   const settled = (state, study) => {
     const { conditions } = study.views.find(({ id }) => id === state.view);
     const ids = conditions.map(({ id }) => id);
+    const hasOwn = (own) => conditions.some((condition) => condition.id === own && condition.hasOwn);
     const first = ids[0] || "";
     const known = (id, usual) => (id === "dense" || ids.includes(id) ? id : usual);
     return {
       ...state,
-      latent: state.own && !ids.includes(state.own) ? null : state.latent,
+      latent: state.own && !hasOwn(state.own) ? null : state.latent,
       c: [state.c, state.own, first].find((id) => ids.includes(id)) || "",
       a: known(state.a, "dense"),
       b: known(state.b, ids[ids.length - 1] || "dense"),

@@ -5,6 +5,7 @@
   const views = new Map(); // id -> promise
   const owns = new Map(); // view/condition -> promise
   const texts = new Map(); // view -> promise
+  const allPlaces = new Map(); // view -> promise
 
   const once = (cache, name, make) => {
     if (!cache.has(name)) cache.set(name, make().catch((error) => { cache.delete(name); throw error; }));
@@ -60,6 +61,13 @@
   P.text = (view) => once(texts, view.id, async () => {
     const data = await P.load(`${view.id}/tokens`);
     return { ...data, ids: P.unpack(data.ids) };
+  });
+
+  // Where every context lies and on which of its tokens its latent fires.
+  P.places = (view) => once(allPlaces, view.id, async () => {
+    const data = await P.load(`${view.id}/places`);
+    const [offsets, windows, positions, fires] = ["offsets", "windows", "positions", "fires"].map((name) => P.unpack(data[name]));
+    return { ...data, offsets, windows, positions, fires };
   });
 
   // A latent's contexts and effects; folder is v0 or v0/c1.
