@@ -218,6 +218,35 @@ def test_the_list_shows_what_a_latent_fires_on(open_page: Open, address: str, vi
     token = view.tokens.vocabulary[view.tokens.ids[window, position]]
     page.locator(".glimpse .fired", has_text=token.strip()).wait_for()
     assert page.locator(".glimpse .fired").count() == 1
+    around = [
+        "".join(view.tokens.vocabulary[i] for i in view.tokens.ids[window, first:last])
+        for first, last in ((max(0, position - 3), position), (position + 1, position + 3))
+    ]
+    found = [page.locator(f".glimpse .{side}").text_content() for side in ("before", "after")]
+    assert found == around
+    assert page.locator(".heading", has_text="fires on").evaluate("it => it.tagName") == "SPAN"
+
+
+def test_the_token_that_fires_is_in_sight_however_long_the_text_is(
+    open_page: Open, view: View, tmp_path: pathlib.Path
+) -> None:
+    """Tokens of nothing but indentation must not push it out."""
+    vocabulary = tuple(" " * 60 + word for word in view.tokens.vocabulary)
+    tokens = dataclasses.replace(view.tokens, vocabulary=vocabulary)
+    bare = dataclasses.replace(view, conditions=(), effects=None, tokens=tokens)
+    folder = write_explorer(Explorer("long", (bare,)), tmp_path / "out")
+    page = open_page((folder / "index.html").as_uri()).page
+    page.locator(".glimpse .fired").first.wait_for()
+    cells = page.locator(".glimpse", has=page.locator(".fired"))
+    boxes = cells.evaluate_all(
+        """cells => cells.map((cell) => {
+          const [all, fired] = [cell, cell.querySelector(".fired")]
+            .map((element) => element.getBoundingClientRect());
+          return [fired.left - all.left, all.right - fired.right, fired.width];
+        })"""
+    )
+    assert len(boxes) > 5
+    assert all(left >= 0 and right >= 0 and width > 50 for left, right, width in boxes)
 
 
 def test_search_agrees_with_a_plain_one(open_page: Open, address: str, view: View) -> None:
@@ -497,6 +526,12 @@ def test_broken_addresses_lead_to_the_list(open_page: Open, address: str) -> Non
         sight.page.goto(address + broken)
         sight.page.locator(".filters").get_by_label("Fate", exact=True).wait_for()
         assert sight.latents()[0] == LOST_LATENT
+
+
+def test_an_address_of_a_dictionary_that_there_is_not(open_page: Open, address: str) -> None:
+    """It leads to the list: only every second condition has a dictionary of its own."""
+    assert "latent" in open_page(f"{address}#/v0/c0/latent/5", wait=".latent.own").page.url
+    assert len(open_page(f"{address}#/v0/c1/latent/5").latents()) > 5
 
 
 def test_keys(open_page: Open, address: str) -> None:

@@ -125,6 +125,13 @@ def test_a_name_of_another_site_is_refused(folder):
             assert b"page" not in body
 
 
+def test_browsers_leave_port_80_out(folder):
+    with serve_explorer(folder) as server:
+        assert "127.0.0.1" not in server.hosts
+        server.server_port = 80
+        assert {"127.0.0.1", "localhost", "127.0.0.1:80"} <= server.hosts
+
+
 def test_pages_of_other_sites_may_link_but_not_load(folder):
     def from_elsewhere(mode, destination):
         return [

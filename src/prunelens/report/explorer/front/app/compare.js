@@ -88,7 +88,7 @@
   // "-b0" in the address: by that column, downwards. Else the most lost first; of new ones, the most frequent.
   const sorting = (columns, by) => {
     const field = by.replace("-", "");
-    if (columns.some((column) => column.field === field)) return { field, dir: by.startsWith("-") ? "desc" : "asc" };
+    if (columns.some((column) => column.field === field && !column.isUnsorted)) return { field, dir: by.startsWith("-") ? "desc" : "asc" };
     const rate = columns.find(({ field: name, key }) => name.startsWith("o") && key === "firing_rate");
     if (rate) return { field: rate.field, dir: "desc" };
     return { field: columns.some((column) => column.field === "b0") ? "b0" : "i", dir: "asc" };
@@ -110,6 +110,6 @@
       : []);
     const rate = view.rate ? [{ ...view.rate, values: view.rate.values, field: "rate" }] : [];
     const strip = { field: "strip", label: "kept", help: "Under every condition.", values: P.keptCounts(view), cell: ({ i }) => P.marks(view, i) };
-    return [index, strip, ...measure(a, "a"), ...(a === b ? [] : measure(b, "b")), ...rate];
+    return [index, P.glimpses(view), strip, ...measure(a, "a"), ...(a === b ? [] : measure(b, "b")), ...rate];
   };
 })();

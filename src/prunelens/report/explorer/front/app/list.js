@@ -62,7 +62,7 @@
     const names = view.conditions.map(({ label }) => P.visible(label)).join(", ");
     return [
       { field: "i", label: "latent", help: "Its index in the dictionary." },
-      { field: "glimpse", label: "fires on", help: "The text around its strongest firing.", width: 290, cell: ({ i }) => P.glimpse(view, i) },
+      P.glimpses(view),
       { field: "strip", label: "kept", help: `Kept (✓), lost (✗) or not to be said (–) under: ${names}.`, cell: ({ i }) => P.marks(view, i) },
       ...P.fields(view, condition),
     ];

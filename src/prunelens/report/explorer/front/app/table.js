@@ -5,9 +5,8 @@
   const P = window.prunelens;
   const { html } = P;
   const { useEffect, useRef } = window.preactHooks;
-  const GLIMPSE = { before: 3, after: 2 }; // tokens
 
-  // columns: [{field, label, help, cell?(row) -> Node, width?}], those with a width are in no order; rows: [{i, …}]; sort: {field, dir}.
+  // columns: [{field, label, help, cell?(row) -> Node, width?, isUnsorted?}]; rows: [{i, …}]; sort: {field, dir}.
   // The first column is the link to the latent; focusOn: the latent that one comes back from. Give it a new `key` when the columns change.
   P.Table = (props) => {
     const place = useRef(null);
@@ -87,7 +86,7 @@
     minWidth: isFirst ? 84 : 76,
     widthGrow: column.width ? 0 : 1,
     width: column.width,
-    headerSort: !column.width,
+    headerSort: !column.isUnsorted,
     titleFormatter: () => heading(column),
     formatter: (cell) => contents(cell, column, isFirst, latest),
     sorter: (a, b, rowA, rowB, _, dir) => P.compare(a, b, dir)
@@ -96,9 +95,9 @@
   });
 
   // A button, so that the keyboard reaches it; its click goes on to Tabulator.
-  const heading = ({ label, help, width }) => {
-    const button = document.createElement(width ? "span" : "button");
-    if (!width) button.type = "button";
+  const heading = ({ label, help, isUnsorted }) => {
+    const button = document.createElement(isUnsorted ? "span" : "button");
+    if (!isUnsorted) button.type = "button";
     button.className = "heading";
     button.textContent = label;
     if (help) button.title = `${label}: ${help}`;
@@ -148,31 +147,5 @@
     strip.setAttribute("aria-label", said.join(", "));
     strip.title = said.join("\n");
     return strip;
-  };
-
-  // A few tokens around the latent's strongest firing, put in when the text is there.
-  P.glimpse = (view, latent) => {
-    const place = document.createElement("span");
-    place.className = "glimpse";
-    Promise.all([P.text(view), P.places(view)]).then(
-      ([text, places]) => place.append(...glimpsed(text, places, latent)),
-      (error) => { place.textContent = "–"; place.title = error.message; },
-    );
-    return place;
-  };
-
-  const glimpsed = ({ vocabulary, ids, contextTokens }, { offsets, windows, positions }, latent) => {
-    const context = offsets[latent];
-    if (context === offsets[latent + 1]) return ["–"];
-    const tokens = [];
-    for (let offset = -GLIMPSE.before; offset <= GLIMPSE.after; offset += 1) {
-      const position = positions[context] + offset;
-      if (position < 0 || position >= contextTokens) continue;
-      const token = document.createElement("bdi");
-      token.className = offset ? "token" : "token fired";
-      token.textContent = P.visible(vocabulary[ids[windows[context] * contextTokens + position]]);
-      tokens.push(token);
-    }
-    return tokens;
   };
 })();
