@@ -17,7 +17,13 @@ TEXT = (
     "def greet(name):\n    return 'hello ' + name\n\nThe quick brown fox jumps over the lazy dog.\n"
 )
 
-torch.set_num_threads(1)  # two test processes share two cores
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Two test processes share two cores, and on tensors this small a second thread costs more
+    than it gives; the test before may have set others.
+    """
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=ARCHITECTURES)

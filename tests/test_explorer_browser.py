@@ -422,7 +422,9 @@ def test_comparison_counts(open_page: Open, address: str, view: View) -> None:
         sight.page.get_by_label("From").select_option(a)
         sight.page.get_by_label("to", exact=True).select_option(b)
         for name, number in _groups(view, a, b).items():
-            sight.page.locator(".group", has_text=re.compile(f"^{number} {name}$")).wait_for()
+            group = sight.page.locator(".group", has_text=re.compile(f"^{number} {name}$"))
+            group.wait_for()
+            assert group.count() == 1
 
 
 def _groups(view: View, a: str, b: str) -> dict[str, Any]:
@@ -477,7 +479,9 @@ def test_a_second_view_may_have_next_to_nothing(
     page.get_by_role("link", name="Scatter").click()
     page.get_by_text("There is nothing to draw").wait_for()
     page.get_by_role("link", name="Compare").click()
-    page.locator(".group", has_text=re.compile("^300 kept$")).wait_for()
+    group = page.locator(".group", has_text=re.compile("^300 kept$"))
+    group.wait_for()
+    assert group.count() == 1
 
 
 # --- addresses and keys ---------------------------------------------------------------------------
@@ -712,3 +716,4 @@ def test_a_large_scatter_opens_latents(open_page: Open, large_address: str) -> N
     sight.page.wait_for_timeout(300)
     sight.page.locator(".plot").click(position={"x": across, "y": down})
     sight.page.get_by_role("heading", name=f"Latent #{LOST_LATENT}", exact=True).wait_for()
+    assert f"/latent/{LOST_LATENT}" in sight.page.url

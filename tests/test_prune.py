@@ -33,15 +33,6 @@ SPARSITIES = ("0.0", "0.3", "0.5", "0.7")
 SCOPES = ("global", "matrix", "row")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products gain nothing from a second thread and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def windows():
     generator = torch.Generator().manual_seed(7)

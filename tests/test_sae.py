@@ -11,15 +11,6 @@ from prunelens.sae.kernels import SparseLatents, Weights
 from prunelens.sae.pattern import TransposedPattern
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors this small a second thread costs more than it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class InMemory:
     """Activations held as one raw tensor."""
 

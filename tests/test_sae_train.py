@@ -23,15 +23,6 @@ SMALL = SaeConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors this small a second thread costs more than it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class StopHereError(Exception):
     """Stands for a kill."""
 

@@ -19,15 +19,6 @@ from prunelens.prune.sparsegpt import prune_matrix
 GROUPS = {"2:4": (2, 4), "4:8": (4, 8)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products gain nothing from a second thread and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def windows():
     generator = torch.Generator().manual_seed(7)

@@ -24,15 +24,6 @@ from test_sae import InMemory
 TAUS = (0.5, 0.7, 0.9)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On tensors this small a second thread costs more than it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # ---- trainings on data with known directions ----
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import tempfile
 from collections.abc import Mapping
@@ -29,8 +30,8 @@ def save_checkpoint(
 ) -> None:
     """Write model (safetensors) and tokenizer so that `AutoModelForCausalLM` loads them.
 
-    They are written beside `folder` and renamed, so `folder` is whole or not there. Zeroed weights
-    are stored as zeros: the files are as large as the dense model's.
+    They are written beside `folder`, flushed to disk and renamed, so `folder` is whole or not
+    there. Zeroed weights are stored as zeros: the files are as large as the dense model's.
 
     Args:
         lm: the model, pruned already.
@@ -56,6 +57,8 @@ def save_checkpoint(
             facts = {"kind": "pruned checkpoint", "prunelens": version(), **record.as_json()}
             text = json.dumps(facts, indent=1) + "\n"
             (partial / RECORD_FILE).write_text(text, encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            flush(path)
         partial.replace(folder)
 
 
@@ -69,3 +72,12 @@ def check_target(folder: pathlib.Path) -> None:
     except OSError as error:
         why = f"cannot write to {str(folder)!r} ({error.strerror})"
         raise UserError(f"out: {why}; name a folder that you can write to") from None
+
+
+def flush(path: pathlib.Path) -> None:
+    """Have the operating system write a file or a folder's entries to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

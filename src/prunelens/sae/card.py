@@ -118,12 +118,14 @@ def _loading(path: str, record: SaeRecord, sharing: Sharing) -> list[str]:
     """Three lines for each of the libraries; of several SAEs, for the first."""
     address, inside = sharing.address, f"{path}/" if path else ""
     where = f'snapshot_download("{address}") + "/{inside}{OWN}"'
+    guess = "" if record.layer is not None else "  # layer: not known, put it here"
     return [
         "prunelens (raw activations in, latents and raw reconstructions out):",
         cards.code(
             "from huggingface_hub import snapshot_download",
             "from prunelens import PretrainedSaeConfig, load_given_sae",
-            f"sae = load_given_sae(PretrainedSaeConfig(layer={record.layer or 0}, folder={where}))",
+            f"sae = load_given_sae(PretrainedSaeConfig(layer={record.layer or 0}, folder={where}))"
+            + guess,
         ),
         "SAELens:",
         cards.code(

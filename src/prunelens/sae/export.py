@@ -9,7 +9,6 @@ rescaled by that norm.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import tempfile
 from typing import Any, Literal, NamedTuple, get_args
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from prunelens.activations import Statistics
 from prunelens.errors import UserError
-from prunelens.prune.checkpoint import check_target
+from prunelens.prune.checkpoint import check_target, flush
 from prunelens.sae import sparsify
 from prunelens.sae.formats import PLACE_FILE, GivenSae, NormalisedTopK, own_sae
 from prunelens.sae.kernels import Weights
@@ -219,12 +218,3 @@ def _write(layout: _Layout, out: pathlib.Path) -> None:
         for path in (*partial.iterdir(), partial):
             flush(path)
         partial.replace(out)
-
-
-def flush(path: pathlib.Path) -> None:
-    """Have the operating system write a file or a folder's entries to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from prunelens.cards import CARD_FILE, RECORD_FILE, Sharing, version
-from prunelens.prune.checkpoint import check_target
+from prunelens.prune.checkpoint import check_target, flush
 from prunelens.sae.card import OWN, SAELENS, SPARSIFY, prunings_of, sae_card
-from prunelens.sae.export import export_sae, flush
+from prunelens.sae.export import export_sae
 from prunelens.sae.formats import PLACE_FILE
 from prunelens.sae.record import QUALITY_FILE, SaeRecord, TrainingRecord, sae_record
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from prunelens.config import CorpusConfig, ModelConfig, PretrainedSaeConfig
 from prunelens.errors import UserError
+from prunelens.prune.checkpoint import flush
 
 LIBRARIES = (
     *("prunelens", "torch", "transformers", "tokenizers", "numpy", "pandas", "safetensors"),
@@ -145,7 +146,7 @@ class Store:
         if final.exists():  # left without meta.json by someone's hand
             shutil.rmtree(final)
         temporary.rename(final)
-        _flush(final.parent)
+        flush(final.parent)
         shutil.rmtree(
             self.root / "unfinished" / f"{stage.name}-{stage.identity}", ignore_errors=True
         )
@@ -175,7 +176,7 @@ class Store:
     def _finish(self, stage: Stage, folder: pathlib.Path, facts: dict[str, Any]) -> None:
         paths = sorted(p for p in folder.rglob("*") if p.is_file())
         for path in paths:
-            _flush(path)
+            flush(path)
         meta = {
             "stage": stage.name,
             "version": stage.version,
@@ -189,8 +190,8 @@ class Store:
         }
         path = folder / "meta.json"
         path.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        _flush(path)
-        _flush(folder)
+        flush(path)
+        flush(folder)
 
 
 @functools.cache
@@ -203,12 +204,3 @@ def sha256_of(path: pathlib.Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: pathlib.Path) -> None:
-    """Have the operating system write a file or a folder's entries to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
