@@ -28,6 +28,7 @@ from prunelens.sae.topk import TopKSAE
 from prunelens.study.plan import plan_study
 from prunelens.study.results import study_results
 from prunelens.study.run import open_study, run_study
+from tiny_study import tiny_study, write_text
 
 NUM_LATENTS, SEED = 64, 0
 CAUSAL = {"prompts": 4, "group_size": 4, "contexts_per_latent": 4, "conditions": ["wanda-row-0.30"]}
@@ -38,45 +39,21 @@ WIDTH = 2 * 3 + 1
 def study_data(checkpoint_folder, tmp_path_factory):
     """Two pruned conditions, two seeds, and an SAE of others that Neuronpedia knows."""
     folder = tmp_path_factory.mktemp("inputs")
-    draw = np.random.default_rng(0)
-    words = ["def greet(name):", "return 'hello ' + name", "The quick brown fox", "jumps over it"]
-    lines = [" ".join(draw.choice(words, 6)) + f" {n}" for n in range(400)]
-    (folder / "text.txt").write_text("\n".join(lines))
     given = folder / "theirs"
     given.mkdir()
     TopKSAE.initialise(16, 48, 4, init_seed=3).save(given)
     Statistics(torch.zeros(16), torch.ones(16)).save(given / "normalisation.safetensors")
     (given / "cfg.json").write_text(json.dumps({"neuronpedia_id": "tiny/1-res"}))
     pretrained = [{"layer": 1, "folder": str(given), "name": "of others"}]
+    base = tiny_study(checkpoint_folder, write_text(folder / "text.txt"))
     return {
+        **base,
         "name": "seen",
-        "models": [{"name": str(checkpoint_folder), "layers": [1], "pretrained": pretrained}],
-        "corpus": {
-            "source": "files",
-            "paths": [str(folder / "text.txt")],
-            "document": "line",
-            "context_tokens": 16,
-            "train_tokens": 3200,
-            "eval_tokens": 1600,
-            "calibration_tokens": 800,
-        },
-        "perplexity": {"context_tokens": [16]},
-        "prunings": [
-            {"criterion": "magnitude", "scope": "global", "sparsities": [0.5]},
-            {"criterion": "wanda", "scope": "row", "sparsities": [0.3]},
-        ],
-        "sae": {
-            "expansion": 4,
-            "k": 4,
-            "steps": 8,
-            "batch_tokens": 64,
-            "learning_rate": 1e-3,
-            "seeds": [0, 1],
-        },
+        "models": [{**base["models"][0], "pretrained": pretrained}],
+        "sae": {**base["sae"], "steps": 8},
         "questions": ["survival", "persistence", "identity", "causal", "evidence"],
         "causal": CAUSAL,
         "evidence": {"top": 3, "samples": 2, "either_side": 3, "effects": 5},
-        "threads_per_stage": 1,
     }
 
 

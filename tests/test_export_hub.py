@@ -45,12 +45,12 @@ from prunelens.sae.topk import TopKSAE
 from prunelens.study.exports import _path, export_checkpoint, export_hub
 from prunelens.study.results import study_results
 from prunelens.study.run import alone_in, open_study, run_study
+from tiny_study import tiny_study, write_text
 
 # What SAELens says of each SAE that names how to load its model, its own included.
 pytestmark = pytest.mark.filterwarnings("ignore:\\s*This SAE has non-empty model_from_pretrained")
 
 D, LATENTS, K = 16, 48, 4
-SENTENCES = ["def greet(name):", "return 'hello ' + name", "The quick brown fox", "jumps over it"]
 HOSTILE = "<script>alert(1)</script>|`x`*b*[a](http://evil.example)\n# not a heading\u202e"
 
 
@@ -74,30 +74,13 @@ def own_sae(folder, *, place=("resid_post", 3)):
 def study(checkpoint_folder, tmp_path_factory):
     """A finished study of two prunings and two seeds; only look at it."""
     root = tmp_path_factory.mktemp("study")
-    generator = np.random.default_rng(0)
-    lines = [" ".join(generator.choice(SENTENCES, 6)) + f" {n}" for n in range(400)]
-    (root / "text.txt").write_text("\n".join(lines))
     out = root / "tiny"
+    base = tiny_study(checkpoint_folder, write_text(root / "text.txt"))
     data = {
-        "name": "tiny",
-        "models": [{"name": str(checkpoint_folder), "short_name": "tiny", "layers": [1]}],
-        "corpus": {
-            "source": "files",
-            "paths": [str(root / "text.txt")],
-            "document": "line",
-            "context_tokens": 16,
-            "train_tokens": 3200,
-            "eval_tokens": 1600,
-            "calibration_tokens": 800,
-        },
-        "perplexity": {"context_tokens": [16]},
-        "prunings": [
-            {"criterion": "magnitude", "scope": "global", "sparsities": [0.5]},
-            {"criterion": "wanda", "scope": "row", "sparsities": [0.3]},
-        ],
-        "sae": {"expansion": 4, "k": 4, "steps": 8, "batch_tokens": 64, "seeds": [0, 1]},
+        **base,
+        "models": [{**base["models"][0], "short_name": "tiny"}],
+        "sae": {**base["sae"], "steps": 8},
         "questions": ["stability", "survival", "sufficiency"],
-        "threads_per_stage": 1,
     }
     with alone_in(out):
         outcome = run_study(study_from_data(data), out, quiet=True)

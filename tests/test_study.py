@@ -22,6 +22,7 @@ from prunelens.study.plan import plan_study
 from prunelens.study.predict import predict_latents
 from prunelens.study.run import study_status
 from prunelens.study.store import Store
+from tiny_study import tiny_study, write_text
 
 FIGURES = (
     "fig1_seed_stability", "fig2_survival", "fig3_transfer", "fig4_fragility",
@@ -31,50 +32,11 @@ PAPER_TABLES = (
     "table1_perplexity", "table2_transfer", "table3_fragility", "table4_causal", "tableA1_matrix",
     "tableB1_quality", "depth",
 )  # fmt: skip
-SENTENCES = ["def greet(name):", "return 'hello ' + name", "The quick brown fox", "jumps over it"]
 
 
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory):
-    generator = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = [" ".join(generator.choice(SENTENCES, 6)) + f" {n}" for n in range(400)]
-    path.write_text("\n".join(lines))
-    return path
-
-
-def tiny_study(checkpoint_folder, text_file):
-    """A study of seconds: two pruned conditions, two seeds, all questions."""
-    return {
-        "name": "tiny",
-        "models": [{"name": str(checkpoint_folder), "layers": [1]}],
-        "corpus": {
-            "source": "files",
-            "paths": [str(text_file)],
-            "document": "line",
-            "context_tokens": 16,
-            "train_tokens": 3200,
-            "eval_tokens": 1600,
-            "calibration_tokens": 800,
-        },
-        "perplexity": {"context_tokens": [16]},
-        "prunings": [
-            {"criterion": "magnitude", "scope": "global", "sparsities": [0.5]},
-            {"criterion": "wanda", "scope": "row", "sparsities": [0.3]},
-        ],
-        "sae": {
-            "expansion": 4,
-            "k": 4,
-            "steps": 24,
-            "batch_tokens": 64,
-            "learning_rate": 1e-3,
-            "checkpoint_every": 5,
-            "seeds": [0, 1],
-        },
-        "transfer": {"ce_tokens": 64, "refit_tokens": 320},
-        "causal": {"prompts": 4, "group_size": 4, "contexts_per_latent": 4},
-        "threads_per_stage": 1,
-    }
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(autouse=True)

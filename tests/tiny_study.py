@@ -1,0 +1,52 @@
+"""A study of seconds, on a tiny model and a text of a few sentences."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+SENTENCES = ["def greet(name):", "return 'hello ' + name", "The quick brown fox", "jumps over it"]
+
+
+def write_text(path: pathlib.Path, num_lines: int = 400) -> pathlib.Path:
+    """Lines of random sentences, each with its number; returns the path."""
+    generator = np.random.default_rng(0)
+    lines = [" ".join(generator.choice(SENTENCES, 6)) + f" {n}" for n in range(num_lines)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def tiny_study(checkpoint_folder: pathlib.Path, text_file: pathlib.Path) -> dict[str, Any]:
+    """Two pruned conditions, two seeds, all questions."""
+    return {
+        "name": "tiny",
+        "models": [{"name": str(checkpoint_folder), "layers": [1]}],
+        "corpus": {
+            "source": "files",
+            "paths": [str(text_file)],
+            "document": "line",
+            "context_tokens": 16,
+            "train_tokens": 3200,
+            "eval_tokens": 1600,
+            "calibration_tokens": 800,
+        },
+        "perplexity": {"context_tokens": [16]},
+        "prunings": [
+            {"criterion": "magnitude", "scope": "global", "sparsities": [0.5]},
+            {"criterion": "wanda", "scope": "row", "sparsities": [0.3]},
+        ],
+        "sae": {
+            "expansion": 4,
+            "k": 4,
+            "steps": 24,
+            "batch_tokens": 64,
+            "learning_rate": 1e-3,
+            "checkpoint_every": 5,
+            "seeds": [0, 1],
+        },
+        "transfer": {"ce_tokens": 64, "refit_tokens": 320},
+        "causal": {"prompts": 4, "group_size": 4, "contexts_per_latent": 4},
+        "threads_per_stage": 1,
+    }
