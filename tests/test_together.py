@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 
@@ -12,7 +11,7 @@ import pytest
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
 from prunelens.report.write import run_and_report
-from prunelens.study import local, stages
+from prunelens.study import local, schedule, stages
 from prunelens.study.model_stages import make_activations
 from prunelens.study.plan import plan_study
 from prunelens.study.progress import StudyProgress
@@ -97,9 +96,9 @@ def test_in_one_go_and_one_by_one_give_the_same_files(study, tmp_path, monkeypat
         assert found == sorted(found) and found[0] == 0 and found[-1] == pytest.approx(1)
 
     groups.clear()
-    ready = local._Scheduler._ready
+    ready = schedule._Scheduler._ready
     monkeypatch.setattr(
-        local._Scheduler, "_ready", lambda self, *, alone: ready(self, alone=alone)[:1]
+        schedule._Scheduler, "_ready", lambda self, *, alone: ready(self, alone=alone)[:1]
     )
     alone = run_and_report(study, tmp_path / "alone", quiet=True)
     assert groups == [[0], [1], [0], [1]]
@@ -172,7 +171,7 @@ class _DyingOnGroups(Executor):
 def test_members_of_a_group_that_kills_its_process_are_tried_alone(
     study, tmp_path, monkeypatch, groups
 ):
-    monkeypatch.setattr(local, "_pool", lambda *_: contextlib.nullcontext(_DyingOnGroups()))
+    monkeypatch.setattr(local, "ProcessPoolExecutor", lambda *_, **__: _DyingOnGroups())
     outcome = run_and_report(study, tmp_path, workers=2, quiet=True)
     assert {result.status for result in outcome.results} == {"done"}
     assert groups == [[0], [1], [0], [1]]
@@ -188,7 +187,7 @@ class _InThisProcess(Executor):
 
 
 def test_workers_make_groups_and_only_what_is_missing(study, tmp_path, monkeypatch, groups):
-    monkeypatch.setattr(local, "_pool", lambda *_: contextlib.nullcontext(_InThisProcess()))
+    monkeypatch.setattr(local, "ProcessPoolExecutor", lambda *_, **__: _InThisProcess())
     first = run_and_report(study, tmp_path, workers=2, quiet=True)
     assert {result.status for result in first.results} == {"done"}
     assert groups == [[0, 1], [0, 1]]

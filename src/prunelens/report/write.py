@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 
 import pandas as pd
@@ -12,9 +13,13 @@ from prunelens.report.page import write_page
 from prunelens.report.paper_tables import write_paper_tables
 from prunelens.report.summary import print_summary
 from prunelens.report.tables import write_tables
-from prunelens.study.local import Outcome
+from prunelens.study.disk import stopped_by_disk
 from prunelens.study.results import study_results
 from prunelens.study.run import alone_in, open_study, read_runs, run_study
+from prunelens.study.schedule import Outcome
+from prunelens.study.store import sha256_of
+
+DRAWN = "figures/.drawn"  # written last: SHA-256 of the tables that figures and page show
 
 
 def run_and_report(
@@ -28,9 +33,9 @@ def run_and_report(
     """Run what is missing of a study, then write its tables and figures and print the summary.
 
     Arguments, errors and result as `run_study`; also a UserError where another process works in
-    the same folder.
+    the same folder, or its disk cannot be written to.
     """
-    with alone_in(out):
+    with alone_in(out), stopped_by_disk(out):
         outcome = run_study(study, out, device=device, workers=workers, quiet=quiet)
         tables = write_report(out, redraw=outcome.num_executed > 0)
     if not quiet:
@@ -43,22 +48,38 @@ def write_report(out: pathlib.Path, *, redraw: bool = True) -> dict[str, pd.Data
 
     Args:
         out: the study's folder.
-        redraw: draw figures and page also where they are younger than every table.
+        redraw: draw figures and page also where they show these very tables.
     Returns: the tables by name.
     """
     plan, store = open_study(out)
     tables = write_tables(study_results(plan, store), out)
     paper = write_paper_tables(tables, plan.study, out)
     if redraw or not _is_drawn(out):
+        mark = out / DRAWN
+        mark.unlink(missing_ok=True)
         write_figures(tables, out)
         write_page(out, tables, read_runs(out), plan.study)
+        mark.write_text(_sha256_of_tables(out), encoding="utf-8")
     return tables | paper
 
 
 def _is_drawn(out: pathlib.Path) -> bool:
-    """Whether the page, which is written last, is there and younger than the tables."""
-    page = out / "report.html"
-    if not page.is_file():
-        return False
-    written = [path.stat().st_mtime_ns for path in (out / "tables").glob("*.csv")]
-    return page.stat().st_mtime_ns > max(written, default=0)
+    """Whether figures and page are there, whole, and of the tables that are there now.
+
+    Not told by their times: a clock may be set, and a copy may have new ones.
+    """
+    mark = out / DRAWN
+    return (
+        (out / "report.html").is_file()
+        and mark.is_file()
+        and mark.read_text(encoding="utf-8", errors="replace") == _sha256_of_tables(out)
+    )
+
+
+def _sha256_of_tables(out: pathlib.Path) -> str:
+    """Of the names and contents of all tables, and of the table of runs."""
+    total = hashlib.sha256()
+    for path in [*sorted((out / "tables").glob("*.csv")), out / "runs.csv"]:
+        if path.is_file():
+            total.update(f"{path.name} {sha256_of(path)} ".encode())
+    return total.hexdigest()

@@ -10,6 +10,7 @@ import pathlib
 import platform
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from io import StringIO
 from typing import Any
 
@@ -23,13 +24,14 @@ from prunelens.config import StudyConfig, study_from_data
 from prunelens.errors import UserError
 from prunelens.model import model_shape, usable_device
 from prunelens.study.conclude import conclude
-from prunelens.study.local import Outcome, RunResult, run_locally
+from prunelens.study.local import processes
 from prunelens.study.matrix import Plan
 from prunelens.study.plan import plan_study
 from prunelens.study.progress import StudyProgress
 from prunelens.study.results import method_columns
+from prunelens.study.schedule import Executor, Here, Outcome, RunResult, make_all
 from prunelens.study.store import DamagedArtifactError, Store, library_versions
-from prunelens.study.worker import fork_server
+from prunelens.study.worker import fork_server, request_of
 from prunelens.study_file import parse_yaml, read_text
 
 log = logging.getLogger(__name__)
@@ -74,21 +76,22 @@ def _run_study(
 ) -> Outcome:
     plan = plan_study(study)
     store = Store(out / "artifacts")
+    workers = workers or workers_that_fit(study, device)
 
     def describe() -> None:
         _write(out / "study.yaml", _as_yaml(study))
         _write(out / "environment.json", json.dumps(environment(device), indent=1))
 
     with StudyProgress(quiet=quiet) as progress:
-        outcome = run_locally(
-            plan,
-            store,
-            device=device,
-            workers=workers or workers_that_fit(study, device),
-            progress=progress,
-            log_folder=out / "logs",
-            on_text=describe,
-        )
+        here = Here(store, device, progress, out / "logs")
+
+        def executor() -> AbstractContextManager[Executor]:
+            if workers == 1:
+                return contextlib.nullcontext(here)
+            request = request_of(study, store, device)
+            return processes(workers, device=device, request=request, log_folder=out / "logs")
+
+        outcome = make_all(plan, store, here, executor, progress=progress, on_text=describe)
         outcome = _concluded(plan, store, outcome, progress, out)
     _write(out / "runs.csv", _runs_table(outcome.results, store).to_csv(index=False))
     return outcome

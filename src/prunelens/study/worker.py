@@ -1,4 +1,4 @@
-"""A process that makes stages for `local`, one or a group at a time; it is told identities."""
+"""What makes stages in another process, one or a group at a time; it is told identities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any
 
-from prunelens.config import study_from_data
+from prunelens.config import StudyConfig, study_from_data
 from prunelens.errors import UserError
 from prunelens.study.plan import plan_study
 from prunelens.study.stages import failure_of, try_stages
@@ -27,13 +27,20 @@ SECONDS_BETWEEN_SHARES = 1.0
 IMPORTS = ["prunelens.study.worker", "transformers.modeling_utils"]  # what takes workers seconds
 
 
+def request_of(study: StudyConfig, store: Store, device: str) -> str:
+    """What `make_by_identity` has to be told of a study: plain JSON."""
+    folder = str(store.root.absolute())
+    facts = {"study": study.model_dump(mode="json"), "artifacts": folder, "device": device}
+    return json.dumps(facts)
+
+
 def make_by_identity(
     request: str, identities: Sequence[str], log_folder: str
 ) -> dict[str, str | None]:
     """Make the stages with those identities in one go; says why each failed, or None.
 
     Args:
-        request: JSON with the study, the folder of its artifacts and the device.
+        request: of `request_of`.
         identities: of the stages; their parents' artifacts have been verified.
         log_folder: where a traceback goes.
     """

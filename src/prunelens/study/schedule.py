@@ -1,0 +1,319 @@
+"""What is missing, what is being made, what failed: the order of work, whoever does it.
+
+Finished artifacts are never made again; a damaged one is set aside and remade. A stage that fails
+fails the runs that need it and no others. Activation stores go as soon as nothing that is still
+to be made reads them. Who makes the stages is an `Executor`: see `local` and `cluster`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import pathlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from prunelens.errors import UserError
+from prunelens.study.matrix import Plan, Run
+from prunelens.study.progress import StudyProgress
+from prunelens.study.stages import try_stages
+from prunelens.study.store import DamagedArtifactError, Stage, Store
+from prunelens.study.worker import read_share
+
+DIED = (
+    "its process died twice; was there enough memory? (A script that starts several workers has to"
+    " do so under `if __name__ == '__main__':`)"
+)
+log = logging.getLogger(__name__)
+
+TEXT = ("corpus", "text")  # stages that read text; they have no parents
+POLL_SECONDS = 0.5  # how often the progress of other processes is looked at
+Failures = dict[str, str | None]  # by identity: why a stage failed, or None
+
+
+class WorkerDiedError(Exception):
+    """What made a stage is gone, and did not say how the stage ended."""
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Who makes stages."""
+
+    @property
+    def at_once(self) -> int | None:
+        """How many it makes side by side; None: it queues as many as there are."""
+
+    @property
+    def shares_fate(self) -> bool:
+        """A worker that dies takes the others along; the executor is of no use then."""
+
+    def submit(self, stages: list[Stage]) -> Future[Failures]:
+        """Make stages in one go, their parents being there.
+
+        The future ends with `WorkerDiedError` where the worker died.
+        """
+
+
+class RunResult(NamedTuple):
+    """How a run ended."""
+
+    run: Run
+    status: str
+    """`done` or `failed`."""
+    reason: str
+    """Why it failed, in one line; empty if it did not."""
+
+
+class Outcome(NamedTuple):
+    """How a study ended."""
+
+    results: list[RunResult]
+    num_executed: int
+    """Stages that had to be made; 0 when everything was there."""
+    failures: tuple[str, ...] = ()
+    """What failed that belongs to no single run."""
+
+
+def make_all(
+    plan: Plan,
+    store: Store,
+    here: Here,
+    executor: Callable[[], AbstractContextManager[Executor]],
+    *,
+    progress: StudyProgress,
+    on_text: Callable[[], None],
+) -> Outcome:
+    """Make every target of every run of `plan`.
+
+    The text comes first, and in this process: what is wrong with it is wrong for all runs of its
+    model.
+
+    Args:
+        plan: what to make.
+        store: where it goes.
+        here: makes the text.
+        executor: opens what makes the rest; called again where all of its workers died.
+        progress: told of every stage.
+        on_text: called once the text is there.
+    Raises: UserError if the text is at fault; nothing else has been made then.
+    """
+    store.sweep_temporary()
+    scheduler = _Scheduler(plan, store, progress)
+    scheduler.start()
+    scheduler.make_text(here)
+    on_text()
+    while scheduler.is_unfinished():
+        with executor() as opened:
+            scheduler.work_with(opened)
+    return Outcome([scheduler.result(run) for run in plan.runs], scheduler.num_executed)
+
+
+class Here:
+    """Makes what is submitted at once, in this process."""
+
+    at_once, shares_fate = 1, False
+
+    def __init__(
+        self, store: Store, device: str, progress: StudyProgress, log_folder: pathlib.Path
+    ) -> None:
+        self._store, self._device = store, device
+        self._progress, self._log_folder = progress, log_folder
+
+    def submit(self, stages: list[Stage]) -> Future[Failures]:
+        """The future is done when this returns."""
+        failures = try_stages(
+            self._store,
+            stages,
+            device=self._device,
+            progress=self._progress.update,
+            log_folder=self._log_folder,
+        )
+        future: Future[Failures] = Future()
+        future.set_result({s.identity: why for s, why in zip(stages, failures, strict=True)})
+        return future
+
+
+class _Scheduler:
+    """What is missing, what is being made, what failed."""
+
+    def __init__(self, plan: Plan, store: Store, progress: StudyProgress) -> None:
+        self._plan, self._store, self._progress = plan, store, progress
+        # Stages that are made in one go have one future, which says why each failed.
+        self._running: dict[str, tuple[Stage, Future[Failures]]] = {}
+        self._failures: dict[str, str] = {}
+        self._crashed: set[str] = set()  # stages whose worker died once
+        # What was found when an artifact was last looked at; to look again may ask a network.
+        self._sound: dict[str, bool] = {}
+        self.num_executed = 0
+
+    def start(self) -> None:
+        """Delete stores that a killed process left behind, and count what is to be done."""
+        self._delete_unneeded()
+        self._progress.start(sum(stage.cost for stage in self._missing()))
+
+    def make_text(self, here: Here) -> None:
+        """Make the stages that read text. Raises UserError where the text is at fault."""
+        for stage in [s for s in self._missing() if s.name in TEXT]:
+            if failure := here.submit([stage]).result()[stage.identity]:
+                raise UserError(failure)
+            self._settle(stage, None)
+
+    def is_unfinished(self) -> bool:
+        """Whether there is anything left that can be made."""
+        return next(self._missing(), None) is not None
+
+    def work_with(self, executor: Executor) -> None:
+        """Submit whatever is ready until nothing is left to do, or the executor has broken.
+
+        What a dead worker was at is tried once more, alone.
+        """
+        while True:
+            self._submit_ready(executor)
+            if not self._running:
+                self._delete_unneeded()
+                return
+            done = concurrent.futures.wait(
+                self._futures(), POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
+            ).done
+            died = {future for future in done if _has_died(future)}
+            for stage, future in list(self._running.values()):
+                if future in done - died:
+                    self._settle(stage, future.result()[stage.identity])
+                elif future not in done:
+                    self._progress.update(stage, read_share(self._store, stage))
+            if died and executor.shares_fate:
+                self._blame([stage for stage, _ in self._running.values()])
+                return
+            for future in died:
+                self._blame([stage for stage, its in self._running.values() if its is future])
+
+    def result(self, run: Run) -> RunResult:
+        """How `run` ended: failed for the first reason that one of its targets failed for."""
+        for stage in run.targets():
+            if stage.identity in self._failures:
+                return RunResult(run, "failed", self._failures[stage.identity])
+            assert self._store.has(stage), f"{stage.label} neither failed nor is there"
+        return RunResult(run, "done", "")
+
+    def _futures(self) -> set[Future[Failures]]:
+        return {future for _, future in self._running.values()}
+
+    def _blame(self, suspects: list[Stage]) -> None:
+        """One of these took its worker with it; the only suspect for the second time fails."""
+        for stage in suspects:
+            del self._running[stage.identity]
+            self._sound.pop(stage.identity, None)  # it may have been published before
+            if len(suspects) == 1 and stage.identity in self._crashed:
+                self._settle(stage, DIED)
+            else:
+                self._crashed.add(stage.identity)
+
+    def _submit_ready(self, executor: Executor) -> None:
+        at_once = executor.at_once
+        if executor.shares_fate and self._crashed:
+            at_once = 1  # so that it is clear which one is at fault
+        while at_once is None or len(self._futures()) < at_once:
+            group = self._ready(alone=executor.at_once != 1)
+            if not group:
+                return
+            for stage in group:
+                self._progress.update(stage, 0.0)
+            future = executor.submit(group)
+            for stage in group:
+                self._running[stage.identity] = (stage, future)
+            if future.done():
+                return
+
+    def _ready(self, *, alone: bool) -> list[Stage]:
+        """The first stage that can be made now, and all that are best made in one go with it.
+
+        SAEs that could share their batches go `alone` where there are several workers: reading is
+        a hundredth of a step, which is less than a worker without work loses.
+
+        Once a worker has died, every stage goes alone: then it is clear which one is at fault.
+        """
+        first = next((stage for stage in self._missing() if self._is_ready(stage)), None)
+        if first is None:
+            return []
+        if not first.together or self._crashed or (alone and first.name == "sae"):
+            return [first]
+        key = (first.name, first.together)
+        alike = [stage for stage in self._missing() if (stage.name, stage.together) == key]
+        return [stage for stage in alike if self._is_ready(stage)]
+
+    def _settle(self, stage: Stage, failure: str | None) -> None:
+        self._running.pop(stage.identity, None)
+        self._crashed.discard(stage.identity)
+        self.num_executed += 1
+        self._progress.finish(stage)
+        if failure is None and not self._is_sound(stage):
+            failure = "was written but cannot be read back; is the disk sound?"
+        if failure is not None:
+            self._failures[stage.identity] = f"{stage.label}: {failure}"
+            log.error("%s", self._failures[stage.identity])
+        self._delete_unneeded()
+
+    def _is_ready(self, stage: Stage) -> bool:
+        """Whether all parents are there, undamaged; also finds out that one has failed."""
+        if stage.identity in self._running or stage.identity in self._failures:
+            return False
+        for parent in stage.parents.values():
+            if parent.identity in self._failures:
+                self._failures[stage.identity] = self._failures[parent.identity]
+                return False
+        return all(self._is_sound(parent) for parent in stage.parents.values())
+
+    def _is_sound(self, stage: Stage) -> bool:
+        """Whether the artifact is there and what was written; a damaged one is set aside."""
+        self._sound[stage.identity] = self._look_at(stage)
+        return self._sound[stage.identity]
+
+    def _was_sound(self, stage: Stage) -> bool:
+        """`_is_sound` when it was last asked."""
+        known = self._sound.get(stage.identity)
+        return self._is_sound(stage) if known is None else known
+
+    def _look_at(self, stage: Stage) -> bool:
+        if not self._store.has(stage):
+            return False
+        try:
+            self._store.read(stage)
+        except DamagedArtifactError as damage:
+            where = self._store.set_aside(stage)
+            log.warning("damaged artifact %s: moved to %s and made again", damage, where.name)
+            return False
+        return True
+
+    def _missing(self) -> Iterator[Stage]:
+        """Stages still to be made, parents first, in the order of the plan."""
+        seen: set[str] = set()
+
+        def walk(stage: Stage) -> Iterator[Stage]:
+            if stage.identity in seen or stage.identity in self._failures:
+                return
+            seen.add(stage.identity)
+            if self._was_sound(stage):
+                return
+            for parent in stage.parents.values():
+                yield from walk(parent)
+            yield stage
+
+        for target in self._plan.targets().values():
+            yield from walk(target)
+
+    def _delete_unneeded(self) -> None:
+        if self._plan.study.keep_activations:
+            return
+        waiting = [*self._missing(), *(stage for stage, _ in self._running.values())]
+        needed = {parent.identity for stage in waiting for parent in stage.parents.values()}
+        for run in self._plan.runs:
+            for stage in run.temporary():
+                if stage.identity not in needed and self._was_sound(stage):
+                    self._store.delete(stage)
+                    self._sound[stage.identity] = False
+
+
+def _has_died(future: Future[Failures]) -> bool:
+    return isinstance(future.exception(), WorkerDiedError)
