@@ -9,22 +9,25 @@ them, and bfloat16 would round both sides: the model is float32.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import tokenizers
 import torch
-import transformers
 from torch import Tensor
 
+from llm_compressor import (
+    check_peer,
+    prune_like_peer,
+    pruning_options,
+    random_llama,
+    random_windows,
+)
 from prunelens.config import PruningConfig
-from prunelens.model import LanguageModel, as_language_model, logits
-from prunelens.prune import as_matrix, calibrate, prunable_matrices, prune_model
-from side_by_side import Mark, options, publish, take_turns
+from prunelens.model import LanguageModel, logits
+from prunelens.prune import as_matrix, prunable_matrices, prune_model
+from side_by_side import Mark, publish, take_turns
 
 PATTERNS = {"unstructured": "0:0", "2:4": "2:4"}  # ours -> theirs
 
@@ -40,17 +43,12 @@ class Result(NamedTuple):
 
 def main() -> None:
     """Both contenders in turn, for both patterns."""
-    parser = options(__doc__)
-    parser.set_defaults(rounds=3)
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--context", type=int, default=256)
+    parser = pruning_options(__doc__, blocks=4, width=512, windows=32, context=256)
     chosen = parser.parse_args()
-    prune_like_peer = _peer()
+    check_peer("sparsegpt.py")
     torch.set_num_threads(chosen.threads)
     folder = tempfile.TemporaryDirectory()
-    lm, tokens = _model(chosen, folder.name), _tokens(chosen)
+    lm, tokens = random_llama(chosen, folder.name, torch.float32), random_windows(chosen)
     dense = {name: value.clone() for name, value in lm.model.state_dict().items()}
     before = logits(lm, tokens[:2])
 
@@ -67,7 +65,7 @@ def main() -> None:
     for ours, theirs in PATTERNS.items():
         contenders[f"prunelens {ours}"] = from_dense(partial(_prune, lm, tokens, ours))
         contenders[f"llmcompressor {ours}"] = from_dense(
-            partial(prune_like_peer, lm, tokens, theirs)
+            partial(_prune_like_peer, lm, tokens, theirs)
         )
     agreement = {
         pattern: _agreement(
@@ -115,58 +113,13 @@ def _prune(lm: LanguageModel, tokens: Tensor, pattern: str) -> None:
     prune_model(lm, pruning, calibration=tokens, with_masks=False)
 
 
-def _peer() -> Callable[[LanguageModel, Tensor, str], None]:
-    """llm-compressor's oneshot, with windows that are tokenised already."""
-    try:
-        from llmcompressor import oneshot
-        from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
-        from loguru import logger  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise SystemExit("sparsegpt.py: needs an environment with llmcompressor==0.14") from None
-    logger.remove()
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
-    unused = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+def _prune_like_peer(lm: LanguageModel, tokens: Tensor, structure: str) -> None:
+    from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 
-    def prune(lm: LanguageModel, tokens: Tensor, structure: str) -> None:
-        rows: Any = [{"input_ids": window} for window in tokens]
-        batch = max(1, calibrate.BATCH_TOKENS // tokens.shape[1])
-        recipe = SparseGPTModifier(
-            sparsity=0.5, mask_structure=structure, block_size=128, ignore=["re:.*lm_head"]
-        )
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-            oneshot(
-                model=lm.model,
-                processor=unused,
-                dataset=torch.utils.data.DataLoader(rows, batch_size=batch),
-                recipe=recipe,
-                pipeline="sequential",
-                num_calibration_samples=len(tokens),
-            )
-
-    return prune
-
-
-def _model(chosen: Any, folder: str) -> LanguageModel:
-    """A random Llama of usual proportions; the peer asks the folder for its config."""
-    config = transformers.LlamaConfig(
-        vocab_size=8192,
-        hidden_size=chosen.width,
-        intermediate_size=chosen.width * 11 // 4,
-        num_hidden_layers=chosen.blocks,
-        num_attention_heads=chosen.width // 64,
-        num_key_value_heads=chosen.width // 128,
-        max_position_embeddings=chosen.context,
+    modifier = SparseGPTModifier(
+        sparsity=0.5, mask_structure=structure, block_size=128, ignore=["re:.*lm_head"]
     )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).to(chosen.device)
-    config.save_pretrained(folder)
-    model.config.name_or_path = folder
-    return as_language_model(model, label="random Llama")
-
-
-def _tokens(chosen: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(8192, (chosen.windows, chosen.context), generator=generator)
+    prune_like_peer(lm, tokens, modifier, "sequential")
 
 
 if __name__ == "__main__":

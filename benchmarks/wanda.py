@@ -11,38 +11,35 @@ Both sides get batches of the same size. Five sparsities from one calibration ar
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
 from collections.abc import Callable
-from typing import Any
 
-import tokenizers
 import torch
-import transformers
 from torch import Tensor
 
+from llm_compressor import (
+    check_peer,
+    prune_like_peer,
+    pruning_options,
+    random_llama,
+    random_windows,
+)
 from prunelens.config import PruningConfig
-from prunelens.model import LanguageModel, as_language_model
-from prunelens.prune import as_matrix, calibrate, input_norms, prunable_matrices, prune_model
-from side_by_side import Mark, Times, options, publish, take_turns
+from prunelens.model import LanguageModel
+from prunelens.prune import as_matrix, input_norms, prunable_matrices, prune_model
+from side_by_side import Mark, Times, publish, take_turns
 
 SPARSITIES = (0.3, 0.4, 0.5, 0.6, 0.7)
 
 
 def main() -> None:
     """All contenders in turn."""
-    parser = options(__doc__)
-    parser.set_defaults(rounds=3)
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--context", type=int, default=512)
+    parser = pruning_options(__doc__, blocks=8, width=1024, windows=32, context=512)
     chosen = parser.parse_args()
-    prune_like_peer = _peer()
+    check_peer("wanda.py")
     torch.set_num_threads(chosen.threads)
     folder = tempfile.TemporaryDirectory()
-    lm, tokens = _model(chosen, folder.name), _tokens(chosen)
+    lm, tokens = random_llama(chosen, folder.name, torch.bfloat16), random_windows(chosen)
     dense = {name: value.clone() for name, value in lm.model.state_dict().items()}
 
     def from_dense(work: Callable[[], object]) -> Callable[[], object]:
@@ -54,9 +51,9 @@ def main() -> None:
 
     works: dict[str, Callable[[], object]] = {
         "prunelens dense": lambda: _prune(lm, tokens, "dense"),
-        "llmcompressor basic": lambda: prune_like_peer(lm, tokens, "basic"),
+        "llmcompressor basic": lambda: _prune_like_peer(lm, tokens, "basic"),
         "prunelens sequential": lambda: _prune(lm, tokens, "sequential"),
-        "llmcompressor sequential": lambda: prune_like_peer(lm, tokens, "sequential"),
+        "llmcompressor sequential": lambda: _prune_like_peer(lm, tokens, "sequential"),
         "prunelens dense, five sparsities": lambda: _five(lm, tokens, dense),
     }
     contenders = {name: from_dense(work) for name, work in works.items()}
@@ -125,55 +122,11 @@ def _agreement(lm: LanguageModel, contenders: dict[str, Callable[[], object]]) -
     return shares
 
 
-def _peer() -> Callable[[LanguageModel, Tensor, str], None]:
-    """llm-compressor's oneshot, with windows that are tokenised already."""
-    try:
-        from llmcompressor import oneshot
-        from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
-        from loguru import logger  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise SystemExit("wanda.py: needs an environment with llmcompressor==0.14") from None
-    logger.remove()
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
-    unused = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+def _prune_like_peer(lm: LanguageModel, tokens: Tensor, pipeline: str) -> None:
+    from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 
-    def prune(lm: LanguageModel, tokens: Tensor, pipeline: str) -> None:
-        rows: Any = [{"input_ids": window} for window in tokens]
-        batch = max(1, calibrate.BATCH_TOKENS // tokens.shape[1])
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bars
-            oneshot(
-                model=lm.model,
-                processor=unused,
-                dataset=torch.utils.data.DataLoader(rows, batch_size=batch),
-                recipe=WandaPruningModifier(sparsity=0.5, ignore=["re:.*lm_head"]),
-                pipeline=pipeline,
-                num_calibration_samples=len(tokens),
-            )
-
-    return prune
-
-
-def _model(chosen: Any, folder: str) -> LanguageModel:
-    """A random Llama of usual proportions, in bfloat16; the peer asks the folder for its config."""
-    config = transformers.LlamaConfig(
-        vocab_size=8192,
-        hidden_size=chosen.width,
-        intermediate_size=chosen.width * 11 // 4,
-        num_hidden_layers=chosen.blocks,
-        num_attention_heads=chosen.width // 64,
-        num_key_value_heads=chosen.width // 128,
-        max_position_embeddings=chosen.context,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).bfloat16().to(chosen.device)
-    config.save_pretrained(folder)
-    model.config.name_or_path = folder
-    return as_language_model(model, label="random Llama")
-
-
-def _tokens(chosen: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(8192, (chosen.windows, chosen.context), generator=generator)
+    modifier = WandaPruningModifier(sparsity=0.5, ignore=["re:.*lm_head"])
+    prune_like_peer(lm, tokens, modifier, pipeline)
 
 
 if __name__ == "__main__":
