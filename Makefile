@@ -1,5 +1,6 @@
 # `make demo` runs the main job, `make test` the checks; each sets up .venv by itself when it has to.
 #   make docs                 the documentation as a site, in site/
+#   make audit                known vulnerabilities and a list of what is installed, in build/audit/
 #   make install              set up .venv alone
 #   make test PYTEST_ARGS=…   pytest arguments in place of -n 2, for example PYTEST_ARGS='-k prune -x'
 #   make demo PYTHON=…        the Python 3.11 or newer that .venv is made from
@@ -14,7 +15,7 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 export PIP_COMPILE := 0
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo docs test
+.PHONY: audit install demo docs test
 
 install: .venv/installed
 
@@ -30,6 +31,9 @@ test: .venv/installed-dev
 	$(VENV_PYTHON) -m mypy
 	.venv/bin/lint-imports
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+audit: .venv/installed-dev
+	$(VENV_PYTHON) tools/audit.py
 
 # The stamp is written last, so that an interrupted installation is repeated.
 # torch goes first: which build (CPU or CUDA) is the index's choice, and the rest is resolved against it.

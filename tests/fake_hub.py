@@ -40,6 +40,12 @@ class FakeHub:
     repositories: dict[str, Repository] = dataclasses.field(default_factory=dict)
     failure: int | None = None
     """The status of every answer, where it is to fail."""
+    failures: list[int] = dataclasses.field(default_factory=list)
+    """Of the next answers to GET and HEAD, one after the other; 0: the connection breaks."""
+    broken_file: str | None = None
+    """The file that cannot be fetched: its connection breaks half-way."""
+    sent: list[str] = dataclasses.field(default_factory=list)
+    """The files whose content was sent, in full."""
 
 
 @contextlib.contextmanager
@@ -98,6 +104,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         if self.hub.failure:
             self._answer(self.hub.failure, {"error": "out of order"})
+        elif self.hub.failures:
+            self._fail(self.hub.failures.pop(0))
         elif path.startswith("/api/models/"):
             user, name, *rest = path.removeprefix("/api/models/").split("/")
             self._tell(f"{user}/{name}", rest)
@@ -165,7 +173,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             content = repository.files[file]
             headers = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": repository.commit}
+            if self.command == "GET" and file == self.hub.broken_file:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[: len(content) // 2])
+                self._fail(0)
+                return
             self._answer(200, content, headers)
+            if self.command == "GET":
+                self.hub.sent.append(file)
+
+    def _fail(self, status: int) -> None:
+        """Answer with that status, or break the connection off."""
+        if status:
+            self._answer(status, {"error": "out of order"})
+        else:
+            self.close_connection = True
 
     def _answer(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()

@@ -42,6 +42,12 @@ def hub_cache(tmp_path, monkeypatch):
     hub.snapshot.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """A plan asks the hub for access; here it is told that there is none."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
 @functools.cache
 def planned(name, **settings):
     dotted = {field.replace("__", "."): value for field, value in settings.items()}
@@ -169,8 +175,13 @@ def test_other_models_need_their_config(hub_cache):
 
 
 def test_a_plan_needs_no_hub_and_tells_costs(hub_cache, monkeypatch):
+    def in_the_cache_only(*_arguments, local_files_only=False, **_options):
+        if not local_files_only:
+            pytest.fail("hub asked")
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not there")
+
     for name in ("snapshot_download", "hf_hub_download"):
-        monkeypatch.setattr(huggingface_hub, name, lambda *_a, **_o: pytest.fail("hub asked"))
+        monkeypatch.setattr(huggingface_hub, name, in_the_cache_only)
     plan = planned.__wrapped__("paper-a1")
     dense, wanda = plan.runs[0], next(r for r in plan.runs if r["run"].endswith("wanda-row-0.30"))
     assert (dense["saes"], dense["control_saes"]) == (5, 3)

@@ -1,17 +1,23 @@
 """What `plan` promises: counts of work, disk and memory, checked on the code that does the work."""
 
+import importlib
+import json
 import pathlib
+import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
 from conftest import ARCHITECTURES, tiny_language_model
 from prunelens import checkpoint
 from prunelens.analyses import persistence as persistence_module
 from prunelens.analyses.survival import Dictionary, control_arms, pruned_arms
 from prunelens.checkpoint import model_shape
+from prunelens.cli import app
 from prunelens.cli.plan_view import show_preflight
 from prunelens.config import ModelConfig, SaeConfig, study_from_data
 from prunelens.errors import UserError
@@ -21,12 +27,13 @@ from prunelens.sae import kernels
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.training import Training
 from prunelens.study import calibrate as calibrate_module
-from prunelens.study import preflight as preflight_module
+from prunelens.study import hours as hours_module
 from prunelens.study.calibrate import Rate, calibrate
 from prunelens.study.cost import KINDS, forward_flops, stage_work, training_flops
 from prunelens.study.footprint import disk_use, memory_use
 from prunelens.study.plan import plan_study
 from prunelens.study.preflight import preflight
+from prunelens.study_file import read_study
 
 CONTEXT = 16
 
@@ -205,7 +212,7 @@ def test_one_more_condition_adds_only_its_own_row(data):
 def test_hours_are_work_over_rate(study, monkeypatch):
     speeds = {kind: 1e6 * (1 + n) for n, kind in enumerate(dict.fromkeys(KINDS.values()))}
     rates = {kind: Rate(speed, 0.5) for kind, speed in speeds.items()}
-    monkeypatch.setattr(preflight_module, "calibrate", lambda *_args, **_options: rates)
+    monkeypatch.setattr(hours_module, "calibrate", lambda *_args, **_options: rates)
     found = preflight(study, settings={"sae.steps": "24"}, device="cpu")
     for kind, speed in speeds.items():
         names = [name for name, of_kind in KINDS.items() if of_kind == kind]
@@ -225,6 +232,86 @@ def test_hours_are_work_over_rate(study, monkeypatch):
 def test_an_absent_device_is_the_users_mistake(study):
     with pytest.raises(UserError, match=r"device: 'cuda:99'"):
         preflight(study, device="cuda:99", calibration_seconds=0)
+
+
+# --- schedule, checks and exit codes ------------------------------------------------------------
+
+RATES = {kind: 1e6 * (1 + n) for n, kind in enumerate(dict.fromkeys(KINDS.values()))}
+
+
+@pytest.fixture
+def rates_file(tmp_path):
+    path = tmp_path / "rates.yaml"
+    path.write_text("".join(f"{kind}: {rate}\n" for kind, rate in RATES.items()))
+    return path
+
+
+def run_plan(data, tmp_path, *arguments):
+    path = tmp_path / "study.yaml"
+    path.write_text(json.dumps(data))
+    out = ["--out", str(tmp_path / "out")]
+    return CliRunner().invoke(app, ["plan", str(path), *out, *map(str, arguments)])
+
+
+def test_plan_simulates_the_schedule_at_given_rates(data, tmp_path, rates_file):
+    given = ["--no-calibration", "--rates", rates_file, "--workers", "1,2,1000"]
+    result = run_plan(data, tmp_path, *given, "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.output)
+    assert [row["workers"] for row in plan["schedule"]] == [1, 2, 1000]
+    alone, two, many = plan["schedule"]
+    assert alone["makespan_hours"] == pytest.approx(plan["hours"]["total"])
+    assert alone["idle_share"] == pytest.approx(0, abs=1e-9)
+    assert alone["total_hours"] / 2 <= two["makespan_hours"] < alone["makespan_hours"]
+    assert many["makespan_hours"] == pytest.approx(many["critical_path_hours"])
+    assert plan["device"]["calibration_seconds"] == 0
+    assert any("at the given rates" in note for note in plan["notes"])
+    result = run_plan(data, tmp_path, *given)
+    assert "critical path: " in result.output
+    assert "warning (SAE sizes): sae.steps" in result.output
+    assert not (tmp_path / "out").exists()
+    taken_along = tmp_path / "plan.json"
+    taken_along.write_text(json.dumps(plan))
+    again = run_plan(data, tmp_path, *given[:1], "--rates", taken_along, *given[3:], "--json")
+    assert json.loads(again.output)["schedule"] == plan["schedule"]
+
+
+def test_an_error_in_a_check_ends_with_exit_code_2(data, checkpoint_folder, tmp_path):
+    copy = shutil.copytree(checkpoint_folder, tmp_path / "copy")
+    data["models"].append({"name": str(copy), "layers": [1]})
+    result = run_plan(data, tmp_path, "--no-calibration")
+    assert result.exit_code == 2
+    assert "error (duplicates): models: copy/L1/dense" in result.output
+    listed = json.loads(run_plan(data, tmp_path, "--no-calibration", "--json").output)["checks"]
+    assert {"level", "check", "what", "fix"} == set(listed[0])
+
+
+def test_a_plan_that_may_load_models_sees_a_random_one(study, monkeypatch):
+    rates = {kind: Rate(1e9, 1.0) for kind in RATES}
+    monkeypatch.setattr(hours_module, "calibrate", lambda *_args, **_options: rates)
+    (check,) = [c for c in preflight(study, device="cpu").checks if c["check"] == "perplexity"]
+    assert check["level"] == "error"
+
+
+@pytest.mark.parametrize("workers", ["0", "1,,2", "x", "-1", "1.5"])
+def test_wrong_numbers_of_workers(workers, data, tmp_path, rates_file):
+    result = run_plan(data, tmp_path, "--rates", rates_file, "--workers", workers)
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception).startswith("--workers:")
+
+
+def test_a_schedule_needs_hours(data, tmp_path):
+    result = run_plan(data, tmp_path, "--no-calibration", "--workers", "2")
+    assert str(result.exception).startswith("--workers: hours are needed")
+
+
+def test_the_page_on_scaling_has_what_its_tool_writes(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1] / "tools"))
+    tool = importlib.import_module("write_scaling")
+    text = tool.PAGE.read_text(encoding="utf-8")
+    assert tool.page(text) == text
+    assert sum(len(plan_study(read_study(s), resolve=False).runs) for s in tool.STUDIES) == 24
 
 
 # --- disk and memory ----------------------------------------------------------------------------

@@ -114,7 +114,17 @@ def _with_parents(path: str) -> list[str]:
 # ---- what the code may hold ----
 
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
-UNSAFE_CALLS = {"torch.load", "torch.save", "np.load", "pd.read_pickle", "eval", "exec"}
+UNSAFE_CALLS = {
+    *("torch.load", "torch.save", "torch.jit.load", "torch.hub.load", "np.load", "numpy.load"),
+    *("pd.read_pickle", "eval", "exec", "compile", "__import__", "os.system", "os.popen"),
+}
+TRUSTING = {  # an argument -> the values that let a file choose what is run
+    "trust_remote_code": lambda value: value is not False,
+    "allow_pickle": lambda value: value is not False,
+    "weights_only": lambda value: value is not True,
+    "use_safetensors": lambda value: value is not True,
+    "shell": lambda value: value is not False,
+}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
@@ -135,6 +145,15 @@ def test_module_has_a_docstring_and_nothing_unsafe(path: pathlib.Path) -> None:
         "AutoModel.from_pretrained('m', trust_remote_code=True)",
         "frame.to_pickle('f')",
         "np.save('f', a, allow_pickle=True)",
+        "from os import system",
+        "AutoModelForCausalLM.from_pretrained('m', trust_remote_code=False)",
+        "AutoModelForCausalLM.from_pretrained('m', use_safetensors=True)",
+        "AutoTokenizer.from_pretrained('m')",
+        "AutoConfig.from_pretrained('m', trust_remote_code=chosen)",
+        "AutoModelForCausalLM.from_config(c)",
+        "load(f, weights_only=False)",
+        "subprocess.run('x', shell=True)",
+        "YAML(typ='unsafe').load(text)",
     ],
 )
 def test_unsafe_code_is_seen(source: str) -> None:
@@ -155,12 +174,19 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
             called = ast.unparse(node.func)
             if called in UNSAFE_CALLS or called.endswith((".to_pickle", ".read_pickle")):
                 yield called
-            for keyword in node.keywords:
-                switched_on = not (
-                    isinstance(keyword.value, ast.Constant) and keyword.value.value is False
-                )
-                if keyword.arg in ("trust_remote_code", "allow_pickle") and switched_on:
-                    yield ast.unparse(keyword)
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            for name, value in given.items():
+                constant = value.value if isinstance(value, ast.Constant) else None
+                if name in TRUSTING and TRUSTING[name](constant):
+                    yield ast.unparse(node)
+                if called == "YAML" and name == "typ" and constant != "safe":
+                    yield ast.unparse(node)
+            if re.match(r"Auto\w+\.from_(pretrained|config)$", called):
+                needed = {"trust_remote_code"}
+                if called.startswith("AutoModel") and called.endswith("pretrained"):
+                    needed.add("use_safetensors")
+                if needed - set(given):
+                    yield ast.unparse(node)
 
 
 def test_shapes_are_checked_under_pytest() -> None:

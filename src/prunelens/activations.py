@@ -23,6 +23,7 @@ from torch import Tensor
 
 from prunelens.config import ActivationConfig, Site
 from prunelens.errors import UserError
+from prunelens.finite import where_not_finite
 from prunelens.model import LanguageModel, forward_tokens, run_to_sites
 
 STORAGE = {
@@ -100,7 +101,7 @@ def capture_sites(
             found = run_to_sites(lm, batch, list(streams))
             for (place, stream), states in zip(streams.items(), found, strict=True):
                 states = stream.stored(states[:, skip:])
-                _refuse_non_finite(states, first, lm, place[1], config.storage)
+                _refuse_non_finite(states, batch, first, lm, place, config.storage)
                 stream.write(states)
             if progress:
                 progress((first + len(batch)) * windows.shape[1])
@@ -284,14 +285,21 @@ def _write_header(file: BinaryIO, shape: tuple[int, int], code: str, itemsize: i
 
 
 def _refuse_non_finite(
-    states: Tensor, first_window: int, lm: LanguageModel, layer: int, storage: str
+    states: Tensor,
+    batch: Tensor,
+    first_window: int,
+    lm: LanguageModel,
+    place: tuple[Site, int],
+    storage: str,
 ) -> None:
     finite = states.isfinite().flatten(1).all(1)
     if not finite.all():
-        window = first_window + int((~finite).nonzero()[0])
+        found = int((~finite).nonzero()[0])
+        site, layer = place
         dtype = str(lm.model.dtype).removeprefix("torch.")
         raise UserError(
             f"activations: {lm.label} layer {layer} in {dtype} (stored as {storage}) gives NaN or"
-            f" infinity, first in window {window}; set models.dtype and activations.storage to"
-            " bfloat16 or float32"
+            f" infinity at {site}, first in window {first_window + found}:"
+            f" {where_not_finite(lm, batch[found : found + 1])}; set models.dtype and"
+            " activations.storage to bfloat16 or float32"
         )

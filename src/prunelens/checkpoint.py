@@ -7,15 +7,19 @@ import hashlib
 import importlib.util
 import json
 import pathlib
+import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from prunelens import hub, planted
+from prunelens import hub, offload, planted
 from prunelens.config import ModelConfig
 from prunelens.errors import UserError
+from prunelens.model_limits import check_config, check_sizes, check_weights
 from prunelens.paper import shipped_shape
 
 if TYPE_CHECKING:
@@ -36,6 +40,11 @@ _QUANTISERS = {  # quant_method of a config -> the package that reads such weigh
     "torchao": "torchao",
     "compressed-tensors": "compressed_tensors",
 }
+# What transformers raises on files that are not what they should be.
+_FAILURES = (
+    *(OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, MemoryError, AssertionError, StrictDataclassError),
+)
 _WEIGHT_FILES = ("config.json", "generation_config.json", "model*.safetensors*")
 
 
@@ -51,15 +60,17 @@ def load_weights(config: ModelConfig, *, device: str = "cpu") -> PreTrainedModel
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    folder = _folder(config, (*_WEIGHT_FILES, *_TOKENIZER_FILES))
+    folder = model_folder(config)
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"models.name: {config.name!r} has no .safetensors weights; convert it once with"
             " AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) and name that folder"
         )
-    quantised = _check_quantised(config, folder)
+    quantised = is_quantised(config, folder)
+    claimed = model_shape(config).parameters
+    check_weights(folder, config.name, num_parameters=claimed, is_quantised=quantised)
     try:
-        with without_progress_bars():
+        with contextlib.ExitStack() as stack, without_progress_bars(), offload.expected():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, config.dtype),
@@ -68,8 +79,10 @@ def load_weights(config: ModelConfig, *, device: str = "cpu") -> PreTrainedModel
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                **(_offload(config, stack) if config.device_map else {}),
             )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+            weakref.finalize(model, stack.pop_all().close)
+    except (*_FAILURES, SafetensorError) as error:
         raise _cannot_load(config, "it as a causal language model", error) from None
     if missing := sorted(info["missing_keys"]):
         raise UserError(
@@ -79,13 +92,24 @@ def load_weights(config: ModelConfig, *, device: str = "cpu") -> PreTrainedModel
     return model
 
 
-def _check_quantised(config: ModelConfig, folder: pathlib.Path) -> bool:
-    """Whether weights are quantised; raises UserError where the package for it is missing."""
+def _offload(config: ModelConfig, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """What accelerate is told; the folder for what is offloaded to disk goes with the stack."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _cannot_load(config, "its config.json", error) from None
-    how = content.get("quantization_config") if isinstance(content, dict) else None
+        scratch = tempfile.TemporaryDirectory(dir=config.offload_folder, prefix="prunelens-")
+    except OSError as error:
+        raise UserError(
+            f"models.offload_folder: cannot write to {config.offload_folder!r} ({error.strerror});"
+            " name a folder that you can write to"
+        ) from None
+    places = {int(k) if k.isdigit() else k: v for k, v in (config.max_memory or {}).items()}
+    return {"offload_folder": stack.enter_context(scratch), "max_memory": places or None}
+
+
+def is_quantised(config: ModelConfig, folder: pathlib.Path) -> bool:
+    """Whether weights are quantised; raises UserError where the package for it is missing."""
+    check_config(folder, config.name)
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    how = content.get("quantization_config")
     if not isinstance(how, dict):
         return False
     method = str(how.get("quant_method"))
@@ -107,8 +131,17 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except _FAILURES as error:
         raise _cannot_load(config, "its tokenizer", error) from None
+    except Exception as error:
+        if type(error) is not Exception:  # what tokenizers raises on a file that it cannot read
+            raise
+        raise _cannot_load(config, "its tokenizer", error) from None
+
+
+def model_folder(config: ModelConfig) -> pathlib.Path:
+    """Where weights and tokenizer are; a hub model's are fetched. Raises as `load_weights`."""
+    return _folder(config, (*_WEIGHT_FILES, *_TOKENIZER_FILES))
 
 
 class ModelShape(NamedTuple):
@@ -125,6 +158,10 @@ class ModelShape(NamedTuple):
     """Weights of the linear layers of all decoder blocks together: what may be pruned."""
     parameters: int
     """All parameters; tied ones count once."""
+    products: int = 0
+    """Entries of X Xᵀ of the inputs of every one of those linear layers, all blocks together."""
+    widest_input: int = 0
+    """Inputs of the widest of those linear layers."""
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
@@ -141,6 +178,7 @@ def model_shape(config: ModelConfig) -> ModelShape:
         with torch.device("meta"):  # shapes without memory
             model = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
         heads = text.num_attention_heads
+        inputs = _linear_inputs(model)
         width = getattr(text, "head_dim", None) or text.hidden_size // heads
         return ModelShape(
             text.hidden_size,
@@ -150,8 +188,10 @@ def model_shape(config: ModelConfig) -> ModelShape:
             heads * width,
             _linear_weights(model),
             sum(parameter.numel() for parameter in model.parameters()),
+            sum(size**2 for size in inputs),
+            max(inputs, default=0),
         )
-    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+    except _FAILURES as error:
         raise _cannot_load(config, "a language model's config", error) from None
 
 
@@ -169,10 +209,13 @@ def text_config(config: ModelConfig) -> PreTrainedConfig:
         if shipped and not _is_cached(config):
             return AutoConfig.for_model(**shipped)
         folder = _folder(config, ("config.json",))
+        check_config(folder, config.name)
         found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return found.get_text_config()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        text = found.get_text_config()
+    except _FAILURES as error:
         raise _cannot_load(config, "a language model's config", error) from None
+    check_sizes(text, config.name)
+    return text
 
 
 def _is_cached(config: ModelConfig) -> bool:
@@ -185,14 +228,29 @@ def _is_cached(config: ModelConfig) -> bool:
 
 def _linear_weights(model: PreTrainedModel) -> int:
     """Weights of all linear layers but the output embedding."""
+    return sum(module.get_parameter("weight").numel() for module in _linear_layers(model))
+
+
+def _linear_inputs(model: PreTrainedModel) -> list[int]:
+    """How many inputs each of those layers has."""
+    return [
+        module.in_features
+        if isinstance(module, nn.Linear)
+        else module.get_parameter("weight").shape[0]
+        for module in _linear_layers(model)
+    ]
+
+
+def _linear_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """All linear layers but the output embedding."""
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
-    return sum(
-        module.get_parameter("weight").numel()
+    return [
+        module
         for module in model.modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
-    )
+    ]
 
 
 def model_fingerprint(config: ModelConfig, *, field: str = "models.name") -> str:
@@ -249,8 +307,16 @@ def is_local(name: str) -> bool:
     return name == "bundled" or looks_like_path or pathlib.Path(name).is_dir()
 
 
+def is_here(config: ModelConfig) -> bool:
+    """Whether a model's files are on this machine: local, or all in the hub's cache."""
+    return (
+        is_local(config.name) or hub.cached_model(config.name, revision=config.revision) is not None
+    )
+
+
 def _files(folder: pathlib.Path, patterns: tuple[str, ...]) -> list[pathlib.Path]:
-    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file())
 
 
 def _cannot_load(config: ModelConfig, what: str, error: Exception) -> UserError:
@@ -265,13 +331,18 @@ def _cannot_load(config: ModelConfig, what: str, error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Transformers draws a bar per model loaded or saved; a study has its own."""
+    """Transformers draws a bar per model loaded or saved; a study has its own.
+
+    Nor does it list what a file lacks, with names as the file has them: that is told in one line.
+    """
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()

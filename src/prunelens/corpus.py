@@ -42,9 +42,13 @@ __all__ = [
     "split_tokens",
     "stdlib_documents",
     "stdlib_held_out",
+    "token_rows",
     "windows",
 ]
 
+_TOKEN_DTYPES = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32),
+)
 Tokenizer = Any
 """A transformers PreTrainedTokenizerBase; named loosely, because importing transformers is slow."""
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 500_000
@@ -137,7 +141,7 @@ def joined_stream(
     """
     bos_token = _bos_token(config, tokenizer)
     if config.source == "tokens":
-        rows = _token_rows(config)
+        rows = token_rows(config)
         return torch.cat(_rows_without(bos_token)(rows)), bos_token
     if config.source == "stdlib":
         texts = [document.text for document in _stdlib_halves()[1]]
@@ -154,7 +158,7 @@ def joined_stream(
 def _assigned(config: CorpusConfig, quotas: dict[str, int]) -> Iterator[tuple[str, Any]]:
     """Every document's content with its split."""
     if config.source == "tokens":
-        for row in _token_rows(config):
+        for row in token_rows(config):
             yield _split_of(row.numpy().tobytes(), quotas), row
     elif config.source == "stdlib":
         trained, held_out = _stdlib_halves()
@@ -274,8 +278,11 @@ def _batches(assigned: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, An
 # --- ready-made token ids -----------------------------------------------------------------------
 
 
-def _token_rows(config: CorpusConfig) -> Int32[Tensor, "windows context_tokens"]:
-    """The tensor `tokens` of every file, one below the other."""
+def token_rows(config: CorpusConfig) -> Int32[Tensor, "windows context_tokens"]:
+    """The tensor `tokens` of every file of a `tokens` corpus, one below the other.
+
+    Raises: UserError where a file is no safetensors file or its tensor is not of that shape.
+    """
     return torch.cat([_read_tokens(path, config) for path in matching_files(config)])
 
 
@@ -283,13 +290,15 @@ def _read_tokens(path: pathlib.Path, config: CorpusConfig) -> Tensor:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"corpus.paths: {path.name} is no safetensors file ({error})") from None
+        raise UserError(
+            f"corpus.paths: {path.name} is no safetensors file ({error}); write it again"
+        ) from None
     if "tokens" not in tensors:
         raise UserError(
             f"corpus.paths: {path.name} has no tensor 'tokens' but {sorted(tensors)}; rename it"
         )
     tokens = tensors["tokens"]
-    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+    if tokens.ndim != 2 or tokens.dtype not in _TOKEN_DTYPES or tokens.numel() == 0:
         raise UserError(
             f"corpus.paths: 'tokens' of {path.name} is {tokens.dtype} {list(tokens.shape)};"
             " it must hold token ids as integers [windows, context_tokens]"
@@ -299,8 +308,14 @@ def _read_tokens(path: pathlib.Path, config: CorpusConfig) -> Tensor:
             f"corpus.context_tokens: {config.context_tokens}, but the windows of {path.name} are"
             f" {tokens.shape[1]} wide; set context_tokens to {tokens.shape[1]}"
         )
-    if int(tokens.min()) < 0:
-        raise UserError(f"corpus.paths: 'tokens' of {path.name} holds ids below 0; write it again")
+    if tokens.dtype in (torch.uint16, torch.uint32):  # torch finds no minimum of those
+        tokens = tokens.long()
+    largest = torch.iinfo(torch.int32).max
+    if int(tokens.min()) < 0 or int(tokens.max()) > largest:
+        raise UserError(
+            f"corpus.paths: 'tokens' of {path.name} holds ids below 0 or above {largest}; write it"
+            " again"
+        )
     return tokens.int()
 
 
@@ -308,7 +323,7 @@ def _bos_of_rows(config: CorpusConfig) -> int | None:
     """The id that opens every row and stands nowhere else; ready-made windows get no other BOS."""
     if config.bos == "never":
         return None
-    rows = _token_rows(config)
+    rows = token_rows(config)
     first = int(rows[0, 0])
     if bool((rows[:, 0] == first).all()) and not bool((rows[:, 1:] == first).any()):
         return first

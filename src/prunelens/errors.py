@@ -7,3 +7,15 @@ class UserError(Exception):
     The message names the field, its value and the fix. The command line prints it without a
     traceback and exits with code 2; inside a study it becomes the `reason` of a failed run.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """Text as it may be printed: one line, and no characters that steer a terminal.
+
+    Messages quote what files hold, and a file may hold anything.
+    """
+    spaced = " ".join(text.split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in spaced)

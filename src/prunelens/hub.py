@@ -7,13 +7,19 @@ folder that it returns is named after the commit. `push_folder` goes the other w
 from __future__ import annotations
 
 import functools
+import json
+import logging
 import pathlib
-from collections.abc import Iterator
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 from prunelens.errors import UserError
 
 Kind = Literal["model", "dataset"]
+WAITS = (1, 2, 4, 8)  # seconds between attempts to reach the hub
+PASSING = (408, 429, 500, 502, 503, 504)  # answers of a hub or a proxy that may be well again soon
+log = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -22,7 +28,8 @@ def snapshot(
 ) -> pathlib.Path:
     """A local folder with the files of a hub repository; the folder's name is the commit.
 
-    Without a connection a snapshot that was fetched before is used.
+    Without a connection a snapshot that was fetched before is used. Where there is none, or a
+    download breaks off, it is tried again for a quarter of a minute; what has come stays.
 
     Args:
         name: the repository's id, e.g. `google/gemma-2-2b`.
@@ -34,8 +41,10 @@ def snapshot(
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     try:
-        folder = huggingface_hub.snapshot_download(
-            name, repo_type=kind, revision=revision, allow_patterns=list(patterns)
+        folder = _patiently(
+            lambda: huggingface_hub.snapshot_download(
+                name, repo_type=kind, revision=revision, allow_patterns=list(patterns)
+            )
         )
     except HFValidationError:
         raise UserError(
@@ -50,6 +59,80 @@ def commit(name: str, *, field: str, kind: Kind, revision: str | None) -> str:
     """The full commit that a repository's revision stands for. Raises UserError as `snapshot`."""
     small = "config.json" if kind == "model" else "README.md"
     return snapshot(name, field=field, kind=kind, revision=revision, patterns=(small,)).name
+
+
+class Access(NamedTuple):
+    """Whether a repository's files can be had."""
+
+    state: Literal["cached", "open", "refused", "unknown"]
+    """`unknown`: the hub could not be asked."""
+    problem: str
+    """Where refused, why and what to do, as `snapshot` would say; where unknown, why."""
+
+
+def access(name: str, *, field: str, kind: Kind, revision: str | None, ask: bool = True) -> Access:
+    """Ask the hub, with the user's token, whether a repository may be read; fetches no file.
+
+    A model whose weights are in the cache is not asked for. Arguments as `snapshot`.
+
+    Args:
+        ask: False: look at the cache only.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if kind == "model" and cached_model(name, revision=revision) is not None:
+        return Access("cached", "")
+    if not ask:
+        return Access("unknown", "not asked")
+    api = huggingface_hub.HfApi(library_name="prunelens")
+    try:
+        api.auth_check(name, repo_type=kind)
+        if revision is not None:
+            api.repo_info(name, repo_type=kind, revision=revision)
+    except HFValidationError:
+        return Access(
+            "refused", f"{field}: {name!r} is neither a folder nor a hub id; check the spelling"
+        )
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        return Access("refused", _problem(error, name, field=field, kind=kind, revision=revision))
+    except (HTTPError, ConnectionError) as error:
+        return Access("unknown", type(error).__name__)
+    return Access("open", "")
+
+
+def cached_model(name: str, *, revision: str | None) -> pathlib.Path | None:
+    """The folder of a model whose config and weights were all fetched before; asks no hub."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        where = huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    folder = pathlib.Path(where)
+    weights = {path.name for path in folder.glob("*.safetensors")}
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return None
+        if not shards <= weights:
+            return None
+    return folder if weights and (folder / "config.json").is_file() else None
+
+
+def cache_folder() -> pathlib.Path:
+    """Where the hub's files are kept; it need not be there yet."""
+    from huggingface_hub import constants
+
+    return pathlib.Path(constants.HF_HUB_CACHE)
 
 
 def dataset_rows(
@@ -162,6 +245,38 @@ def push_folder(
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise UserError(_refusal(error, repository)) from None
     return str(address)
+
+
+def _patiently(fetch: Callable[[], str]) -> str:
+    """Call `fetch`; where the network or the hub is at fault, again after longer and longer waits.
+
+    The client tries a broken download again by itself, but not the question what there is.
+    """
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+    for seconds in WAITS:
+        try:
+            return fetch()
+        except (HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
+            if not _may_pass(error):
+                raise
+            log.warning("the hub: %s; trying again in %d s", type(error).__name__, seconds)
+        time.sleep(seconds)
+    return fetch()
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether the same request may succeed in a while."""
+    from huggingface_hub import errors
+
+    if error is None or isinstance(error, errors.OfflineModeIsEnabled):
+        return False
+    if isinstance(error, errors.HfHubHTTPError):
+        response = getattr(error, "response", None)
+        return response is not None and response.status_code in PASSING
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return _may_pass(error.__cause__)
+    return True
 
 
 def _refusal(error: Exception, repository: str) -> str:

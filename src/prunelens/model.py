@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from prunelens import offload
 from prunelens.checkpoint import (
     ModelShape,
     load_tokenizer,
@@ -81,8 +82,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids have to be: the device of the embedding."""
-        return self.model.get_input_embeddings().weight.device
+        """Where token ids have to be: where the embedding computes."""
+        return offload.execution_device(self.model.get_input_embeddings())
 
     @property
     def d_model(self) -> int:

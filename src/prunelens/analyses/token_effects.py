@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel, logits
+from prunelens.offload import execution_device, weight_of
 
 
 class TokenEffects(NamedTuple):
@@ -54,13 +55,8 @@ def unembedding(lm: LanguageModel) -> Unembedding:
             " logits; leave 'evidence' out of questions"
         )
     final_norm = _final_norm(lm, head)
-    if any(part.device.type == "meta" for part in (weight, *final_norm.parameters())):
-        raise UserError(
-            f"models.device_map: the unembedding of {lm.label} is not held in memory; set"
-            " device_map to null, or leave 'evidence' out of questions"
-        )
     known = lm.tokenizer.get_vocab().values() if lm.tokenizer else [len(weight) - 1]
-    return Unembedding(weight.detach()[: max(known) + 1], final_norm)
+    return Unembedding(weight_of(head).detach()[: max(known) + 1], final_norm)
 
 
 @torch.no_grad()
@@ -157,7 +153,7 @@ def _measured(norm: nn.Module, d_model: int) -> tuple[Float[Tensor, " d_model"],
     ones = torch.ones(d_model)
     inputs = torch.stack([x, -x, ones, -ones])[None]
     if weight is not None:
-        inputs = inputs.to(weight.device, weight.dtype)
+        inputs = inputs.to(execution_device(norm), weight.dtype)
     plus, minus, up, down = norm(inputs)[0].float()
     gain = (plus - minus) / (2 * inputs[0, 0].float())
     largest = float(gain.abs().max())

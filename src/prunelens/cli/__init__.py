@@ -1,8 +1,12 @@
-"""The command line. Exit codes: 0 done, 1 some runs failed, 2 the user's input is wrong."""
+"""The command line. Exit codes: 0 done, 1 some runs failed, 2 the user's input is wrong.
+
+And as shells have them: 130 after Ctrl-C, 143 after SIGTERM.
+"""
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -14,6 +18,7 @@ from prunelens.cli import explorer, export, selftest, steps, studies
 from prunelens.errors import UserError
 
 INTERRUPTED = 130  # what typer returns after Ctrl-C
+TERMINATED = 128 + signal.SIGTERM
 
 app = typer.Typer(
     help="What did pruning do to a model's features, and can you trust the answer?",
@@ -42,7 +47,18 @@ UsageError: Any = typer.BadParameter.__base__
 
 
 def main() -> None:
-    """Entry point: a UserError becomes one line on standard error and exit code 2."""
+    """Entry point: a UserError becomes one line on standard error and exit code 2.
+
+    SIGTERM, with which batch systems end a job, ends the work as Ctrl-C does.
+    """
+    is_terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal is_terminated
+        is_terminated = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -50,6 +66,8 @@ def main() -> None:
     )
     try:
         code = app(standalone_mode=False)
+    except KeyboardInterrupt:  # before typer has got hold of it
+        code = INTERRUPTED
     except UserError as error:
         _give_up(str(error))
     except UsageError as error:
@@ -59,7 +77,8 @@ def main() -> None:
     except OSError as error:
         _give_up(f"{error.filename or 'file'}: {error.strerror or error}; check the path")
     if code == INTERRUPTED:
-        _give_up("stopped; the same command goes on from here", code=INTERRUPTED)
+        code = TERMINATED if is_terminated else INTERRUPTED
+        _give_up("stopped; the same command goes on from here", code=code)
     sys.exit(code)
 
 

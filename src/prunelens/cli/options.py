@@ -23,6 +23,23 @@ Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Processes side by side; default: as cores and memory allow."),
 ]
+Artifacts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Where artifacts are: a folder, s3://bucket/prefix, gs://…; default: in --out.",
+    ),
+]
+Track = Annotated[
+    str | None, typer.Option(help="Also show it in tensorboard, wandb or trackio; default: off.")
+]
+Executor = Annotated[
+    str, typer.Option(help="local, or ray for the nodes of a cluster (needs prunelens[ray]).")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Of the Ray cluster, e.g. 10.0.0.1:6379; default: one on this machine."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Folder = Annotated[pathlib.Path, typer.Argument(metavar="DIR", help="A study's folder.")]
@@ -119,3 +136,13 @@ def numbers(text: str | None) -> list[int] | None:
         raise UserError(
             f"--latents: {text!r} is no list of numbers; give for example 3,17,200"
         ) from None
+
+
+def workers_to_simulate(text: str | None) -> list[int]:
+    """`1,8,64` as numbers of workers; none where nothing is asked for."""
+    if text is None:
+        return []
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) <= 10**6 for part in parts):
+        raise UserError(f"--workers: {text!r} is no list of numbers of workers; give e.g. 1,8,64")
+    return [int(part) for part in parts]

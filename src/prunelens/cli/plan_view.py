@@ -10,11 +10,13 @@ from rich.table import Table
 
 from prunelens.study.preflight import Preflight
 
+_LEVELS = ["error", "warning", "ok"]
+_STYLES = {"error": "bold red", "warning": "yellow", "ok": "dim"}
 WIDE = 110  # letters, below which the matrix leaves columns out
 
 
 def show_preflight(found: Preflight, console: Console) -> None:
-    """Print the matrix as a table, then totals, needs and hours as lines."""
+    """Print the matrix as a table, then totals, needs and hours as lines, then the checks."""
     columns = ["SAEs", "controls", "stages", "shared", "forward", "trained on", "FLOPs", "hours"]
     left_out = {"stages", "shared", "FLOPs"} if console.width < WIDE else set()
     if found.hours is None:
@@ -31,6 +33,27 @@ def show_preflight(found: Preflight, console: Console) -> None:
     console.print(table)
     for line in _lines(found):
         console.print(line, highlight=False, markup=False)
+    if found.schedule:
+        console.print(_schedule(found))
+        console.print(_chain(found), highlight=False, markup=False)
+    for check in sorted(found.checks, key=lambda check: _LEVELS.index(check["level"])):
+        fix = f"; {check['fix']}" if check["fix"] else ""
+        line = f"{check['level']} ({check['check']}): {check['what']}{fix}"
+        console.print(line, style=_STYLES[check["level"]], highlight=False, markup=False)
+
+
+def _schedule(found: Preflight) -> Table:
+    """One row for each number of workers."""
+    table = Table("workers", "hours", "critical path", "idle")
+    for row in found.schedule:
+        idle = "-" if row["idle_share"] is None else f"{row['idle_share']:.0%}"
+        hours = (f"{row[name]:.2f}" for name in ("makespan_hours", "critical_path_hours"))
+        table.add_row(str(row["workers"]), *hours, idle)
+    return table
+
+
+def _chain(found: Preflight) -> str:
+    return "critical path: " + " > ".join(found.schedule[0]["chain"])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -54,6 +54,14 @@ def prune(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    block_by_block: Annotated[
+        bool,
+        typer.Option(
+            "--block-by-block",
+            help="Never load the whole model: calibrate and prune one block of it after the other,"
+            " in the new files.",
+        ),
+    ] = False,
     license: License = None,
     push: Push = None,
     private: Private = False,
@@ -75,7 +83,15 @@ def prune(
         pattern=pattern,
         random_seed=random_seed,
     )
-    pruned = prune_checkpoint(study.models[0], pruning, study.corpus, out, device, sharing=sharing)
+    pruned = prune_checkpoint(
+        study.models[0],
+        pruning,
+        study.corpus,
+        out,
+        device,
+        sharing=sharing,
+        block_by_block=block_by_block,
+    )
     address = push_if_asked(out, push, private)
     if as_json:
         told = {"out": str(out), "achieved_sparsity": pruned.achieved_sparsity}

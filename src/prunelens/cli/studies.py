@@ -12,18 +12,24 @@ from rich.table import Table
 
 from prunelens.cli.explorer import what_is_done
 from prunelens.cli.options import (
+    Address,
+    Artifacts,
     AsJson,
     Device,
+    Executor,
     Folder,
     Out,
     Quiet,
     Settings,
     Study,
+    Track,
     Workers,
     numbers,
     parsed,
+    workers_to_simulate,
 )
 from prunelens.cli.printing import print_json, print_table, records
+from prunelens.errors import UserError
 from prunelens.study_file import read_study
 
 
@@ -32,11 +38,15 @@ def demo(
     settings: Settings = None,
     device: Device = "auto",
     workers: Workers = None,
+    executor: Executor = "local",
+    address: Address = None,
+    artifacts: Artifacts = None,
+    track: Track = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """The shipped study on the bundled model; the same as `run demo`."""
-    run("demo", out, settings, device, workers, quiet, as_json)
+    run("demo", out, settings, device, workers, executor, address, artifacts, track, quiet, as_json)
 
 
 def run(
@@ -45,6 +55,10 @@ def run(
     settings: Settings = None,
     device: Device = "auto",
     workers: Workers = None,
+    executor: Executor = "local",
+    address: Address = None,
+    artifacts: Artifacts = None,
+    track: Track = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -53,7 +67,17 @@ def run(
     folder = out or pathlib.Path("runs") / config.name
     from prunelens.report.write import run_and_report
 
-    outcome = run_and_report(config, folder, device=device, workers=workers, quiet=quiet or as_json)
+    outcome = run_and_report(
+        config,
+        folder,
+        device=device,
+        workers=workers,
+        executor=executor,
+        address=address,
+        quiet=quiet or as_json,
+        artifacts=artifacts,
+        track=track,
+    )
     failed = [result for result in outcome.results if result.status == "failed"]
     if as_json:
         runs = {result.run.name: result.reason or "done" for result in outcome.results}
@@ -65,28 +89,55 @@ def run(
 
 def plan(
     study: Study,
+    out: Out = None,
     settings: Settings = None,
     device: Device = "auto",
     no_calibration: Annotated[
-        bool, typer.Option("--no-calibration", help="Do not time this device; tell no hours.")
+        bool,
+        typer.Option(
+            "--no-calibration",
+            help="Do not time this device, tell no hours, and load no model to check it.",
+        ),
     ] = False,
+    rates: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            help="Rates of another device instead: YAML, or what plan --json printed there."
+        ),
+    ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(help="Simulate the schedule with so many workers each, e.g. 1,8,64."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a study's runs, and the work, disk, memory and hours they take, before anything runs."""
+    """Check a study, and show its runs and the work, disk, memory and hours they take.
+
+    Nothing runs. Exit code 2 where a check found an error.
+    """
     from prunelens.cli.plan_view import show_preflight
     from prunelens.study.preflight import CALIBRATION_SECONDS, preflight
+    from prunelens.study.rates import read_rates
 
+    config = read_study(study, parsed(settings))
+    numbers_of_workers = workers_to_simulate(workers)
+    if numbers_of_workers and no_calibration and rates is None:
+        raise UserError("--workers: hours are needed; leave --no-calibration out or give --rates")
     found = preflight(
-        read_study(study, parsed(settings)),
+        config,
         settings=parsed(settings),
         device=device,
         calibration_seconds=0.0 if no_calibration else CALIBRATION_SECONDS,
+        rates=read_rates(rates, [model.label for model in config.models]) if rates else None,
+        workers=numbers_of_workers,
+        out=out,
     )
     if as_json:
         print_json(found._asdict())
     else:
         console = Console()
         show_preflight(found, console if console.is_terminal else Console(width=140))
+    raise typer.Exit(2 if any(check["level"] == "error" for check in found.checks) else 0)
 
 
 def status(folder: Folder, as_json: AsJson = False) -> None:

@@ -45,7 +45,7 @@ class SaeConfig(Frozen):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of a training step's products, whose sums are float32; weights, Adam's moments and
     every measurement stay float32. bfloat16 is faster where the hardware multiplies it itself."""
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, max_length=100)
     """Seed s means init_seed = data_seed = s."""
     control_seeds: int = Field(1, ge=1)
     """For how many of the seeds the control SAEs (other order; rotated) are trained."""
@@ -73,7 +73,7 @@ class SaeConfig(Frozen):
 class SufficiencyConfig(Frozen):
     """Were the SAEs trained enough to be compared? Looked at while they are trained."""
 
-    checkpoints: tuple[float, ...] = Field((0.125, 0.25, 0.5), min_length=1)
+    checkpoints: tuple[float, ...] = Field((0.125, 0.25, 0.5), min_length=1, max_length=100)
     """Shares of the training after which SAEs are judged, beside its end; rising, inside (0, 1)."""
     condition: str | None = None
     """The pruned condition by label whose SAEs are followed beside the dense ones; null: the

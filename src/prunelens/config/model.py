@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from prunelens.config.frozen import Frozen
+from prunelens.config.names import Place, refuse_as_name
 
 Site = Literal["resid_post", "mlp_out", "attn_out"]
+Memory: TypeAlias = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(K|M|G)(iB|B)$")]  # 20GiB, 500MB
 PLANTED = "planted"  # the name of the self-test's world, as a model and as a criterion
 
 
@@ -17,11 +19,11 @@ class PretrainedSaeConfig(Frozen):
 
     layer: int = Field(ge=0)
     """The decoder block at whose site it was trained; one of the model's `layers`."""
-    release: str | None = None
+    release: Place | None = None
     """A release that SAELens knows, e.g. gemma-scope-2b-pt-res-canonical."""
-    sae_id: str | None = None
+    sae_id: Place | None = None
     """The SAE's id within the release, e.g. layer_12/width_16k/canonical."""
-    folder: str | None = None
+    folder: Place | None = None
     """A local folder instead: one that prunelens, SAELens or sparsify saved."""
     name: str | None = Field(None, min_length=1)
     """What tables call it; null: `release/sae_id`, or the folder's last part."""
@@ -34,6 +36,7 @@ class PretrainedSaeConfig(Frozen):
             raise ValueError("release: give either release and sae_id, or folder")
         if self.release is not None and self.sae_id is None:
             raise ValueError(f"sae_id: release {self.release!r} needs the SAE's id within it")
+        refuse_as_name(self.label, field="name", fix="give a name")
         return self
 
     @property
@@ -49,12 +52,12 @@ class PretrainedSaeConfig(Frozen):
 class ModelConfig(Frozen):
     """A Hugging Face causal language model and where to look at it."""
 
-    name: str = "bundled"
+    name: Place = "bundled"
     """`bundled` (the small model that ships with prunelens), a hub id, or a local folder.
 
     `planted` is no model but the self-test's world with known truth (methods §9).
     """
-    revision: str | None = None
+    revision: Place | None = None
     """A hub commit, branch or tag; null means the default branch."""
     short_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """What run names and tables call it; null: the last part of `name`."""
@@ -66,8 +69,40 @@ class ModelConfig(Frozen):
     """The precision that the model runs in."""
     device_map: Literal["auto"] | None = None
     """`auto` spreads a model over devices through accelerate; null puts it on one."""
+    max_memory: dict[str, Memory] | None = None
+    """With `device_map: auto`: how much of it each place takes, as {0: 20GiB, cpu: 60GiB}.
+
+    Keys are GPU numbers and `cpu`; a place that is not named takes nothing, what is left over stays
+    on disk. null: what is free.
+    """
+    offload_folder: str | None = None
+    """With `device_map: auto`: where weights that prunelens changes wait on disk.
+
+    null: the system's temporary folder. They are gone with the process.
+    """
     pretrained: tuple[PretrainedSaeConfig, ...] = ()
     """SAEs of others whose transfer to the pruned models is measured beside that of our own."""
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _names_of_places(cls, given: object) -> object:
+        """YAML reads a GPU's number as one."""
+        return {str(k): v for k, v in given.items()} if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _places_fit(self) -> Self:
+        for field in ("max_memory", "offload_folder"):
+            if getattr(self, field) is not None and self.device_map is None:
+                raise ValueError(f"{field}: says nothing without device_map: auto; add that")
+        odd = [place for place in self.max_memory or {} if place != "cpu" and not place.isdigit()]
+        if odd:
+            raise ValueError(f"max_memory: {odd[0]!r} is neither cpu nor the number of a GPU")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_label(self) -> Self:
+        refuse_as_name(self.label, field="name", fix="give a short_name")
+        return self
 
     @model_validator(mode="after")
     def _pretrained_fit(self) -> Self:

@@ -11,6 +11,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from prunelens.config.frozen import Frozen
 from prunelens.config.model import PLANTED
+from prunelens.config.names import Place, refuse_as_name
 
 PLANTED_SCOPES = ("independent", "by_rate")
 CALIBRATED = ("wanda", "sparsegpt")  # criteria that read the inputs of every matrix
@@ -198,16 +199,17 @@ class PruningGrid(_Pruning):
 class CheckpointConfig(Frozen):
     """A condition that someone else made: pruned elsewhere, fine-tuned or quantised."""
 
-    checkpoint: str = Field(min_length=1)
+    checkpoint: Place
     """The local folder or hub id of a checkpoint that takes the model's place; safetensors only."""
-    revision: str | None = None
+    revision: Place | None = None
     """A hub commit, branch or tag; null means the default branch."""
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """What run names and tables call it; null: the last part of `checkpoint`."""
 
     @model_validator(mode="after")
     def _has_a_label(self) -> Self:
-        if self.label in ("", ".", "..", "~", "dense"):
+        refuse_as_name(self.label, field="name", fix="add a name")
+        if self.label in ("~", "dense"):
             raise ValueError(f"name: {self.checkpoint!r} gives no name for tables; add a name")
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections import Counter
 from typing import Any, Literal, Self
 
 import pydantic
@@ -21,7 +22,7 @@ from prunelens.config.frozen import Frozen
 from prunelens.config.model import PLANTED, ModelConfig
 from prunelens.config.pruning import CHECKPOINT, ENTRIES, Condition, PruningEntry
 from prunelens.config.text import CorpusConfig, PerplexityConfig
-from prunelens.errors import UserError
+from prunelens.errors import UserError, one_line
 
 Question = Literal[
     "stability",
@@ -46,10 +47,16 @@ NEEDS: dict[str, tuple[Question, ...]] = {  # question -> the ones whose answers
 }
 
 
+MOST_RUNS = 2000  # models x layers x conditions; the paper has 24
+LARGEST = 2**63 - 1  # what tensors and files can count
+MOST_CHARACTERS = 400  # of a message
+
+
 def study_from_data(data: Any) -> StudyConfig:
     """A study from plain data (what YAML or JSON gives). Raises UserError with one line."""
     if not isinstance(data, dict):
         raise UserError(f"study: must be a mapping of fields, got {type(data).__name__}")
+    _refuse_huge_numbers(data, "study")
     try:
         return StudyConfig.model_validate(data)
     except pydantic.ValidationError as error:
@@ -73,7 +80,7 @@ class StudyConfig(Frozen):
     """Which activations the SAEs see."""
     sae: SaeConfig = SaeConfig()
     """The SAEs."""
-    taus: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    taus: tuple[float, ...] = Field((0.5, 0.6, 0.7, 0.8, 0.9), max_length=100)
     """Match thresholds."""
     sufficiency: SufficiencyConfig = SufficiencyConfig()
     """When SAEs in training are judged."""
@@ -128,9 +135,15 @@ class StudyConfig(Frozen):
                     f"{field}: {label!r} is none of the prunings"
                     f" ({', '.join(labels) or 'there are none'})"
                 )
-        doubled = sorted({label for label in labels if labels.count(label) > 1})
+        doubled = sorted(label for label, count in Counter(labels).items() if count > 1)
         if doubled:
             raise ValueError(f"prunings: {doubled[0]} is listed twice; remove one")
+        num_runs = sum(len(model.layers) for model in self.models) * (1 + len(labels))
+        if num_runs > MOST_RUNS:
+            raise ValueError(
+                f"prunings: models x layers x conditions are {num_runs} runs, and a study has"
+                f" {MOST_RUNS} at most; make several studies"
+            )
         for grid in self.prunings:
             if other := set(grid.seeds or ()) - set(self.sae.seeds):
                 raise ValueError(
@@ -186,8 +199,25 @@ class StudyConfig(Frozen):
         return self.sae.seeds
 
 
+def _refuse_huge_numbers(data: Any, where: str) -> None:
+    """Raises UserError for integers that nothing can count and Python does not even print."""
+    if isinstance(data, int) and abs(data) > LARGEST:
+        raise UserError(f"{where}: a number beyond {LARGEST}; give a smaller one")
+    inner: Any = ()
+    if isinstance(data, dict):
+        inner = data.items()
+    elif isinstance(data, list | tuple):
+        inner = enumerate(data)
+    for name, value in inner:
+        _refuse_huge_numbers(name, "study")
+        _refuse_huge_numbers(value, str(name) if where == "study" else f"{where}.{name}")
+
+
 def _one_line(error: pydantic.ValidationError) -> str:
-    """The first problem as `field: what (got value); fix`, and where the others are."""
+    """The first problem as `field: what (got value); fix`, and where the others are.
+
+    What the file holds may be long, and is shown cut short.
+    """
     first, *others = error.errors(include_url=False)
     where = _place(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
@@ -197,7 +227,8 @@ def _one_line(error: pydantic.ValidationError) -> str:
         message = f"{message} (got {str(first['input'])[:80]!r})"
     also = ", ".join(_place(other["loc"]) for other in others)
     text = f"{where}: {message}" + (f" (also wrong: {also})" if also else "")
-    return " ".join(text.split())
+    text = one_line(text)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
 
 
 def _place(location: tuple[int | str, ...]) -> str:
@@ -214,7 +245,7 @@ def _nearest(location: tuple[int | str, ...]) -> str:
         elif isinstance(part, str) and part in getattr(model, "model_fields", {}):
             model = _inner_model(model.model_fields[part].annotation) or model
     fields = list(getattr(model, "model_fields", {}))
-    close = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.65)
+    close = difflib.get_close_matches(str(location[-1])[:80], fields, n=1, cutoff=0.65)
     return f"; did you mean {close[0]!r}?" if close else f"; valid keys: {', '.join(fields)}"
 
 

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from prunelens.config.frozen import Frozen
+from prunelens.config.names import Place
 
 
 class CorpusConfig(Frozen):
@@ -14,19 +15,19 @@ class CorpusConfig(Frozen):
 
     source: Literal["stdlib", "files", "tokens", "hub"] = "stdlib"
     """The Python standard library, local files, ready-made token ids, or a hub data set."""
-    paths: tuple[str, ...] = ()
+    paths: tuple[Place, ...] = ()
     """For `files` (.txt, .jsonl, .parquet; globs allowed) and `tokens` (one .safetensors)."""
     document: Literal["file", "line", "blank_line", "heading"] = "file"
     """What one document of a text file is."""
-    text_field: str = "text"
+    text_field: str = Field("text", max_length=1000)
     """The field that holds the text in JSONL, Parquet and hub rows."""
-    dataset: str | None = None
+    dataset: Place | None = None
     """For `hub`: the data set's id, e.g. HuggingFaceFW/fineweb-edu."""
-    subset: str | None = None
+    subset: Place | None = None
     """For `hub`: the data set's configuration, e.g. sample-10BT."""
-    split: str = "train"
+    split: Place = "train"
     """For `hub`: the data set's split."""
-    revision: str | None = None
+    revision: Place | None = None
     """For `hub`: a commit, branch or tag of the data set."""
     context_tokens: int = Field(256, ge=2)
     """Tokens per window, the BOS included."""
@@ -53,7 +54,7 @@ class PerplexityConfig(Frozen):
 
     corpus: CorpusConfig | None = None
     """Text to score, whole and joined with blank lines; null: the study's own eval split."""
-    context_tokens: tuple[int, ...] = Field((256, 2048), min_length=1)
+    context_tokens: tuple[int, ...] = Field((256, 2048), min_length=1, max_length=100)
     """Window lengths; one above the model's maximum is cut to it."""
     max_tokens: int | None = Field(None, gt=0)
     """Score at most so many tokens; null: all."""

@@ -13,9 +13,10 @@ from torch import Tensor
 from prunelens.config import PruningConfig
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel
+from prunelens.offload import make_editable
 from prunelens.prune import calibrate, sparsegpt
 from prunelens.prune.masks import PackedMasks
-from prunelens.prune.matrices import as_matrix, prunable_matrices
+from prunelens.prune.matrices import as_matrix, matrix_shape, prunable_matrices
 from prunelens.prune.scores import INTEGERS, Scored
 from prunelens.prune.selection import Kept, select
 
@@ -80,7 +81,8 @@ def prune_model(
         are NaN or infinite, where a pattern divides no row, and as `prunable_matrices`.
     """
     _check(pruning, calibration, input_norms)
-    shapes = {n: tuple(as_matrix(module).shape) for n, module in prunable_matrices(lm).items()}
+    shapes = {n: matrix_shape(module) for n, module in prunable_matrices(lm).items()}
+    make_editable(lm.model, list(shapes))
     masks, num_zeroed = PackedMasks(), dict.fromkeys(shapes, 0)
     updates = pruning.criterion == "sparsegpt"
     if updates:
@@ -111,12 +113,13 @@ def apply_masks(lm: LanguageModel, masks: Mapping[str, Bool[Tensor, "_output _in
             " use masks of this model"
         )
     for name, mask in masks.items():
-        shape = as_matrix(matrices[name]).shape
+        shape = matrix_shape(matrices[name])
         if mask.shape != shape:
             raise UserError(
                 f"masks: {name} has shape {list(mask.shape)}, the model's is {list(shape)};"
                 " use masks of this model"
             )
+    make_editable(lm.model, list(matrices))
     for name, mask in masks.items():
         weight = as_matrix(matrices[name])
         _zero(weight, mask.to(weight.device))

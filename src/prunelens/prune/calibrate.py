@@ -8,6 +8,7 @@ looked at (methods §3, `sequential`).
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -16,9 +17,12 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
+from prunelens import offload
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel, run_to_site
-from prunelens.prune.matrices import as_matrix, prunable_matrices
+from prunelens.prune.matrices import matrix_shape, prunable_matrices
+
+log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 4096
 """Calibration tokens per forward pass. Fixed, because sums depend on it in the last bit."""
@@ -39,6 +43,10 @@ def input_norms(
     Squares are summed in float32 over a batch (at most 4,096 tokens) and in float64 over batches,
     so that 300,000 tokens lose no small terms; the norm is rounded to float32.
 
+    Of a model with offloaded parts each block is brought in once and sees all windows before the
+    next one is, where blocks can be run so; the norms are the same, bit for bit, and the memory is
+    that of `norms_upwards`.
+
     Args:
         lm: the model as it is; one forward pass, without the output head.
         calibration: token windows; every position counts.
@@ -46,6 +54,12 @@ def input_norms(
     Raises: UserError where inputs are NaN or infinite, a matrix is never used, or windows do not
         fit the model (token ids, length).
     """
+    if offload.any_offloaded(lm.model):
+        changed = _not_replayable(lm, calibration)
+        if changed is None:
+            blocks = _upwards(lm, calibration, _summing_squares, progress)
+            return {name: norm for squares in blocks for name, norm in _norms(squares).items()}
+        log.info("%s: %s; every batch brings in every block", lm.label, changed)
     done = 0
     with _summing_squares(prunable_matrices(lm)) as squares:
         for batch in _batches(calibration):
@@ -66,12 +80,14 @@ def norms_upwards(
 
     All matrices of a block are seen with that block unpruned and the blocks below as the caller
     left them. In memory at a time: the inputs of one block for all windows, in the model's dtype
-    and on its device, besides the model. What a block is called with beside its input (masks,
-    rotary embeddings) is caught once per batch size, from the model's own forward pass.
+    and on its device, besides the model, or one block of it where it is offloaded. What a block is
+    called with beside its input (masks, rotary embeddings) is caught once per batch size, from the
+    model's own forward pass.
 
     Args: as `input_norms`; `progress` counts up to the number of windows over all blocks together.
     Raises: UserError as `input_norms`, and where blocks take more than the block before gives.
     """
+    _check_replayable(lm, calibration)
     for squares in _upwards(lm, calibration, _summing_squares, progress):
         yield _norms(squares)
 
@@ -87,6 +103,7 @@ def products_upwards(
     As `norms_upwards`, in float32 throughout: SparseGPT adds a hundredth of its mean diagonal,
     which is far above what rounding takes.
     """
+    _check_replayable(lm, calibration)
     for products in _upwards(lm, calibration, _summing_products, progress):
         for name, sums in products.items():
             _check_sums(name, sums.diagonal(), sums)
@@ -100,22 +117,23 @@ def _upwards(
     progress: Callable[[int], None] | None,
 ) -> Iterator[dict[str, Tensor]]:
     """What `summing` adds up of each block's inputs, with the blocks below as they now are."""
-    _check_replayable(lm, calibration)
     batches = _batches(calibration)
     by_size = {len(batch): batch for batch in batches}
-    calls = {size: _forward(lm, batch, lm.blocks).calls for size, batch in by_size.items()}
+    calls = {size: _calls(lm, batch) for size, batch in by_size.items()}
     hidden = [_forward(lm, batch, lm.blocks[:1]).inputs[0] for batch in batches]
     matrices = prunable_matrices(lm)
     for index, block in enumerate(lm.blocks):
         own = {id(module) for module in block.modules()}
         names = {name: module for name, module in matrices.items() if id(module) in own}
-        with summing(names) as sums:
+        with offload.resident(block), summing(names) as sums:
             for inputs in hidden:
                 calls[len(inputs)][index].run(block, inputs)
         yield sums
         del sums
-        for position, inputs in enumerate(hidden if index + 1 < len(lm.blocks) else ()):
-            hidden[position] = calls[len(inputs)][index].run(block, inputs)
+        if index + 1 < len(lm.blocks):
+            with offload.resident(block):
+                for position, inputs in enumerate(hidden):
+                    hidden[position] = calls[len(inputs)][index].run(block, inputs)
         if progress:
             progress(len(calibration) * (index + 1) // len(lm.blocks))
 
@@ -147,13 +165,21 @@ class _Reached(Exception):  # noqa: N818 (no error: it ends a forward pass early
     """The last block of interest was called."""
 
 
-def _forward(lm: LanguageModel, tokens: Tensor, blocks: nn.ModuleList) -> _Forward:
+def _calls(lm: LanguageModel, tokens: Tensor) -> list[_Call]:
+    """What every block is called with besides its input."""
+    return _forward(lm, tokens, lm.blocks, keep_inputs=False).calls
+
+
+def _forward(
+    lm: LanguageModel, tokens: Tensor, blocks: nn.ModuleList, *, keep_inputs: bool = True
+) -> _Forward:
     """Run the model until the last of `blocks` is called."""
     record = _Forward([], [])
 
     def catch(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         inputs, *others = arguments
-        record.inputs.append(inputs)
+        if keep_inputs:
+            record.inputs.append(inputs)
         record.calls.append(_Call(tuple(others), dict(keywords)))
         if block is blocks[-1]:
             raise _Reached
@@ -168,13 +194,23 @@ def _forward(lm: LanguageModel, tokens: Tensor, blocks: nn.ModuleList) -> _Forwa
 
 
 def _check_replayable(lm: LanguageModel, calibration: Tensor) -> None:
+    """Raises UserError where blocks cannot be run one by one."""
+    if problem := _not_replayable(lm, calibration):
+        raise UserError(
+            f"pruning.calibration: 'sequential' needs blocks that take only the output of the"
+            f" block before, and {problem}; use dense"
+        )
+
+
+def _not_replayable(lm: LanguageModel, calibration: Tensor) -> str | None:
     """Replay two texts block by block with one text's calls; it must give what the model gives.
 
     It does not where a block's other arguments depend on the text, or blocks share state.
+    Returns: which block takes more; None where all is well.
     """
     texts = [calibration[:1], calibration[:1].flip(1)]
     truth = [_forward(lm, text, lm.blocks) for text in texts]
-    calls = _forward(lm, texts[1], lm.blocks).calls
+    calls = _calls(lm, texts[1])
     hidden = [forward.inputs[0] for forward in truth]
     for index, block in enumerate(lm.blocks[:-1]):
         hidden = [calls[index].run(block, inputs) for inputs in hidden]
@@ -182,10 +218,8 @@ def _check_replayable(lm: LanguageModel, calibration: Tensor) -> None:
             theirs = forward.inputs[index + 1]
             scale = float(theirs.abs().amax())
             if not torch.allclose(ours, theirs, atol=0.01 * scale, rtol=0.01, equal_nan=True):
-                raise UserError(
-                    f"pruning.calibration: 'sequential' needs blocks that take only the output of"
-                    f" the block before, and block {index + 1} of {lm.label} takes more; use dense"
-                )
+                return f"block {index + 1} of {lm.label} takes more"
+    return None
 
 
 def _summing_squares(
@@ -228,8 +262,7 @@ def _summing(
 
     with contextlib.ExitStack() as stack:
         for name, module in modules.items():
-            weight = as_matrix(module)
-            hook = adder(name, weight.shape[1], weight.device)
+            hook = adder(name, matrix_shape(module)[1], offload.execution_device(module))
             stack.callback(module.register_forward_pre_hook(hook).remove)
         yield sums
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -42,24 +43,47 @@ def save_checkpoint(
         sharing: license and repository, for the card.
     Raises: UserError where `folder` exists and is not an empty folder.
     """
+    with writing_checkpoint(folder) as partial:
+        with without_progress_bars():
+            lm.model.save_pretrained(partial)
+        save_beside_weights(lm, partial, record=record, masks=masks, sharing=sharing)
+
+
+@contextlib.contextmanager
+def writing_checkpoint(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder to write to, which becomes `folder` once all is written, or is gone.
+
+    Raises: UserError as `check_target`.
+    """
     check_target(folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         partial = pathlib.Path(scratch) / folder.name
-        with without_progress_bars():
-            lm.model.save_pretrained(partial)
-        if lm.tokenizer is not None:
-            lm.tokenizer.save_pretrained(partial)
-        if record is not None:
-            assert masks is not None and masks_sha256(masks) == record.masks_sha256
-            save_masks(masks, partial / MASKS_FILE)
-            card = checkpoint_card(record, sharing or Sharing())
-            (partial / CARD_FILE).write_text(card, encoding="utf-8")
-            facts = {"kind": "pruned checkpoint", "prunelens": version(), **record.as_json()}
-            text = json.dumps(facts, indent=1) + "\n"
-            (partial / RECORD_FILE).write_text(text, encoding="utf-8")
+        partial.mkdir()
+        yield partial
         for path in (*partial.iterdir(), partial):
             flush(path)
         partial.replace(folder)
+
+
+def save_beside_weights(
+    lm: LanguageModel,
+    folder: pathlib.Path,
+    *,
+    record: PruningRecord | None,
+    masks: Mapping[str, Bool[Tensor, "_output _input"]] | None,
+    sharing: Sharing | None,
+) -> None:
+    """All of a checkpoint but config and weights: tokenizer, and what is known of its pruning."""
+    if lm.tokenizer is not None:
+        lm.tokenizer.save_pretrained(folder)
+    if record is None:
+        return
+    assert masks is not None and masks_sha256(masks) == record.masks_sha256
+    save_masks(masks, folder / MASKS_FILE)
+    card = checkpoint_card(record, sharing or Sharing())
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    facts = {"kind": "pruned checkpoint", "prunelens": version(), **record.as_json()}
+    (folder / RECORD_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def check_target(folder: pathlib.Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel
+from prunelens.offload import weight_of
 from prunelens.prune.matrices import as_matrix, kind_of, linear_matrices
 
 PROBE = "def greet(name):\n    return 'hello ' + name\n\nThe quick brown fox, 3.14 µm.\n"
@@ -132,7 +133,7 @@ def quantisation_of(lm: LanguageModel) -> str:
 
 def _numbers(name: str, module: nn.Module) -> Float[Tensor, "output input"]:
     """The weights as [output, input], taken out of what bitsandbytes or torchao keep them in."""
-    weight: Any = module.weight
+    weight: Any = weight_of(module)
     if hasattr(weight, "quant_state") and weight.quant_state is not None:
         functional = importlib.import_module("bitsandbytes.functional")
         return functional.dequantize_4bit(weight.data, weight.quant_state)

@@ -122,14 +122,24 @@ def load_masks(path: pathlib.Path) -> PackedMasks:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise UserError(f"masks: {str(path)!r} holds no masks ({FORMAT})")
+                raise UserError(
+                    f"masks: {str(path)!r} holds no masks ({FORMAT}); give a file that"
+                    " `save_masks` wrote"
+                )
             for name, shape in json.loads(metadata["shapes"]).items():
                 bits = file.get_tensor(name)
                 if len(bits) != -(-math.prod(shape) // 8):
                     raise UserError(f"masks: {str(path)!r} is damaged at {name}; make it again")
                 masks.add(name, tuple(shape), bits)
     except safetensors.SafetensorError as error:
-        raise UserError(f"masks: {str(path)!r} is no safetensors file ({error})") from None
+        raise UserError(
+            f"masks: {str(path)!r} is no safetensors file ({error}); make it again"
+        ) from None
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {error}"[:150]
+        raise UserError(
+            f"masks: {str(path)!r} does not describe its masks ({problem}); make it again"
+        ) from None
     return masks
 
 

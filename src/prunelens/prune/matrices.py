@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel
+from prunelens.offload import is_offloaded, weight_of
 
 
 def prunable_matrices(lm: LanguageModel) -> dict[str, nn.Module]:
@@ -18,7 +19,7 @@ def prunable_matrices(lm: LanguageModel) -> dict[str, nn.Module]:
     found = linear_matrices(lm)
     for name, module in found.items():
         assert isinstance(module, nn.Linear | Conv1D)
-        _check_editable(name, module.weight)
+        _check_editable(name, module)
     return found
 
 
@@ -33,15 +34,23 @@ def linear_matrices(lm: LanguageModel) -> dict[str, nn.Module]:
     """
     inside = {id(module) for block in lm.blocks for module in block.modules()}
     outside = (lm.model.get_input_embeddings(), lm.model.get_output_embeddings())
-    seen = {id(module.weight) for module in outside if module is not None}
+    ties = getattr(lm.model, "all_tied_weights_keys", {})
+    names = {module: name for name, module in lm.model.named_modules()}
+
+    def identity(module: nn.Module) -> int | str:
+        """Of its weight; between two calls an offloaded one is not the object that others are."""
+        name = f"{names[module]}.weight"
+        return ties.get(name, name) if is_offloaded(module) else id(module.weight)
+
+    seen = {identity(module) for module in outside if module is not None}
     found: dict[str, nn.Module] = {}
     for name, module in lm.model.named_modules():
         if id(module) not in inside:
             continue
         if isinstance(module, nn.Linear | Conv1D):
-            if id(module.weight) not in seen:
+            if identity(module) not in seen:
                 found[name] = module
-                seen.add(id(module.weight))
+                seen.add(identity(module))
         else:
             _check_no_experts(name, module)
     if not found:
@@ -52,10 +61,20 @@ def linear_matrices(lm: LanguageModel) -> dict[str, nn.Module]:
 
 
 def as_matrix(module: nn.Module) -> Float[Tensor, "output input"]:
-    """The weight as a view [output, input] (Conv1D stores the transpose); edits reach the model."""
+    """The weight as a view [output, input] (Conv1D stores the transpose); edits reach the model.
+
+    Those of a weight that is offloaded to disk do so once `offload.make_editable` has seen it.
+    """
     assert isinstance(module, nn.Linear | Conv1D)
-    weight = module.weight.detach()
+    weight = weight_of(module).detach()
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """The shape of `as_matrix`, without reading what is offloaded."""
+    assert isinstance(module, nn.Linear | Conv1D)
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def kind_of(name: str) -> str:
@@ -65,11 +84,9 @@ def kind_of(name: str) -> str:
     return ".".join(parts[last + 1 :])
 
 
-def _check_editable(name: str, weight: Tensor) -> None:
-    if weight.is_meta:
-        raise UserError(
-            f"pruning: {name} is offloaded; prune where the whole model fits on its devices"
-        )
+def _check_editable(name: str, module: nn.Linear | Conv1D) -> None:
+    weight = module.weight
+    assert not weight.is_meta or is_offloaded(module), f"{name} has no values"
     own_kind = type(weight.data) is not Tensor  # torchao's say that they are of a float dtype
     if own_kind or not weight.is_floating_point():
         stored = type(weight.data).__name__ if own_kind else weight.dtype

@@ -99,9 +99,8 @@ def prune_matrix(
     Raises: UserError where weights are NaN or infinite, or H cannot be inverted.
     """
     factor, dead = _inverse_factor(products, name)
-    columns = (
-        weight.T.float().contiguous().clone()
-    )  # [input, output]: what is updated lies together
+    # [input, output]: what is updated lies together
+    columns = weight.to(products.device).T.float().contiguous().clone()
     kept = torch.ones_like(columns, dtype=torch.bool)
     for start in range(0, len(columns), BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, len(columns))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from prunelens.config import StudyConfig
+from prunelens.csv_table import as_csv
 from prunelens.paper import published
 from prunelens.report.panels.causal import published_pairs
 from prunelens.report.panels.panel import Tables, at_tau
@@ -37,7 +38,7 @@ def write_paper_tables(
     for name in (*_BUILDERS, MATRIX, DEPTH):
         path = folder / f"{name}.csv"
         if name in made:
-            write_if_changed(path, made[name].to_csv(index=False).encode())
+            write_if_changed(path, as_csv(made[name]).encode())
         else:
             path.unlink(missing_ok=True)
     return made

@@ -11,6 +11,7 @@ import pandas as pd
 
 from prunelens.analyses.claims import COLUMNS as CLAIM_COLUMNS
 from prunelens.analyses.grades import COLUMNS as GRADE_COLUMNS
+from prunelens.csv_table import as_csv
 
 _CONDITION = ["run", "model", "layer", "method", "sparsity"]
 COLUMNS = {
@@ -99,7 +100,7 @@ def write_tables(results: dict[str, pd.DataFrame], out: pathlib.Path) -> dict[st
         path = out / "tables" / f"{name}.csv"
         if name in results:
             tables[name] = results[name].reindex(columns=columns)
-            write_if_changed(path, tables[name].to_csv(index=False).encode())
+            write_if_changed(path, as_csv(tables[name]).encode())
         else:
             path.unlink(missing_ok=True)
     if "latents" in results:

@@ -14,12 +14,13 @@ from prunelens.report.paper_tables import write_paper_tables
 from prunelens.report.summary import print_summary
 from prunelens.report.tables import write_tables
 from prunelens.study.disk import stopped_by_disk
+from prunelens.study.links import refuse_links_out
 from prunelens.study.results import study_results
 from prunelens.study.run import alone_in, open_study, read_runs, run_study
 from prunelens.study.schedule import Outcome
-from prunelens.study.store import sha256_of
+from prunelens.study.seal import sha256_of
 
-DRAWN = "figures/.drawn"  # written last: SHA-256 of the tables that figures and page show
+DRAWN = ".drawn"  # written last: SHA-256 of the tables that figures and page show
 
 
 def run_and_report(
@@ -28,15 +29,30 @@ def run_and_report(
     *,
     device: str = "auto",
     workers: int | None = 1,
+    executor: str = "local",
+    address: str | None = None,
     quiet: bool = False,
+    artifacts: str | None = None,
+    track: str | None = None,
 ) -> Outcome:
     """Run what is missing of a study, then write its tables and figures and print the summary.
 
     Arguments, errors and result as `run_study`; also a UserError where another process works in
     the same folder, or its disk cannot be written to.
     """
-    with alone_in(out), stopped_by_disk(out):
-        outcome = run_study(study, out, device=device, workers=workers, quiet=quiet)
+    with alone_in(out) as still_alone, stopped_by_disk(out):
+        outcome = run_study(
+            study,
+            out,
+            device=device,
+            workers=workers,
+            executor=executor,
+            address=address,
+            quiet=quiet,
+            artifacts=artifacts,
+            track=track,
+        )
+        still_alone()
         tables = write_report(out, redraw=outcome.num_executed > 0)
     if not quiet:
         print_summary(tables, read_runs(out))
@@ -52,6 +68,7 @@ def write_report(out: pathlib.Path, *, redraw: bool = True) -> dict[str, pd.Data
     Returns: the tables by name.
     """
     plan, store = open_study(out)
+    refuse_links_out(out)
     tables = write_tables(study_results(plan, store), out)
     paper = write_paper_tables(tables, plan.study, out)
     if redraw or not _is_drawn(out):

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -173,8 +173,8 @@ def own_sae(folder: pathlib.Path, *, name: str, device: str = "cpu") -> GivenSae
     _refuse_rotated(folder)
     normalisation = _normalisation(folder, sae.d_model)
     found = given(sae, normalisation, name=name, nominal_l0=_measured_l0(folder, sae.k))
-    place = folder / PLACE_FILE
-    return dataclasses.replace(found, **(_read(place) if place.exists() else {}))
+    site, layer = _place(folder / PLACE_FILE)
+    return dataclasses.replace(found, site=site, layer=layer)
 
 
 def given(
@@ -269,7 +269,8 @@ class NormalisedTopK:
 def _refuse_rotated(folder: pathlib.Path) -> None:
     """A study's folder says so in its `meta.json`; elsewhere nothing is rotated."""
     path = folder / "meta.json"
-    if path.exists() and _read(path).get("config", {}).get("rotated"):
+    config = _read(path).get("config") if path.exists() else None
+    if isinstance(config, dict) and config.get("rotated"):
         raise UserError(
             f"sae: {str(folder)!r} is the study's control in a rotated space, which knows nothing"
             " of the model's own; give an SAE whose `rotated` in sae_training.csv is False"
@@ -285,13 +286,29 @@ def _normalisation(folder: pathlib.Path, d_model: int) -> Statistics:
         )
     try:
         found = Statistics.load(path)
-    except (SafetensorError, TypeError) as error:
+    except (SafetensorError, OSError, TypeError) as error:
         raise _unreadable(path, error) from None
     if found.mean.shape != (d_model,) or found.sigma.shape != (d_model,):
         raise UserError(
             f"sae: {path} is of width {found.mean.numel()}, its SAE of {d_model}; make it again"
         )
+    if not all(part.isfinite().all() for part in found):
+        raise UserError(f"sae: {path} holds NaN or infinity; make it again")
     return found
+
+
+def _place(path: pathlib.Path) -> tuple[Site | None, int | None]:
+    """Site and layer of an SAE, as far as its file knows them; what else it says is not ours."""
+    if not path.exists():
+        return None, None
+    found = _read(path)
+    site, layer = found.get("site"), found.get("layer")
+    if site not in (None, *get_args(Site)) or type(layer) not in (int, type(None)):
+        raise UserError(
+            f"sae: {path} names site {site!r} and layer {layer!r}; give one of"
+            f" {', '.join(get_args(Site))} and the number of a block"
+        )
+    return site, layer
 
 
 def _measured_l0(folder: pathlib.Path, k: int) -> float:
@@ -300,15 +317,19 @@ def _measured_l0(folder: pathlib.Path, k: int) -> float:
         return float(k)
     try:
         return float(_read(path)["l0"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _unreadable(path, error) from None
 
 
-def _read(path: pathlib.Path) -> Any:
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """An object of JSON. Raises UserError for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"a {type(found).__name__} where an object should be")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise _unreadable(path, error) from None
+    return found
 
 
 def _unreadable(path: pathlib.Path, error: Exception) -> UserError:

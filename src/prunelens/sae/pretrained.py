@@ -27,6 +27,10 @@ from prunelens.sae.formats import GivenSae, own_sae
 
 _OWN_FILE, _SAELENS_FILES = "sae.json", ("cfg.json", "sae_weights.safetensors")
 _SPARSIFY_FILES = (sparsify.CONFIG_FILE, sparsify.WEIGHTS_FILE)
+_FAILURES = (  # of SAELens on files that are not what they should be
+    *(ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError),
+    *(OSError, SafetensorError),
+)
 _SITES: dict[str, Site] = {
     "hook_resid_post": "resid_post",
     "hook_mlp_out": "mlp_out",
@@ -93,18 +97,35 @@ def _from_release(config: PretrainedSaeConfig, release: str, sae_id: str, device
 
 def _from_folder(config: PretrainedSaeConfig, folder: pathlib.Path, device: str) -> GivenSae:
     with _told(config):
+        described = json.loads((folder / _SAELENS_FILES[0]).read_text(encoding="utf-8"))
+        if not isinstance(described, dict):
+            raise TypeError("cfg.json is no object")
+        _refuse_other_sizes(described, folder / _SAELENS_FILES[1])
         sae = _saelens().SAE.load_from_disk(folder, device=device, dtype="float32")
-        nominal = _described_l0(json.loads((folder / "cfg.json").read_text(encoding="utf-8")))
+        nominal = _described_l0(described)
     return _wrapped(sae, config, nominal, device)
+
+
+def _refuse_other_sizes(described: dict[str, Any], path: pathlib.Path) -> None:
+    """Raises ValueError where cfg.json speaks of more than the file holds: SAELens would reserve
+    that much memory before it looks.
+    """
+    with safe_open(path, framework="pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    held = sum(map(math.prod, shapes))
+    if described.get("d_in", 0) * described.get("d_sae", 0) > held:
+        raise ValueError(f"cfg.json speaks of more than the {held} numbers that there are")
 
 
 def _described_l0(described: dict[str, Any]) -> float:
     """The L0 that `export_sae` states, else k; NaN where a file has neither."""
-    l0 = (described.get("metadata") or {}).get("l0")
+    metadata, arguments = (
+        found if isinstance(found := described.get(name), dict) else {}
+        for name in ("metadata", "activation_fn_kwargs")
+    )
     # Older files keep k among the arguments of the activation function; reading it there too
     # catches a TopK SAE that is loaded as ReLU.
-    k = described.get("k") or (described.get("activation_fn_kwargs") or {}).get("k")
-    return float(l0 or k or math.nan)
+    return float(metadata.get("l0") or described.get("k") or arguments.get("k") or math.nan)
 
 
 def _wrapped(sae: Any, config: PretrainedSaeConfig, nominal: float, device: str) -> GivenSae:
@@ -270,7 +291,7 @@ def _told(config: PretrainedSaeConfig) -> Iterator[None]:
         ) from None
     except errors.EntryNotFoundError as error:
         raise UserError(f"{where} has no such file ({_line(error)}); check sae_id") from None
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+    except _FAILURES as error:
         raise UserError(
             f"{where} cannot be loaded by SAELens ({_line(error)}); check release, sae_id or folder"
         ) from None

@@ -127,7 +127,7 @@ def _check_place(path: pathlib.Path) -> None:
     try:
         place = json.loads(path.read_text(encoding="utf-8"))
         site, layer = place.get("site"), place.get("layer")
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise _unreadable(path, error) from None
     if site not in (None, *get_args(Site)) or not isinstance(layer, int | None):
         raise UserError(
@@ -143,7 +143,7 @@ def _quality(path: pathlib.Path) -> dict[str, float]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {name: float(found.get(name, math.nan)) for name in QUALITY}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(path, error) from None
 
 

@@ -23,7 +23,7 @@ from prunelens.activations import Statistics
 from prunelens.config import Site
 from prunelens.errors import UserError
 from prunelens.sae.formats import PLACE_FILE, GivenSae, given
-from prunelens.sae.topk import TopKSAE
+from prunelens.sae.topk import TopKSAE, refuse_other_sizes
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"
 # Our names of the tensors and sparsify's. The shapes are the same: latents first.
@@ -74,8 +74,8 @@ def sparsify_sae(folder: pathlib.Path, *, name: str, device: str = "cpu") -> Giv
     Raises: UserError where the folder is incomplete or damaged, or holds anything but a TopK SAE.
     """
     config = _checked(folder, name)
+    tensors = _tensors(folder, config)
     sae = TopKSAE(config.d_in, config.width, config.k)
-    tensors = _tensors(folder, sae)
     with torch.no_grad():
         for ours, theirs in TENSORS.items():
             getattr(sae, ours).copy_(tensors[theirs])
@@ -142,14 +142,18 @@ def _checked(folder: pathlib.Path, name: str) -> _Config:
     return config
 
 
-def _tensors(folder: pathlib.Path, sae: TopKSAE) -> dict[str, Tensor]:
-    """The four tensors under sparsify's names, with the shapes of `sae`."""
+def _tensors(folder: pathlib.Path, config: _Config) -> dict[str, Tensor]:
+    """The four tensors under sparsify's names, with the shapes that `config` speaks of."""
     path = folder / WEIGHTS_FILE
     try:
         found = load_file(path)
-    except SafetensorError as error:
+        refuse_other_sizes(found, width=config.d_in, latents=config.width)
+    except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, error) from None
-    expected = {TENSORS[name]: tuple(weight.shape) for name, weight in sae.named_parameters()}
+    matrix = (config.width, config.d_in)
+    shape_of = {"encoder_weight": matrix, "encoder_bias": matrix[:1]}
+    shape_of |= {"decoder_weight": matrix, "decoder_bias": matrix[1:]}
+    expected = {TENSORS[name]: shape for name, shape in shape_of.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     if shapes != expected:
         raise UserError(
@@ -179,7 +183,7 @@ def _described(model: type[_Model], path: pathlib.Path) -> _Model:
         first: Any = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise _damaged(path, f"{field}: {first['msg']}" if field else first["msg"]) from None
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, OSError) as error:
         raise _damaged(path, error) from None
 
 

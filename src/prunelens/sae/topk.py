@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Mapping
 
 import safetensors
 import torch
@@ -17,6 +18,16 @@ from prunelens.sae.kernels import SparseLatents, Weights
 
 _WEIGHTS_FILE = "sae.safetensors"
 _DESCRIPTION_FILE = "sae.json"
+
+
+def refuse_other_sizes(tensors: Mapping[str, Tensor], *, width: int, latents: int) -> None:
+    """Raises ValueError where a dictionary of such sizes would not fit among these tensors.
+
+    Asked before memory is reserved: a description may speak of any size.
+    """
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if width * latents > held:
+        raise ValueError(f"{latents} latents of width {width} are described, {held} numbers held")
 
 
 class TopKSAE(nn.Module):
@@ -138,8 +149,13 @@ class TopKSAE(nn.Module):
                 raise UserError(
                     f"sae: {folder} holds a {described['architecture']!r} SAE, not 'topk'"
                 )
-            sae = cls(described["d_model"], described["num_latents"], described["k"])
-            sae.load_state_dict(load_file(folder / _WEIGHTS_FILE))
+            sizes = [described[name] for name in ("d_model", "num_latents", "k")]
+            if not all(type(size) is int for size in sizes):
+                raise TypeError(f"d_model, num_latents and k are {sizes}, not integers")
+            tensors = load_file(folder / _WEIGHTS_FILE)
+            refuse_other_sizes(tensors, width=sizes[0], latents=sizes[1])
+            sae = cls(*sizes)
+            sae.load_state_dict(tensors)
             sae.refuse_non_finite()
         except FileNotFoundError as error:
             raise UserError(
@@ -147,6 +163,7 @@ class TopKSAE(nn.Module):
                 " give a folder that TopKSAE.save wrote"
             ) from None
         except (
+            OSError,  # a folder in a file's place
             KeyError,
             TypeError,
             ValueError,

@@ -50,6 +50,8 @@ class SaeRequest(NamedTuple):
     steps that a resumed training repeats. Must not change the SAE."""
     progress: Callable[[int], None] | None = None
     """Called with the step after every step."""
+    logged: Callable[[StepLog, TopKSAE], None] | None = None
+    """Called with every new point of the training curve and the SAE, which it must not change."""
 
 
 def train_sae(
@@ -135,6 +137,8 @@ def _advance(
     """One step, and whoever waits for it."""
     training.advance(batch, log=training.step + 1 in request.observe)
     step, config = training.step, request.config
+    if request.logged is not None and training.log and training.log[-1].step == step:
+        request.logged(training.log[-1], training.sae)
     if step in request.observe:
         request.observe[step](step, training.sae)
     due = step % config.checkpoint_every == 0 and step < config.steps

@@ -147,7 +147,7 @@ def _one_block(model: ModelConfig, device: str) -> LanguageModel:
         fields["layer_types"] = fields["layer_types"][:1]
     with torch.random.fork_rng(devices=[]):
         built = AutoModelForCausalLM.from_config(
-            type(text)(**fields), dtype=getattr(torch, model.dtype)
+            type(text)(**fields), dtype=getattr(torch, model.dtype), trust_remote_code=False
         )
     return as_language_model(built.to(device), label=model.label)
 

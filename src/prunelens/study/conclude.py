@@ -54,7 +54,7 @@ def conclude(
 ) -> tuple[int, str | None]:
     """Make what is missing; returns how many stages that took, and why one failed (or None)."""
     stage = predictor_stage(plan, store)
-    if stage is None or store.has(stage):
+    if stage is None or store.is_sound(stage):
         return 0, None
     for parent in stage.parents.values():
         store.read(parent)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 
 from prunelens.activations import STORAGE
-from prunelens.checkpoint import ModelShape, is_local
+from prunelens.checkpoint import ModelShape, is_here
 from prunelens.config import CheckpointConfig, ModelConfig, StudyConfig
 from prunelens.model import forward_tokens
 from prunelens.perplexity import LOGITS_AT_ONCE, SCORES_AT_ONCE
@@ -20,6 +20,9 @@ FLOAT = 4
 PROCESS_BYTES = 700e6  # a process with torch and transformers
 GPU_CONTEXT_BYTES = 600e6  # what CUDA and its libraries take
 SAMPLES_FOUND = 1.5  # intervals of a latent's range, in units of `evidence.samples`: 1 to 2
+INVERSION_BYTES = (
+    44  # per entry of SparseGPT's X Xᵀ while it is inverted: five of float64, one more
+)
 CONTEXT_TOKEN_BYTES = 5.5  # 4 under pruning, and as they are: mostly zeros, compressed
 
 
@@ -44,7 +47,7 @@ class Disk(NamedTuple):
     peak: float
     """The most at one time, with one worker."""
     downloads: float
-    """Weights fetched from the hub, taken to be of 16 bits; text comes on top."""
+    """Weights still to be fetched from the hub, taken to be of 16 bits; text comes on top."""
 
 
 class Memory(NamedTuple):
@@ -58,6 +61,10 @@ class Memory(NamedTuple):
     """Weights and one batch of logits over the vocabulary."""
     sae_training: float
     """An SAE, its gradients, Adam's moments and one batch."""
+    pruning: float
+    """Weights and, under SparseGPT, the inputs of one block for the whole calibration text, their
+    products for every matrix of the block, and what inverting the largest takes. Where a condition
+    is a checkpoint: two models, as they are compared (on a GPU the dense one is beside it)."""
     device: float
     """The most that is needed at one time on the device that the stages run on."""
     host: float
@@ -102,12 +109,6 @@ def disk_use(
     # Weights, two moments, and the decoder's start.
     checkpoint = 3.5 * saes_at_once(stages) * max(sae.values())
     kept = saes + masks + contexts + (all_stores if study.keep_activations else 0.0)
-    fetched = [shapes[m.label].parameters for m in study.models if not is_local(m.name)]
-    fetched += [
-        shapes[study.models[0].label].parameters
-        for condition in study.conditions()
-        if isinstance(condition, CheckpointConfig) and not is_local(condition.checkpoint)
-    ]
     peak = saes + masks + contexts + stores + checkpoint
     return Disk(
         max(store.values()),
@@ -118,8 +119,21 @@ def disk_use(
         checkpoint,
         kept,
         peak,
-        2.0 * sum(fetched),
+        2.0 * sum(_fetched_weights(study, shapes)),
     )
+
+
+def _fetched_weights(study: StudyConfig, shapes: dict[str, ModelShape]) -> Iterator[int]:
+    """Weights of every model and checkpoint that is not on this machine."""
+    for model in study.models:
+        if not model.is_planted and not is_here(model):
+            yield shapes[model.label].parameters
+    first = study.models[0]
+    for condition in study.conditions():
+        if isinstance(condition, CheckpointConfig):
+            place = {"name": condition.checkpoint, "revision": condition.revision}
+            if not is_here(first.model_copy(update=place)):
+                yield shapes[first.label].parameters
 
 
 def memory_use(
@@ -160,9 +174,34 @@ def _model_memory(
     forward = weights + tokens * widths * itemsize
     perplexity = weights + scores * itemsize + part * 2 * FLOAT  # as float32, and its logarithms
     training = _training_bytes(shape, study, kind, num_saes)
+    pruning = _pruning_bytes(shape, study, kind, weights, forward - weights, itemsize)
     context = 0.0 if kind == "cpu" else GPU_CONTEXT_BYTES
-    on_device = context + max(forward, perplexity, training)
-    return Memory(weights, forward, perplexity, training, on_device, PROCESS_BYTES + weights)
+    on_device = context + max(forward, perplexity, training, pruning)
+    host = PROCESS_BYTES + weights
+    return Memory(weights, forward, perplexity, training, pruning, on_device, host)
+
+
+def _pruning_bytes(
+    shape: ModelShape,
+    study: StudyConfig,
+    kind: str,
+    weights: float,
+    batch: float,
+    itemsize: int,
+) -> float:
+    """See `Memory.pruning`; `batch` is what one batch on its way takes."""
+    most = weights
+    for condition in study.conditions():
+        if isinstance(condition, CheckpointConfig):
+            most = max(most, weights * (2 if kind == "cpu" else 1))
+        elif condition.calibration == "sequential":
+            hidden = study.corpus.calibration_tokens * shape.d_model * itemsize
+            products = solving = 0.0
+            if condition.criterion == "sparsegpt":
+                products = FLOAT * shape.products / shape.num_blocks
+                solving = INVERSION_BYTES * shape.widest_input**2
+            most = max(most, weights + hidden + products + max(batch, solving))
+    return most
 
 
 def _changed_weights(shape: ModelShape, model: ModelConfig, study: StudyConfig) -> float:

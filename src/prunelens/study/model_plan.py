@@ -284,7 +284,10 @@ class ModelPlan:
         return {**content, "content": self._sources.sae(given)}
 
     def _tokenised(self, name: str, corpus: CorpusConfig) -> Stage:
-        content = corpus.model_dump(mode="json", exclude={"paths"})
+        # `text` says which commit it is, also where the study names none.
+        content = corpus.model_copy(update={"revision": None}).model_dump(
+            mode="json", exclude={"paths"}
+        )
         return self.stage(
             name,
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from prunelens.activations import (
 )
 from prunelens.config import ActivationConfig
 from prunelens.corpus import TokenSplits, joined_stream, split_tokens, windows
+from prunelens.finite import not_finite
 from prunelens.model import LanguageModel, load_model, load_tokenizer
 from prunelens.perplexity import measure_perplexity
 from prunelens.prune.calibrate import input_norms
@@ -81,6 +83,9 @@ def _perplexity(work: Work) -> None:
                 max_tokens=limit,
                 progress=work.share(total, before=tokens_each * len(rows)),
             )
+            if math.isnan(result.nll):  # no number to compare with, and a broken model
+                cut = windows(stream, context, bos)[: len(result.window_nll)]
+                raise not_finite(lm, cut[result.window_nll.isnan()][:1], "its logits")
             numbers = result._asdict()
             nll = numbers.pop("window_nll").numpy()
             rows[context] = {**numbers, "bos": bos is not None}

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import collections
+import math
 import os
+import pathlib
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 
-from prunelens.checkpoint import ModelShape, is_local
+from prunelens.checkpoint import is_local
 from prunelens.config import CheckpointConfig, Condition, StudyConfig
 from prunelens.model import model_shape
-from prunelens.study.calibrate import Rate, calibrate
-from prunelens.study.cost import KINDS, Work, stage_work
-from prunelens.study.footprint import disk_use, memory_use, saes_at_once
+from prunelens.study.access import access_checks
+from prunelens.study.before import cheap_checks
+from prunelens.study.calibrate import Rate
+from prunelens.study.cost import Work
+from prunelens.study.hours import (
+    given_rates,
+    hours_of,
+    measured_rates,
+    study_tasks,
+    work_of,
+)
 from prunelens.study.matrix import Run
 from prunelens.study.plan import plan_study
 from prunelens.study.run import resolve_device
+from prunelens.study.simulate import Task, simulate
 from prunelens.study.store import Stage
+from prunelens.study.text_checks import text_checks
 
 GIGABYTE = 1e9
 CALIBRATION_SECONDS = 40.0
@@ -52,6 +64,11 @@ class Preflight(NamedTuple):
     """The fields that `--set` replaced."""
     notes: list[str]
     """What the numbers assume or leave out."""
+    checks: list[Row]
+    """The fields of `finding.Finding`, of every check."""
+    schedule: list[Row]
+    """The fields of `simulate.Schedule` for each number of workers that was asked for; idle_share
+    is None where nothing takes any time. Empty without hours."""
 
 
 def preflight(
@@ -60,25 +77,33 @@ def preflight(
     settings: Mapping[str, str] | None = None,
     device: str = "auto",
     calibration_seconds: float = CALIBRATION_SECONDS,
+    rates: Mapping[str, Mapping[str, float]] | None = None,
+    workers: Sequence[int] = (),
+    out: pathlib.Path | None = None,
 ) -> Preflight:
-    """Lay a study out without running it.
+    """Lay a study out without running it, and check what can go wrong.
 
-    Nothing is downloaded. Where a model or a text is on the hub, no hub is asked either, except for
-    the config of a model that is neither one of the paper's nor in the cache.
+    No weights are downloaded. Where a model or a text is on the hub, the hub is asked whether it
+    may be read, and for the config of a model that is neither one of the paper's nor in the cache;
+    a little text is read from it where the model is on this machine, to see that they fit.
 
     Args:
         study: what would be run.
         settings: the `--set` overrides that are already in `study`, to be listed.
         device: `auto`, `cpu`, `cuda`, …: what is calibrated and whose memory is reckoned with.
         calibration_seconds: about how long to measure this device's speed, over all models; 0: do
-            not, and tell no hours.
+            not, tell no hours, and load no model to see whether it can read the text.
+        rates: of `read_rates`, instead of measuring this device's.
+        workers: numbers of workers whose schedule is simulated.
+        out: the folder that it would run in; None: runs/<name>.
     Raises: UserError as `plan_study`, or for an absent device.
     """
     device = resolve_device(device)
     plan = plan_study(study, resolve=not _is_on_the_hub(study))
     shapes = {model.label: model_shape(model) for model in study.models}
     started = time.perf_counter()
-    rates = _rates(study, device, calibration_seconds)
+    loads = calibration_seconds > 0
+    speeds = given_rates(rates) if rates else measured_rates(study, device, calibration_seconds)
     calibrated = time.perf_counter() - started
     rows: list[Row] = []
     all_stages: dict[str, Stage] = {}
@@ -86,43 +111,47 @@ def preflight(
     for run in plan.runs:
         stages = {s.identity: s for target in run.targets() for s in _with_parents(target)}
         new = [stage for identity, stage in stages.items() if identity not in all_stages]
-        works = [(stage, _work(stage, shapes, study)) for stage in new]
+        works = [(stage, work_of(stage, shapes, study)) for stage in new]
         rows.append(
             _row(run, study)
             | {"stages": len(stages), "shared": len(stages) - len(new)}
             | _sum_of(work for _, work in works)
-            | {"hours": sum(_hours(works, rates).values()) if rates else None}
+            | {"hours": sum(hours_of(works, speeds).values()) if speeds else None}
         )
         all_works += works
         all_stages |= stages
-    hours = _hours(all_works, rates)
-    disk = disk_use(study, shapes, all_stages.values(), len(study.conditions()))
-    memory = memory_use(study, shapes, device, num_saes=saes_at_once(all_stages.values()))
+    hours = hours_of(all_works, speeds)
+    folder = out or pathlib.Path("runs") / study.name
+    room = cheap_checks(plan, shapes, folder, device)
+    access = list(access_checks(study))
+    answers = all(found.level == "ok" for found in access)
+    checks = [*room.findings, *access]
+    checks += text_checks(study, hub_answers=answers, device=device, load=loads)
     return Preflight(
         rows,
         dict(collections.Counter(stage.name for stage in all_stages.values())),
         _totals(rows, len(all_stages)),
-        _in_gigabytes(disk._asdict()),
-        _in_gigabytes(memory._asdict()),
-        {**hours, "total": sum(hours.values())} if rates else None,
-        _device(study, device, rates, calibrated if rates else 0.0),
+        _in_gigabytes(room.disk._asdict()),
+        _in_gigabytes(room.memory._asdict()),
+        {**hours, "total": sum(hours.values())} if speeds else None,
+        _device(study, device, speeds, calibrated if speeds and not rates else 0.0),
         dict(settings or {}),
-        list(_notes(study, rates)),
+        list(_notes(study, speeds, given=bool(rates))),
+        [finding._asdict() for finding in checks],
+        _schedules(study_tasks(plan, shapes, speeds), workers) if speeds else [],
     )
+
+
+def _schedules(tasks: list[Task], workers: Sequence[int]) -> list[Row]:
+    rows = [simulate(tasks, number)._asdict() for number in workers]
+    for row in rows:
+        row["chain"] = list(row["chain"])
+        row["idle_share"] = None if math.isnan(row["idle_share"]) else row["idle_share"]
+    return rows
 
 
 def _with_parents(stage: Stage) -> list[Stage]:
     return [stage, *(s for parent in stage.parents.values() for s in _with_parents(parent))]
-
-
-def _work(stage: Stage, shapes: Mapping[str, ModelShape], study: StudyConfig) -> Work:
-    """One pass up to the highest layer gives the activations of those below."""
-    assert stage.source
-    model = stage.source.model
-    if stage.name == "activations" and stage.config["layer"] < max(model.layers):
-        return Work()
-    shape = shapes[model.label]
-    return stage_work(stage.name, stage.config, stage.parents, shape, study)
 
 
 def _row(run: Run, study: StudyConfig) -> Row:
@@ -162,33 +191,6 @@ def _totals(rows: list[Row], num_stages: int) -> Row:
     return {"runs": len(rows), "stages": num_stages, **totals}
 
 
-# --- time ---------------------------------------------------------------------------------------
-
-
-def _rates(study: StudyConfig, device: str, seconds: float) -> dict[str, dict[str, Rate]]:
-    """Model -> kind of work -> rate; empty if no time is given."""
-    if seconds <= 0:
-        return {}
-    each = seconds / len(study.models)
-    return {
-        model.label: calibrate(study, model, device=device, seconds=each) for model in study.models
-    }
-
-
-def _hours(
-    works: Iterable[tuple[Stage, Work]], rates: Mapping[str, Mapping[str, Rate]]
-) -> dict[str, float]:
-    """Per kind of work."""
-    hours = dict.fromkeys(KINDS.values(), 0.0)
-    for stage, work in works:
-        kind = KINDS.get(stage.name)
-        if kind and rates:
-            assert stage.source
-            rate = rates[stage.source.model.label][kind].flops_per_second
-            hours[kind] += work.flops / rate / 3600
-    return hours
-
-
 # --- the device, and what was assumed -----------------------------------------------------------
 
 
@@ -216,7 +218,9 @@ def _device(
     }
 
 
-def _notes(study: StudyConfig, rates: Mapping[str, Mapping[str, Rate]]) -> Iterator[str]:
+def _notes(
+    study: StudyConfig, rates: Mapping[str, Mapping[str, Rate]], *, given: bool
+) -> Iterator[str]:
     yield (
         "operations are those that the definitions ask for; text, statistics, reading and writing"
         " are not counted, downloads of text and of SAEs neither"
@@ -239,7 +243,10 @@ def _notes(study: StudyConfig, rates: Mapping[str, Mapping[str, Rate]]) -> Itera
     if not rates:
         yield "not calibrated: no hours"
         return
-    yield "hours are those of one worker alone on this device"
+    if given:
+        yield "hours are those of one worker at the given rates; nothing was timed here"
+    else:
+        yield "hours are those of one worker alone on this device"
     for model, kinds in rates.items():
         for kind, rate in kinds.items():
             if rate.share_of_batch < 1:

@@ -114,7 +114,7 @@ def _sae_training(plan: Plan, store: Store) -> _Rows:
             "data_seed": sae.data_seed,
             "rotated": sae.rotated,
             "training": sae.training,
-            "folder": folder.relative_to(store.root.parent).as_posix(),
+            "folder": f"artifacts/{folder.relative_to(store.root).as_posix()}",
             "steps": run.saes[sae].config["steps"],
         }
         yield run, pd.DataFrame([{**_json(folder / "quality.json"), **which}])

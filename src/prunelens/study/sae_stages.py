@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import pathlib
@@ -19,6 +20,8 @@ from prunelens.sae.formats import PLACE_FILE
 from prunelens.sae.quality import SaeQuality, evaluate_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.train import SaeRequest, TrainedSae, train_saes
+from prunelens.sae.training import StepLog
+from prunelens.study.tracking import Tracker
 from prunelens.study.work import Work, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -34,13 +37,15 @@ def make_saes(works: Sequence[Work]) -> None:
     """
     evaluation = _sae_data(works[0], "eval")  # they share it too
     seen = [_Seen(work, evaluation) for work in works]
-    requests = [_request(work, beheld) for work, beheld in zip(works, seen, strict=True)]
-    trained = train_saes(_sae_data(works[0], "train"), requests)
-    for work, beheld, found in zip(works, seen, trained, strict=True):
-        _write(work, beheld, found)
+    with contextlib.ExitStack() as stack:
+        trackers = [stack.enter_context(contextlib.closing(work.track())) for work in works]
+        parts = list(zip(works, seen, trackers, strict=True))
+        trained = train_saes(_sae_data(works[0], "train"), [_request(*part) for part in parts])
+        for part, found in zip(parts, trained, strict=True):
+            _write(*part, found)
 
 
-def _request(work: Work, seen: _Seen) -> SaeRequest:
+def _request(work: Work, seen: _Seen, tracker: Tracker) -> SaeRequest:
     config = work.config
     fields = {name: value for name, value in config.items() if name in SaeConfig.model_fields}
     assert work.stage.source
@@ -53,10 +58,22 @@ def _request(work: Work, seen: _Seen) -> SaeRequest:
         checkpoint=seen.checkpoint,
         observe=dict.fromkeys(config["checkpoints"], seen.look),
         progress=lambda step: work.progress(step / training.steps),
+        logged=lambda entry, sae: tracker.log(entry.step, _tracked(entry, sae.num_latents)),
     )
 
 
-def _write(work: Work, seen: _Seen, trained: TrainedSae) -> None:
+def _tracked(entry: StepLog, num_latents: int) -> dict[str, float]:
+    """A point of the training curve as trackers show it."""
+    return {
+        "train/loss": entry.loss,
+        "train/fvu": entry.fvu,
+        "train/learning_rate": entry.learning_rate,
+        "train/dead_share": entry.num_dead / num_latents,
+        "train/mean_init_retention": entry.mean_init_retention,
+    }
+
+
+def _write(work: Work, seen: _Seen, tracker: Tracker, trained: TrainedSae) -> None:
     """Measure a trained SAE and write its artifact."""
     quality = seen.quality(trained.sae)
     trained.sae.save(work.out)
@@ -79,6 +96,7 @@ def _write(work: Work, seen: _Seen, trained: TrainedSae) -> None:
     pd.DataFrame(latents).to_parquet(work.out / "latents.parquet")
     numbers = _quality_numbers(trained, quality, rotated=work.config["rotated"])
     write_json(work.out / "quality.json", numbers)
+    tracker.log(trained.log[-1].step, {f"quality/{name}": n for name, n in numbers.items()})
 
 
 def decoders_by_step(folder: pathlib.Path) -> dict[int, Tensor]:

@@ -7,6 +7,7 @@ to be made reads them. Who makes the stages is an `Executor`: see `local` and `c
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import logging
 import pathlib
@@ -18,8 +19,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from prunelens.errors import UserError
 from prunelens.study.matrix import Plan, Run
 from prunelens.study.progress import StudyProgress
+from prunelens.study.shared_folder import wait_until_there
 from prunelens.study.stages import try_stages
-from prunelens.study.store import DamagedArtifactError, Stage, Store
+from prunelens.study.store import Stage, Store
+from prunelens.study.tracking import NOT_TRACKED, Tracking
 from prunelens.study.worker import read_share
 
 DIED = (
@@ -29,12 +32,17 @@ DIED = (
 log = logging.getLogger(__name__)
 
 TEXT = ("corpus", "text")  # stages that read text; they have no parents
+NODES_LOST_BY_CHANCE = 3  # machines that die under a stage before it is suspected
 POLL_SECONDS = 0.5  # how often the progress of other processes is looked at
 Failures = dict[str, str | None]  # by identity: why a stage failed, or None
 
 
 class WorkerDiedError(Exception):
     """What made a stage is gone, and did not say how the stage ended."""
+
+
+class NodeLostError(WorkerDiedError):
+    """It is gone with the whole machine, which need not be the stage's fault."""
 
 
 @runtime_checkable
@@ -80,10 +88,11 @@ def make_all(
     plan: Plan,
     store: Store,
     here: Here,
-    executor: Callable[[], AbstractContextManager[Executor]],
+    opener: Callable[[Here], AbstractContextManager[Executor]],
     *,
     progress: StudyProgress,
     on_text: Callable[[], None],
+    on_made: Callable[[Stage], None] = lambda _: None,
 ) -> Outcome:
     """Make every target of every run of `plan`.
 
@@ -94,20 +103,28 @@ def make_all(
         plan: what to make.
         store: where it goes.
         here: makes the text.
-        executor: opens what makes the rest; called again where all of its workers died.
+        opener: gives what makes the rest, which may be `here`; called again where it broke.
         progress: told of every stage.
         on_text: called once the text is there.
+        on_made: called with every stage that was made.
     Raises: UserError if the text is at fault; nothing else has been made then.
     """
     store.sweep_temporary()
-    scheduler = _Scheduler(plan, store, progress)
+    scheduler = _Scheduler(plan, store, progress, on_made)
     scheduler.start()
     scheduler.make_text(here)
     on_text()
     while scheduler.is_unfinished():
-        with executor() as opened:
-            scheduler.work_with(opened)
+        with opener(here) as executor:
+            scheduler.work_with(executor)
     return Outcome([scheduler.result(run) for run in plan.runs], scheduler.num_executed)
+
+
+def finished_targets(plan: Plan, store: Store) -> set[str]:
+    """Identities of the targets that are there, whole or not; a store is asked once per kind."""
+    targets = plan.targets()
+    kinds = {stage.name for stage in targets.values()}
+    return targets.keys() & {identity for kind in kinds for identity in store.finished(kind)}
 
 
 class Here:
@@ -116,9 +133,14 @@ class Here:
     at_once, shares_fate = 1, False
 
     def __init__(
-        self, store: Store, device: str, progress: StudyProgress, log_folder: pathlib.Path
+        self,
+        store: Store,
+        device: str,
+        progress: StudyProgress,
+        log_folder: pathlib.Path,
+        tracking: Tracking = NOT_TRACKED,
     ) -> None:
-        self._store, self._device = store, device
+        self._store, self._device, self._tracking = store, device, tracking
         self._progress, self._log_folder = progress, log_folder
 
     def submit(self, stages: list[Stage]) -> Future[Failures]:
@@ -129,6 +151,7 @@ class Here:
             device=self._device,
             progress=self._progress.update,
             log_folder=self._log_folder,
+            tracking=self._tracking,
         )
         future: Future[Failures] = Future()
         future.set_result({s.identity: why for s, why in zip(stages, failures, strict=True)})
@@ -138,18 +161,29 @@ class Here:
 class _Scheduler:
     """What is missing, what is being made, what failed."""
 
-    def __init__(self, plan: Plan, store: Store, progress: StudyProgress) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        progress: StudyProgress,
+        on_made: Callable[[Stage], None],
+    ) -> None:
         self._plan, self._store, self._progress = plan, store, progress
+        self._on_made = on_made
         # Stages that are made in one go have one future, which says why each failed.
         self._running: dict[str, tuple[Stage, Future[Failures]]] = {}
         self._failures: dict[str, str] = {}
         self._crashed: set[str] = set()  # stages whose worker died once
         # What was found when an artifact was last looked at; to look again may ask a network.
         self._sound: dict[str, bool] = {}
+        self._bereft: set[str] = set()  # stages that a damaged parent has failed once
+        self._nodes_lost: collections.Counter[str] = collections.Counter()
         self.num_executed = 0
 
     def start(self) -> None:
         """Delete stores that a killed process left behind, and count what is to be done."""
+        absent = self._plan.targets().keys() - finished_targets(self._plan, self._store)
+        self._sound.update(dict.fromkeys(absent, False))
         self._delete_unneeded()
         self._progress.start(sum(stage.cost for stage in self._missing()))
 
@@ -187,7 +221,9 @@ class _Scheduler:
                 self._blame([stage for stage, _ in self._running.values()])
                 return
             for future in died:
-                self._blame([stage for stage, its in self._running.values() if its is future])
+                suspects = [stage for stage, its in self._running.values() if its is future]
+                if not isinstance(future.exception(), NodeLostError) or self._lose_again(suspects):
+                    self._blame(suspects)
 
     def result(self, run: Run) -> RunResult:
         """How `run` ended: failed for the first reason that one of its targets failed for."""
@@ -199,6 +235,16 @@ class _Scheduler:
 
     def _futures(self) -> set[Future[Failures]]:
         return {future for _, future in self._running.values()}
+
+    def _lose_again(self, stages: list[Stage]) -> bool:
+        """Whether too many machines have died under these; else they are ready once more."""
+        self._nodes_lost.update(stage.identity for stage in stages)
+        if max(self._nodes_lost[stage.identity] for stage in stages) > NODES_LOST_BY_CHANCE:
+            return True
+        for stage in stages:
+            del self._running[stage.identity]
+            self._sound.pop(stage.identity, None)  # it may have been published before
+        return False
 
     def _blame(self, suspects: list[Stage]) -> None:
         """One of these took its worker with it; the only suspect for the second time fails."""
@@ -246,13 +292,20 @@ class _Scheduler:
     def _settle(self, stage: Stage, failure: str | None) -> None:
         self._running.pop(stage.identity, None)
         self._crashed.discard(stage.identity)
+        if failure is not None and self._has_lost_a_parent(stage):
+            log.warning("%s: made again with what it reads (%s)", stage.label, failure)
+            return
         self.num_executed += 1
         self._progress.finish(stage)
+        if failure is None:
+            wait_until_there(self._store, [stage])
         if failure is None and not self._is_sound(stage):
             failure = "was written but cannot be read back; is the disk sound?"
         if failure is not None:
             self._failures[stage.identity] = f"{stage.label}: {failure}"
             log.error("%s", self._failures[stage.identity])
+        else:
+            self._on_made(stage)
         self._delete_unneeded()
 
     def _is_ready(self, stage: Stage) -> bool:
@@ -263,28 +316,31 @@ class _Scheduler:
             if parent.identity in self._failures:
                 self._failures[stage.identity] = self._failures[parent.identity]
                 return False
-        return all(self._is_sound(parent) for parent in stage.parents.values())
+        parents = stage.parents.values()
+        return all(map(self._was_sound, parents)) and all(map(self._is_sound, parents))
+
+    def _has_lost_a_parent(self, stage: Stage) -> bool:
+        """Whether a parent is no longer sound; asked once of a stage, so that it comes to an end.
+
+        A worker on another machine may be the first to see that an artifact is damaged.
+        """
+        if stage.identity in self._bereft:
+            return False
+        self._bereft.add(stage.identity)
+        for parent in stage.parents.values():
+            self._store.forget(parent)
+        lost = [parent for parent in stage.parents.values() if not self._is_sound(parent)]
+        return bool(lost)
 
     def _is_sound(self, stage: Stage) -> bool:
         """Whether the artifact is there and what was written; a damaged one is set aside."""
-        self._sound[stage.identity] = self._look_at(stage)
+        self._sound[stage.identity] = self._store.is_sound(stage)
         return self._sound[stage.identity]
 
     def _was_sound(self, stage: Stage) -> bool:
         """`_is_sound` when it was last asked."""
         known = self._sound.get(stage.identity)
         return self._is_sound(stage) if known is None else known
-
-    def _look_at(self, stage: Stage) -> bool:
-        if not self._store.has(stage):
-            return False
-        try:
-            self._store.read(stage)
-        except DamagedArtifactError as damage:
-            where = self._store.set_aside(stage)
-            log.warning("damaged artifact %s: moved to %s and made again", damage, where.name)
-            return False
-        return True
 
     def _missing(self) -> Iterator[Stage]:
         """Stages still to be made, parents first, in the order of the plan."""

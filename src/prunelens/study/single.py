@@ -27,8 +27,14 @@ from prunelens.match import MatchRates, match_dictionaries, match_rates
 from prunelens.model import LanguageModel, load_model, model_fingerprint
 from prunelens.prune.apply import Pruned, prune_model
 from prunelens.prune.calibrate import input_norms
-from prunelens.prune.checkpoint import check_target, save_checkpoint
+from prunelens.prune.checkpoint import (
+    check_target,
+    save_beside_weights,
+    save_checkpoint,
+    writing_checkpoint,
+)
 from prunelens.prune.masks import masks_sha256
+from prunelens.prune.on_disk import NotOnDiskError, copy_to_disk
 from prunelens.prune.record import ModelRecord, PruningRecord, TextRecord
 from prunelens.sae.formats import check_fits
 from prunelens.sae.pretrained import load_given_sae
@@ -46,13 +52,51 @@ def prune_checkpoint(
     device: str,
     *,
     sharing: Sharing | None = None,
+    block_by_block: bool = False,
 ) -> Pruned:
-    """Load, prune and save a model as a Hugging Face checkpoint with its card and masks.
+    """Prune a model and save it as a Hugging Face checkpoint with its card and masks.
 
-    Raises: UserError for a wrong model or text, or where `out` is not empty.
+    Criteria that need no calibration prune the new files where they lie, and with `block_by_block`
+    the others do, too; else the model is loaded as a whole. The result is the same.
+    Raises: UserError for a wrong model or text, where `out` is not empty, or where a model cannot
+        be pruned block by block and was to be.
     """
+    device = resolve_device(device)
+    if block_by_block or not pruning.is_calibrated:
+        try:
+            return _pruned_on_disk(model, pruning, corpus, out, device, sharing)
+        except NotOnDiskError as error:
+            if block_by_block:
+                raise
+            log.warning("%s: the whole model is loaded, as %s", model.label, error.reason)
     check_target(out)
-    lm = load_model(model, device=resolve_device(device))
+    lm = load_model(model, device=device)
+    pruned, record = _pruned_and_told(lm, model, pruning, corpus)
+    save_checkpoint(lm, out, record=record, masks=pruned.masks, sharing=sharing)
+    return pruned
+
+
+def _pruned_on_disk(
+    model: ModelConfig,
+    pruning: PruningConfig,
+    corpus: CorpusConfig,
+    out: pathlib.Path,
+    device: str,
+    sharing: Sharing | None,
+) -> Pruned:
+    """Copy the weights, then prune the copy."""
+    with writing_checkpoint(out) as partial:
+        lm = copy_to_disk(model, partial, device=device)
+        log.info("%s: pruned on disk, the model is not loaded", lm.label)
+        pruned, record = _pruned_and_told(lm, model, pruning, corpus)
+        save_beside_weights(lm, partial, record=record, masks=pruned.masks, sharing=sharing)
+    return pruned
+
+
+def _pruned_and_told(
+    lm: LanguageModel, model: ModelConfig, pruning: PruningConfig, corpus: CorpusConfig
+) -> tuple[Pruned, PruningRecord]:
+    """Prune in place; what was done, and how it is told."""
     splits, text = None, None
     if pruning.is_calibrated:
         splits = split_tokens(corpus, lm.tokenizer, only=("calibration",))
@@ -65,8 +109,7 @@ def prune_checkpoint(
         masks_sha256=masks_sha256(pruned.masks),
         calibration=text,
     )
-    save_checkpoint(lm, out, record=record, masks=pruned.masks, sharing=sharing)
-    return pruned
+    return pruned, record
 
 
 def match_saes(folder_a: pathlib.Path, folder_b: pathlib.Path) -> list[MatchRates]:

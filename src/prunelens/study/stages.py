@@ -21,6 +21,7 @@ import torch
 
 from prunelens.errors import UserError
 from prunelens.study.arm_stages import ARM_STAGES
+from prunelens.study.disk import DiskError, stopped_by_disk
 from prunelens.study.evidence_stages import EVIDENCE_STAGES
 from prunelens.study.model_stages import MODEL_STAGES, make_activations
 from prunelens.study.output_stages import OUTPUT_STAGES
@@ -28,6 +29,7 @@ from prunelens.study.planted_stages import PLANTED_STAGES
 from prunelens.study.question_stages import QUESTION_STAGES
 from prunelens.study.sae_stages import make_saes
 from prunelens.study.store import Stage, Store
+from prunelens.study.tracking import NOT_TRACKED, Tracking
 from prunelens.study.work import Work
 
 log = logging.getLogger(__name__)
@@ -62,20 +64,27 @@ def make_stages(
     *,
     device: str,
     progress: Callable[[Stage, float], None],
+    tracking: Tracking = NOT_TRACKED,
 ) -> None:
     """`make_stage` of stages that share a `together` key, in one go; or of one stage."""
     (name,) = {stage.name for stage in stages}
     (threads,) = {stage.config["threads"] for stage in stages}
     torch.set_num_threads(threads)
     with contextlib.ExitStack() as stack:
+        for identity in sorted(stage.identity for stage in stages):  # so that no two wait in turn
+            stack.enter_context(store.claims.holding(identity))
+        stages = [stage for stage in stages if not store.has(stage)]  # made while we waited
+        if not stages:
+            return
         works = [
             Work(
                 stage,
-                {role: store.folder(parent) for role, parent in stage.parents.items()},
+                {role: store.at_hand(parent) for role, parent in stage.parents.items()},
                 stack.enter_context(store.writing(stage, of=len(stages), device=device)),
                 functools.partial(store.partial, stage),
                 device,
                 functools.partial(progress, stage),
+                functools.partial(tracking.open, stage.label, stage.identity, stage.config),
             )
             for stage in stages
         ]
@@ -93,6 +102,7 @@ def try_stages(
     device: str,
     progress: Callable[[Stage, float], None],
     log_folder: pathlib.Path,
+    tracking: Tracking = NOT_TRACKED,
 ) -> list[str | None]:
     """`make_stages`; for each stage None, or why it failed, in one line.
 
@@ -102,7 +112,7 @@ def try_stages(
 
     def attempt(part: Sequence[Stage], log_name: str) -> str | None:
         return failure_of(
-            lambda: make_stages(store, part, device=device, progress=progress),
+            lambda: make_stages(store, part, device=device, progress=progress, tracking=tracking),
             log_folder / f"{log_name}.log",
         )
 
@@ -125,9 +135,13 @@ def failure_of(make: Callable[[], None], log_path: pathlib.Path) -> str | None:
     """Call `make`; None if it succeeds, else why it failed, in one line.
 
     The traceback of what is not the user's mistake goes to `log_path`.
+    Raises: DiskError where the disk cannot be written to: no other stage would get further.
     """
     try:
-        make()
+        with stopped_by_disk(log_path.parent.parent):
+            make()
+    except DiskError:
+        raise
     except UserError as error:
         return str(error)
     except torch.OutOfMemoryError as error:

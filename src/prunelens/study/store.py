@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import importlib.metadata
-import json
+import logging
 import os
 import pathlib
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -23,11 +22,12 @@ from typing import Any, NamedTuple
 from prunelens.config import CorpusConfig, ModelConfig, PretrainedSaeConfig
 from prunelens.errors import UserError
 from prunelens.prune.checkpoint import flush
+from prunelens.study.claims import Claims
+from prunelens.study.links import is_plain
+from prunelens.study.seal import identity_of, library_versions, sealed, sha256_of, unsealed
+from prunelens.study.temporary import is_left, temporary_beside
 
-LIBRARIES = (
-    *("prunelens", "torch", "transformers", "tokenizers", "numpy", "pandas", "safetensors"),
-    *("scipy", "scikit-learn", "statsmodels"),
-)
+log = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
@@ -71,8 +71,7 @@ class Stage:
     def identity(self) -> str:
         """SHA-256 of name, version, config and the parents' identities."""
         parents = {role: parent.identity for role, parent in self.parents.items()}
-        content = [self.name, self.version, self.config, parents]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return identity_of(self.name, self.version, self.config, parents)
 
 
 class DamagedArtifactError(UserError):
@@ -80,18 +79,37 @@ class DamagedArtifactError(UserError):
 
     def __init__(self, what: str) -> None:
         super().__init__(f"artifact {what} is missing or damaged; run the study again to mend it")
+        self.what = what
 
 
 class Store:
-    """The artifacts of one study folder."""
+    """The artifacts in one folder, which several machines may share."""
 
     def __init__(self, root: pathlib.Path) -> None:
         self.root = root
         self._verified: set[str] = set()
+        self.claims = Claims(root / ".claims")
+
+    @property
+    def address(self) -> str:
+        """Where the artifacts are, as `open_store` takes it."""
+        return str(self.root.absolute())
+
+    @property
+    def place(self) -> pathlib.Path | None:
+        """The folder of a disk that artifacts fill; None where that is no disk of this machine."""
+        return self.root
+
+    def check_usable(self) -> None:
+        """Raises UserError where nothing can be written; a folder's disk tells by itself."""
 
     def has(self, stage: Stage) -> bool:
         """Whether a finished artifact is there (not whether it is undamaged)."""
         return (self.folder(stage) / "meta.json").is_file()
+
+    def finished(self, kind: str) -> set[str]:
+        """Identities of the finished artifacts of a kind of stage."""
+        return {path.parent.name for path in (self.root / kind).glob("*/meta.json")}
 
     def folder(self, stage: Stage) -> pathlib.Path:
         """Where the artifact of `stage` is or would be."""
@@ -106,20 +124,25 @@ class Store:
     def meta(self, stage: Stage) -> dict[str, Any]:
         """The artifact's `meta.json`."""
         try:
-            return json.loads((self.folder(stage) / "meta.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DamagedArtifactError(
-                f"{stage.name} {stage.identity[:12]}: meta.json: {error}"
-            ) from None
+            return parsed_meta(stage, self._read_meta(stage))
+        except OSError as error:
+            raise damaged(stage, f"meta.json: {error}") from None
+
+    def forget(self, stage: Stage) -> None:
+        """Look at the artifact anew when it is next asked for."""
+        self._verified.discard(stage.identity)
+
+    def at_hand(self, stage: Stage) -> pathlib.Path:
+        """The folder of an artifact that whoever orders the work has found to be sound."""
+        return self.folder(stage)
 
     def read(self, stage: Stage) -> pathlib.Path:
         """The artifact's folder, once every file has been checked against its SHA-256."""
         folder = self.folder(stage)
         if stage.identity not in self._verified:
-            for name, expected in self.meta(stage).get("files", {}).items():
-                path = folder / name
-                if not path.is_file() or sha256_of(path) != expected:
-                    raise DamagedArtifactError(f"{stage.name} {stage.identity[:12]}: {name}")
+            if folder.is_symlink():
+                raise damaged(stage, "it is a link")
+            self._verify(stage, folder, self.meta(stage))
             self._verified.add(stage.identity)
         return folder
 
@@ -131,11 +154,13 @@ class Store:
         the time. `facts` are recorded in `meta.json` beside what is always there.
         """
         final = self.folder(stage)
+        if final.parent.is_symlink():
+            raise UserError(f"artifacts: {stage.name!r} is a link; put its content in its place")
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = temporary_beside(final)
         temporary.mkdir()
-        started, computed = time.monotonic(), time.process_time()
+        started = time.monotonic()  # which no clock that is set can turn back
+        computed = time.process_time()
         try:
             yield temporary
             taken = {
@@ -147,40 +172,91 @@ class Store:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        if final.exists():  # left without meta.json by someone's hand
-            shutil.rmtree(final)
-        temporary.rename(final)
-        flush(final.parent)
+        self._publish(stage, temporary)
         shutil.rmtree(
             self.root / "unfinished" / f"{stage.name}-{stage.identity}", ignore_errors=True
         )
 
+    def _publish(self, stage: Stage, temporary: pathlib.Path) -> None:
+        """Give the artifact its name; one that another process has given it meanwhile stays."""
+        final = self.folder(stage)
+        if final.exists() and not _is_whole(final):  # left without meta.json by someone's hand
+            where = self.set_aside(stage)
+            log.warning("%s without meta.json: moved to %s", stage.label or stage.name, where.name)
+        try:
+            temporary.rename(final)
+        except OSError:
+            if not _is_whole(final):
+                raise
+            shutil.rmtree(temporary)
+        flush(final.parent)
+
+    def is_sound(self, stage: Stage) -> bool:
+        """Whether the artifact is there and what was written; a damaged one is set aside."""
+        folder = self.folder(stage)
+        if not folder.exists() and not folder.is_symlink():
+            return False
+        try:
+            self.read(stage)
+        except DamagedArtifactError as damage:
+            where = self.set_aside(stage)
+            log.warning("damaged artifact %s: moved to %s and made again", damage.what, where.name)
+            return False
+        return True
+
     def set_aside(self, stage: Stage) -> pathlib.Path:
         """Move a damaged artifact out of the way; returns where it went."""
-        folder = self.folder(stage)
-        target = self.root / "damaged" / f"{stage.name}-{stage.identity[:12]}-{os.urandom(3).hex()}"
+        target = self._place_aside(stage)
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(target)
+        with contextlib.suppress(FileNotFoundError):  # another process has been quicker
+            self.folder(stage).rename(target)
+        self.forget(stage)
         return target
 
     def delete(self, stage: Stage) -> None:
         """Remove an artifact; it can be made again from its stage."""
-        folder = self.folder(stage)
-        if folder.exists():
-            doomed = folder.with_name(f"{folder.name}.deleted.tmp")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
-        self._verified.discard(stage.identity)
+        self._remove(self.folder(stage))
+        self.forget(stage)
 
     def sweep_temporary(self) -> None:
-        """Remove what killed processes left half-written. Only under the study's lock."""
+        """Remove what killed processes left half-written, but not what one is writing.
+
+        Where the file system has no locks, nobody's claim can be seen: a folder then stays while
+        the process in its name runs, and one of another machine for a day.
+        """
         for folder in self.root.glob("*/*.tmp"):
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.parent.is_symlink():  # what it leads to is not ours
+                continue
+            if self.claims.is_free(folder.name.split(".")[0]) and is_left(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _place_aside(self, stage: Stage) -> pathlib.Path:
+        name = f"{stage.name}-{stage.identity[:12]}-{os.urandom(3).hex()}"
+        return self.root / "damaged" / name
+
+    def _remove(self, folder: pathlib.Path) -> None:
+        """Rename an artifact's folder before it is emptied, so that a kill leaves no half of it."""
+        if folder.is_symlink():  # what it leads to is not ours
+            folder.unlink()
+            return
+        doomed = temporary_beside(folder)
+        with contextlib.suppress(FileNotFoundError):  # not there, or another has been quicker
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+
+    def _read_meta(self, stage: Stage) -> bytes:
+        return (self.folder(stage) / "meta.json").read_bytes()
+
+    def _verify(self, stage: Stage, folder: pathlib.Path, meta: dict[str, Any]) -> None:
+        """Raises DamagedArtifactError unless `folder` holds what `meta` says, and it is `stage`."""
+        for name, expected in named_files(stage, meta).items():
+            if not is_plain(folder, name) or sha256_of(folder / name) != expected:
+                raise damaged(stage, name)
 
     def _finish(self, stage: Stage, folder: pathlib.Path, facts: dict[str, Any]) -> None:
-        paths = sorted(p for p in folder.rglob("*") if p.is_file())
-        for path in paths:
-            flush(path)
+        names = files_of(folder)
+        for name in names:
+            flush(folder / name)
         meta = {
             "stage": stage.name,
             "version": stage.version,
@@ -190,21 +266,49 @@ class Store:
             "libraries": library_versions(),
             "platform": platform.platform(),
             **facts,
-            "files": {p.relative_to(folder).as_posix(): sha256_of(p) for p in paths},
+            "files": {name: sha256_of(folder / name) for name in names},
         }
         path = folder / "meta.json"
-        path.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        path.write_text(sealed(meta), encoding="utf-8")
         flush(path)
         flush(folder)
 
 
-@functools.cache
-def library_versions() -> dict[str, str]:
-    """Installed versions of the libraries that numbers depend on."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+def parsed_meta(stage: Stage, content: bytes) -> dict[str, Any]:
+    """What an artifact's `meta.json` says. Raises DamagedArtifactError where it was changed."""
+    try:
+        return unsealed(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise damaged(stage, f"meta.json: {error}") from None
 
 
-def sha256_of(path: pathlib.Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def named_files(stage: Stage, meta: dict[str, Any]) -> dict[str, str]:
+    """Name -> SHA-256 of an artifact's files.
+
+    Raises: DamagedArtifactError where `meta` is another stage's, or names what is in no artifact.
+    """
+    what = [meta.get(field) for field in ("stage", "version", "config", "parents")]
+    if identity_of(*what) != stage.identity:
+        raise damaged(stage, "it is another one by its meta.json")
+    files = meta.get("files")
+    if not isinstance(files, dict):
+        raise damaged(stage, "meta.json")
+    for name in files:
+        if {"", ".", ".."} & set(name.split("/")) or re.search(r"[\\:\0]", name):
+            raise damaged(stage, name)
+    return files
+
+
+def damaged(stage: Stage, why: str) -> DamagedArtifactError:
+    """That an artifact is damaged, and what of it."""
+    return DamagedArtifactError(f"{stage.name} {stage.identity[:12]}: {why}")
+
+
+def files_of(folder: pathlib.Path) -> list[str]:
+    """Names of an artifact's files but `meta.json`, with `/` between folders."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return [name for name in names if name != "meta.json"]
+
+
+def _is_whole(folder: pathlib.Path) -> bool:
+    return (folder / "meta.json").is_file()

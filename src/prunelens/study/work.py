@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunelens.study.store import Stage
+from prunelens.study.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Work:
     device: str
     progress: Callable[[float], None]
     """Told the share of the stage that is done, 0 to 1."""
+    track: Callable[[], Tracker]
+    """Opens the stage's run in the tracking service, where there is one."""
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
+import socket
 import sys
 import threading
 import time
@@ -19,18 +20,29 @@ from typing import Any
 
 from prunelens.config import StudyConfig, study_from_data
 from prunelens.errors import UserError
+from prunelens.study.address import open_store
 from prunelens.study.plan import plan_study
+from prunelens.study.shared_folder import wait_until_there
 from prunelens.study.stages import failure_of, try_stages
 from prunelens.study.store import Stage, Store
+from prunelens.study.tracking import NOT_TRACKED, Tracking
 
 SECONDS_BETWEEN_SHARES = 1.0
 IMPORTS = ["prunelens.study.worker", "transformers.modeling_utils"]  # what takes workers seconds
 
 
-def request_of(study: StudyConfig, store: Store, device: str) -> str:
+def request_of(
+    study: StudyConfig, store: Store, device: str, tracking: Tracking = NOT_TRACKED
+) -> str:
     """What `make_by_identity` has to be told of a study: plain JSON."""
-    folder = str(store.root.absolute())
-    facts = {"study": study.model_dump(mode="json"), "artifacts": folder, "device": device}
+    facts = {
+        "study": study.model_dump(mode="json"),
+        "artifacts": store.address,
+        "host": socket.gethostname(),
+        "cache": str(store.root.absolute()),
+        "device": device,
+        "tracking": tracking._asdict(),
+    }
     return json.dumps(facts)
 
 
@@ -45,14 +57,21 @@ def make_by_identity(
         log_folder: where a traceback goes.
     """
     facts, logs = json.loads(request), pathlib.Path(log_folder)
-    store = Store(pathlib.Path(facts["artifacts"]))
     stages: list[Stage] = []
+    store = open_store(facts["artifacts"], _cache(facts))
 
     def find() -> None:
-        known = _stages(json.dumps(facts["study"]))
+        known = stages_of(facts)
         if not set(identities) <= set(known):
             raise UserError("the study's text or model changed while it ran; run it again")
         stages.extend(known[identity] for identity in identities)
+        parents = {p.identity: p for stage in stages for p in stage.parents.values()}
+        if missing := wait_until_there(store, parents.values()):
+            raise UserError(
+                f"machine {socket.gethostname()!r} does not see {missing[0].label!r} in"
+                f" {facts['artifacts']!r}, which another one made; put the study on a folder that"
+                " all share, or give --artifacts s3://…"
+            )
 
     if failure := failure_of(find, logs / f"{identities[0][:12]}.log"):
         return dict.fromkeys(identities, failure)
@@ -63,8 +82,14 @@ def make_by_identity(
         device=facts["device"],
         progress=lambda stage, share: report[stage.identity](share),
         log_folder=logs,
+        tracking=Tracking(**facts["tracking"]),
     )
     return dict(zip(identities, failures, strict=True))
+
+
+def _cache(facts: dict[str, Any]) -> pathlib.Path | None:
+    """Of an object store: that of whoever asks, on the same machine; else this machine's own."""
+    return pathlib.Path(facts["cache"]) if facts["host"] == socket.gethostname() else None
 
 
 def read_share(store: Store, stage: Stage) -> float:
@@ -141,9 +166,13 @@ def _end_fork_server() -> None:
         server._stop()  # reaps it and removes its socket
 
 
+def stages_of(facts: dict[str, Any]) -> dict[str, Stage]:
+    """Every stage by identity of the study of a request, parsed; planned once per process."""
+    return _stages(json.dumps(facts["study"]))
+
+
 @functools.lru_cache(maxsize=2)
 def _stages(study: str) -> dict[str, Stage]:
-    """Every stage of a study by identity; planned once per process."""
     found: dict[str, Stage] = {}
 
     def add(stage: Stage) -> None:

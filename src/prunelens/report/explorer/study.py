@@ -16,6 +16,7 @@ from prunelens.errors import UserError
 from prunelens.report.explorer.folder import write_explorer, written_identity
 from prunelens.report.explorer.labels import NeuronpediaLabels
 from prunelens.report.explorer.server import serve_explorer
+from prunelens.study.links import refuse_links_out
 
 FOLDER = "explorer"
 STAGES = (  # whose artifacts an explorer is made from
@@ -74,6 +75,7 @@ def view_study(
 def _written(study: pathlib.Path, *, labels: bool, tell: Callable[[str], None]) -> pathlib.Path:
     out = study / FOLDER
     identity = _identity(study, labels)
+    refuse_links_out(study)
     if written_identity(out) != identity:
         tell("reading the study")
         # What takes seconds to import is not needed where the explorer is there.

@@ -1,0 +1,245 @@
+"""The Ray executor: each group of stages is a task on some node of a cluster.
+
+Driver and nodes exchange JSON: the study and the identities of stages go out, what failed comes
+back. Artifacts go through the store, which every node has to see: a shared folder or a bucket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pathlib
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from prunelens.errors import UserError
+from prunelens.study.matrix import Plan
+from prunelens.study.needs import Needs, needs_of, node_needs
+from prunelens.study.node import carry_out, failures_of, order_of
+from prunelens.study.schedule import Failures, NodeLostError, WorkerDiedError
+from prunelens.study.store import Stage
+
+log = logging.getLogger(__name__)
+
+NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0"}
+# Ray reads it when it is imported. Despite its name it is heeded everywhere; without it the parts
+# of a Ray of this machine alone would listen to the network.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+OBJECT_STORE_BYTES = 80_000_000  # about the least that Ray takes: only short texts are exchanged
+SECONDS_TO_ANSWER = 5.0
+LONGEST_FOLDER = 30  # letters; Ray makes sockets far below it, whose paths may have 107
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class Tasks:
+    """Makes stages as tasks of the Ray that this process is connected to."""
+
+    shares_fate = False
+
+    def __init__(
+        self,
+        ray: Any,
+        needs: Mapping[str, Needs],
+        *,
+        request: str,
+        log_folder: str,
+        at_once: int | None,
+    ) -> None:
+        self.at_once = at_once
+        self._ray, self._carry_out = ray, ray.remote(carry_out)
+        self._needs, self._request, self._log_folder = needs, request, log_folder
+        self._waiting: set[Any] = set()
+
+    def submit(self, stages: list[Stage]) -> Future[Failures]:
+        """Queue a task; Ray finds a node that has what it needs.
+
+        Ends with `NodeLostError` where that node died. Ray itself never tries again: it would also
+        give a stage that kills its process to one node after the other, and one that takes too much
+        memory without end.
+        """
+        needs = self._needs[stages[0].identity]
+        order = order_of(
+            self._request,
+            [stage.identity for stage in stages],
+            device="cuda" if needs.num_gpus else "cpu",
+            log_folder=self._log_folder,
+        )
+        options = {"name": stages[0].label, "max_retries": 0, **needs._asdict()}
+        answer = self._carry_out.options(**options).remote(order)
+        self._waiting.add(answer)
+        told: Future[Failures] = Future()
+
+        def tell(answered: Future[str]) -> None:
+            self._waiting.discard(answer)
+            self._tell(answered, told)
+
+        answer.future().add_done_callback(tell)
+        return told
+
+    def cancel(self) -> None:
+        """End every task at once; what they were at can be made again."""
+        for answer in list(self._waiting):
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                self._ray.cancel(answer, force=True)
+
+    def _tell(self, answered: Future[str], told: Future[Failures]) -> None:
+        """Hand on how a task ended."""
+        kinds = self._ray.exceptions
+        error = answered.exception()
+        if error is None:
+            try:
+                told.set_result(failures_of(answered.result()))
+            except UserError as refusal:
+                told.set_exception(refusal)
+        elif isinstance(error, kinds.RayTaskError) or not isinstance(error, kinds.RayError):
+            told.set_exception(error)  # our own function raised: a bug
+        elif isinstance(error, kinds.NodeDiedError):
+            log.warning("a node of the Ray cluster died; what it was making goes to another one")
+            told.set_exception(NodeLostError())
+        else:
+            log.warning("a Ray task ended without an answer: %s", _one_line(error))
+            told.set_exception(WorkerDiedError())
+
+
+@contextlib.contextmanager
+def cluster(
+    plan: Plan,
+    *,
+    address: str | None,
+    device: str,
+    request: str,
+    log_folder: pathlib.Path,
+    at_once: int | None = None,
+) -> Iterator[Tasks]:
+    """Connect to a Ray cluster, or start one on this machine, for as long as the block lasts.
+
+    Args:
+        plan: whose stages may have to be made.
+        address: of the cluster, as `ray.init` takes it; None: what RAY_ADDRESS names, else a new
+            one on this machine. A connection that the caller has made already is used and kept.
+        device: `cpu`; `cuda`: a GPU for each stage that can use one; `auto`: that, if there is any.
+        request: what `make_by_identity` is told of the study.
+        log_folder: where tracebacks go, on all nodes.
+        at_once: the most tasks at one time; None: as many as the cluster bears.
+    Raises: UserError where Ray is not installed, no cluster answers, or no node has what a stage
+        needs.
+    """
+    if device not in DEVICES:
+        raise UserError(
+            f"--device: {device!r} with --executor ray; give one of {', '.join(DEVICES)}"
+        )
+    with _connected(address) as ray:
+        nodes = node_needs(node["Resources"] for node in ray.nodes() if node["Alive"])
+        gpu = device != "cpu" and any(node.num_gpus for node in nodes)
+        if device == "cuda" and not gpu:
+            raise UserError("--device: 'cuda', but no node of the Ray cluster has a GPU; give auto")
+        tasks = Tasks(
+            ray,
+            needs_of(plan, nodes, gpu=gpu),
+            request=request,
+            log_folder=str(log_folder.absolute()),
+            at_once=at_once,
+        )
+        try:
+            yield tasks
+        except BaseException:
+            tasks.cancel()
+            raise
+
+
+@contextlib.contextmanager
+def _connected(address: str | None) -> Iterator[Any]:
+    """The module ray, connected."""
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    ray = _imported(alone=address == "local")
+    if ray.is_initialized():
+        yield ray
+        return
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {}
+        if address == "local":
+            options = {
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "_temp_dir": stack.enter_context(_short_folder()),
+            }
+        else:
+            _refuse_silent(address)
+        _connect(ray, address, options)
+        stack.callback(ray.shutdown)
+        yield ray
+
+
+def _imported(*, alone: bool) -> Any:
+    """Ray, which tells nobody that it is used; `alone`: no one but this process can use it."""
+    os.environ.update(NO_TELEMETRY)
+    if alone and "ray" not in sys.modules:
+        os.environ.update(LOOPBACK)
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    try:
+        import ray
+    except ImportError:
+        raise UserError(
+            "--executor: 'ray' needs Ray, which is not installed; pip install 'prunelens[ray]'"
+        ) from None
+    return ray
+
+
+def _connect(ray: Any, address: str, options: dict[str, Any]) -> None:
+    """Call `ray.init`, which takes SIGTERM for itself; give it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise _no_answer(address, _one_line(error)) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _refuse_silent(address: str) -> None:
+    """Raises UserError where nothing listens; Ray would ask for minutes."""
+    if address == "auto":
+        return
+    place = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
+    try:
+        host, port = place.hostname, place.port
+    except ValueError:
+        host = port = None
+    if not host or not port or place.scheme not in ("", "ray"):
+        raise UserError(
+            f"--address: {address!r} is no address of a Ray cluster; give for example auto,"
+            " 10.0.0.1:6379 or ray://10.0.0.1:10001"
+        )
+    try:
+        socket.create_connection((host, port), timeout=SECONDS_TO_ANSWER).close()
+    except OSError as error:
+        raise _no_answer(address, error.strerror or str(error)) from None
+
+
+def _no_answer(address: str, why: str) -> UserError:
+    return UserError(
+        f"--address: no Ray cluster answers at {address!r} ({why}); give its head's address, for"
+        " example 10.0.0.1:6379, or leave it out to start one here"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _short_folder() -> tempfile.TemporaryDirectory[str]:
+    """Of this user alone, for the logs and sockets of a Ray of this machine."""
+    usual = tempfile.gettempdir()
+    folder = usual if len(usual) <= LONGEST_FOLDER else "/tmp"
+    return tempfile.TemporaryDirectory(prefix="ray-", dir=folder, ignore_cleanup_errors=True)

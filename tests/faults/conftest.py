@@ -1,0 +1,61 @@
+"""The tiny study that most faults are tried on, and what the whole harness is told."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import pytest
+
+from faults.kill import results_of
+from prunelens.config import StudyConfig, study_from_data
+from prunelens.report.write import run_and_report
+from tiny_study import tiny_study, write_text
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Only where pytest is told of this folder: `pytest tests/faults --moments 50`."""
+    group = parser.getgroup("faults")
+    group.addoption("--moments", type=int, default=10, help="kills of a study; default: 10")
+    group.addoption("--flips", type=int, default=3, help="single flipped bits; default: 3")
+    group.addoption("--fault-seed", type=int, default=0, help="draws moments and bits")
+
+
+class Finished(NamedTuple):
+    """A tiny study that has ended."""
+
+    study: StudyConfig
+    folder: pathlib.Path
+    results: dict[str, bytes]
+
+    def copy(self, folder: pathlib.Path) -> pathlib.Path:
+        """The same somewhere else, to be damaged."""
+        return pathlib.Path(shutil.copytree(self.folder, folder))
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process; figures and page take longer than the study itself."""
+    monkeypatch.setattr("prunelens.report.write.write_figures", lambda *_: [])
+    monkeypatch.setattr("prunelens.report.write.write_page", lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(
+    checkpoint_folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """The tiny study as data."""
+    return tiny_study(checkpoint_folder, write_text(tmp_path_factory.mktemp("text") / "text.txt"))
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """An undisturbed run; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("finished") / "tiny"
+    study = study_from_data(tiny_data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prunelens.report.write.write_figures", lambda *_: [])
+        patch.setattr("prunelens.report.write.write_page", lambda *_: None)
+        run_and_report(study, folder, quiet=True)
+    return Finished(study, folder, results_of(folder))

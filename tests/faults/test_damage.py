@@ -1,0 +1,114 @@
+"""Damaged artifacts are found, moved aside, made again, and named."""
+
+import logging
+import random
+import shutil
+
+import pytest
+
+from faults.kill import results_of
+from prunelens.report.write import run_and_report
+
+
+def artifacts_of(folder):
+    found = folder.glob("artifacts/*/*/meta.json")
+    return sorted(path.parent for path in found if path.parts[-3] != "damaged")
+
+
+def flip_a_bit(artifact, generator):
+    """One bit of one of its files, meta.json included; returns the file."""
+    path = generator.choice(sorted(p for p in artifact.iterdir() if p.stat().st_size))
+    content = bytearray(path.read_bytes())
+    position = generator.randrange(8 * len(content))
+    content[position // 8] ^= 1 << position % 8
+    path.write_bytes(content)
+    return path
+
+
+def named_in(caplog):
+    """Kind and first letters of the identity of each artifact that a warning names."""
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    told = [line.split() for line in said if line.startswith("damaged artifact")]
+    return sorted((words[2], words[3].rstrip(":")) for words in told)
+
+
+def names(artifacts):
+    return sorted((path.parent.name, path.name[:12]) for path in artifacts)
+
+
+def set_aside_in(folder):
+    return sorted(
+        tuple(path.name.rsplit("-", 2)[:2]) for path in (folder / "artifacts/damaged").iterdir()
+    )
+
+
+def test_a_flipped_bit_in_every_artifact(finished, request, tmp_path, caplog):
+    folder = finished.copy(tmp_path / "copy")
+    generator = random.Random(request.config.getoption("--fault-seed", 0))
+    damaged = artifacts_of(folder)
+    assert len(damaged) > 50
+    for artifact in damaged:
+        flip_a_bit(artifact, generator)
+    with caplog.at_level(logging.WARNING):
+        outcome = run_and_report(finished.study, folder, quiet=True)
+    assert {result.status for result in outcome.results} == {"done"} and not outcome.failures
+    assert named_in(caplog) == set_aside_in(folder) == names(damaged)
+    assert results_of(folder) == finished.results
+    assert run_and_report(finished.study, folder, quiet=True).num_executed == 0
+
+
+@pytest.mark.timeout(3600)
+def test_a_flipped_bit_makes_that_artifact_again_and_no_other(finished, request, tmp_path, caplog):
+    """But for the activation stores that it is made from, which were deleted."""
+    folder = finished.copy(tmp_path / "copy")
+    generator = random.Random(1 + request.config.getoption("--fault-seed", 0))
+    for _ in range(request.config.getoption("--flips", 3)):
+        artifact = generator.choice(artifacts_of(folder))
+        before = {path: path.stat().st_ino for path in artifacts_of(folder)}
+        where = flip_a_bit(artifact, generator)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            outcome = run_and_report(finished.study, folder, quiet=True)
+        assert named_in(caplog) == set_aside_in(folder) == names([artifact]), where
+        remade = [p for p in artifacts_of(folder) if p.stat().st_ino != before[p]]
+        assert remade == [artifact]
+        assert 1 <= outcome.num_executed <= 4  # activations of at most three conditions
+        assert results_of(folder) == finished.results
+        shutil.rmtree(folder / "artifacts" / "damaged")
+
+
+def truncate(artifact, _):
+    path = max(artifact.iterdir(), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def delete_a_file(artifact, _):
+    next(p for p in sorted(artifact.iterdir()) if p.name != "meta.json").unlink()
+
+
+def delete_meta(artifact, _):
+    (artifact / "meta.json").unlink()
+
+
+def swap_files(artifact, other):
+    name = next(p.name for p in sorted(artifact.iterdir()) if p.name != "meta.json")
+    swap(artifact / name, other / name)
+
+
+def swap(one, other):
+    aside = one.with_name("aside")
+    one.rename(aside), other.rename(one), aside.rename(other)
+
+
+@pytest.mark.parametrize(
+    ("damage", "num_damaged"),
+    [(truncate, 1), (delete_a_file, 1), (delete_meta, 1), (swap_files, 2), (swap, 2)],
+)
+def test_other_damage(finished, tmp_path, caplog, damage, num_damaged):
+    folder = finished.copy(tmp_path / "copy")
+    damaged = sorted((folder / "artifacts" / "persistence").iterdir())
+    damage(*damaged)
+    with caplog.at_level(logging.WARNING):
+        run_and_report(finished.study, folder, quiet=True)
+    assert named_in(caplog) == set_aside_in(folder) == names(damaged[:num_damaged])
+    assert results_of(folder) == finished.results

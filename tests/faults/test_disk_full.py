@@ -1,0 +1,134 @@
+"""A disk that fills up stops the study at once, in one line, and nothing is corrupt."""
+
+import contextlib
+import errno
+import json
+import os
+import subprocess
+import time
+
+import pytest
+
+from faults.kill import leftovers, num_artifacts, results_of, start
+from prunelens.report.write import run_and_report
+from prunelens.study.disk import DiskError
+from prunelens.study.plan import plan_study
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.timeout(1200)
+def test_a_full_disk_at_every_kind_of_stage(finished, tmp_path, monkeypatch):
+    """Each kind in turn cannot be flushed; the next attempt goes on from there."""
+    from prunelens.study import store
+
+    folder, full, stopped = tmp_path / "out", set(), []
+    real = store.flush
+    kinds = {stage.name for run in plan_study(finished.study).runs for stage in run.stages.values()}
+    kinds |= {"sae", "predictor"}
+
+    def flush(path):
+        kind = next((kind for kind in full if f"/{kind}/" in f"{path}/"), None)
+        if kind is not None and path.is_file():
+            stopped.append(kind)
+            raise FULL
+        real(path)
+
+    monkeypatch.setattr(store, "flush", flush)
+    full.update(kinds)
+    while full:
+        before = len(stopped)
+        with pytest.raises(
+            DiskError, match=r"the disk of .*out' is full \(.* free there\)"
+        ) as told:
+            run_and_report(finished.study, folder, quiet=True)
+        assert "\n" not in str(told.value)
+        assert len(stopped) == before + 1, "the first stage that cannot be written ends the study"
+        assert not list(folder.rglob("*.tmp"))
+        full.remove(stopped[-1])
+    assert set(stopped) == kinds
+    outcome = run_and_report(finished.study, folder, quiet=True)
+    assert {result.status for result in outcome.results} == {"done"}
+    assert results_of(folder) == finished.results
+
+
+@pytest.mark.parametrize("place", ["tables", "latents.parquet", "figures", "report.html"])
+def test_a_full_disk_while_results_are_written(finished, tmp_path, monkeypatch, place):
+    import pandas as pd
+
+    from prunelens.report import tables, write
+
+    folder = finished.copy(tmp_path / "copy")
+    for path in (folder / "tables").iterdir():
+        path.unlink()
+
+    def fail(*_, **__):
+        raise FULL
+
+    with pytest.MonkeyPatch.context() as patch:
+        if place == "tables":
+            patch.setattr(tables, "write_if_changed", fail)
+        elif place == "latents.parquet":
+            patch.setattr(pd.DataFrame, "to_parquet", fail)
+        else:
+            patch.setattr(write, "write_figures" if place == "figures" else "write_page", fail)
+        with pytest.raises(DiskError, match="is full"):
+            run_and_report(finished.study, folder, quiet=True)
+    drawn = []
+    monkeypatch.setattr(write, "write_page", lambda *_: drawn.append(1))
+    assert run_and_report(finished.study, folder, quiet=True).num_executed == 0
+    assert drawn, "what was not drawn is drawn now"
+    assert results_of(folder) == finished.results
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A file system of its own; skips where this process may not mount one."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.getuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a small disk, and not in every container")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(path):
+    """Write until there is no room."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.timeout(900)
+def test_a_real_full_disk_and_a_real_read_only_one(finished, tiny_data, tmp_path):
+    """The error comes from the system, through whichever library writes, in a worker."""
+    study = tmp_path / "study.json"
+    study.write_text(json.dumps(tiny_data))
+    disk = tmp_path / "disk"
+
+    def run(*, fill_at=None):
+        process = start(str(study), disk / "out", workers=2, stderr=subprocess.PIPE)
+        while fill_at and num_artifacts(disk / "out") < fill_at and process.poll() is None:
+            time.sleep(0.01)
+        if fill_at:
+            fill(disk / "ballast")
+        _, said = process.communicate(timeout=600)
+        return process.returncode, said.strip().splitlines()
+
+    def remount(options):
+        subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], check=True)
+
+    with small_disk(disk, "64m"):
+        code, said = run(fill_at=6)
+        assert code == 2 and len(said) == 1, said
+        assert "disk of" in said[0] and "is full" in said[0] and "free there" in said[0]
+        (disk / "ballast").unlink()
+        remount("ro")
+        code, said = run()
+        assert code == 2 and len(said) == 1 and "cannot write to" in said[0], said
+        remount("rw")
+        code, said = run()
+        assert code == 0, said
+        assert results_of(disk / "out") == finished.results and not leftovers(disk / "out")

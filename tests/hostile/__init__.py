@@ -1,0 +1,1 @@
+"""Input that someone made to do harm: it ends in one line, and nothing else happens."""

@@ -1,0 +1,271 @@
+"""Model folders made to run code, to fill the memory, or to break what reads them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import resource
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import transformers
+from tokenizers import Tokenizer
+
+from prunelens.checkpoint import load_tokenizer, load_weights, model_fingerprint, model_shape
+from prunelens.config import CorpusConfig, ModelConfig
+from prunelens.corpus import split_tokens
+from prunelens.errors import UserError
+from prunelens.model import load_model
+
+HTML = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def folder(checkpoint_folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    return shutil.copytree(checkpoint_folder, tmp_path / "model")
+
+
+def changed(path: pathlib.Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def refusal(action: Callable[[], Any]) -> str:
+    before = peak_bytes()
+    with pytest.raises(UserError) as caught:
+        action()
+    assert peak_bytes() - before < 500e6
+    told = str(caught.value)
+    assert told.isprintable() and len(told) < 700, told
+    return told
+
+
+def peak_bytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def shape_and_weights(folder: pathlib.Path) -> None:
+    model_shape(ModelConfig(name=str(folder)))
+    load_weights(ModelConfig(name=str(folder)))
+
+
+# --- no code --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bait(folder: pathlib.Path) -> pathlib.Path:
+    """A module beside the weights that leaves a file when it is run, and what would be left."""
+    left = folder.parent / "ran"
+    (folder / "evil.py").write_text(
+        f"import pathlib\npathlib.Path({str(left)!r}).touch()\n"
+        "class Config: pass\nclass Model: pass\nclass Tokenizer: pass\n"
+    )
+    return left
+
+
+def test_the_bait_bites_those_who_trust_it(
+    folder: pathlib.Path, bait: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the tests below say something."""
+    changed(folder / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.Config"})
+    monkeypatch.setattr(
+        transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder.parent / "modules")
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(AttributeError):
+        transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert bait.exists()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "evil"])
+def test_code_of_a_model_is_not_run(
+    model_type: str, folder: pathlib.Path, bait: pathlib.Path
+) -> None:
+    """Of a known type the library's own code is used, of another the model is refused."""
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    changed(folder / "config.json", model_type=model_type, auto_map=names, trust_remote_code=True)
+    config = ModelConfig(name=str(folder))
+    if model_type == "llama":
+        shape_and_weights(folder)
+        assert load_tokenizer(config) is not None
+    else:
+        for action in (model_shape, load_weights):
+            assert "does not run" in refusal(lambda: action(config))  # noqa: B023
+    assert not bait.exists()
+
+
+@pytest.mark.parametrize("name", ["evil.Tokenizer", "someone/else--evil.Tokenizer"])
+def test_code_of_a_tokenizer_is_not_run(
+    name: str, folder: pathlib.Path, bait: pathlib.Path
+) -> None:
+    own = {"auto_map": {"AutoTokenizer": [name, name]}, "tokenizer_class": "EvilTokenizer"}
+    changed(folder / "tokenizer_config.json", **own)
+    assert "does not run" in refusal(lambda: load_tokenizer(ModelConfig(name=str(folder))))
+    assert not bait.exists()
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation_internal"])
+def test_kernels_of_others_are_not_fetched(field: str, folder: pathlib.Path) -> None:
+    changed(folder / "config.json", **{field: "someone/kernel"})
+    assert "someone/kernel" in refusal(lambda: shape_and_weights(folder))
+
+
+def test_pickles_are_not_read(folder: pathlib.Path, bait: pathlib.Path) -> None:
+    """Neither alone, nor where an index names them."""
+    (folder / "pytorch_model.bin").write_bytes(
+        b"\x80\x04cpathlib\nPath.touch\n(cpathlib\nPath\n(V" + str(bait).encode() + b"\ntRtR."
+    )
+    for file in ("pytorch_model.bin", "../model/pytorch_model.bin", "/etc/passwd", 7):
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": file}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        weights = folder / "model.safetensors"
+        weights.rename(folder / "other.safetensors")
+        assert "index.json names" in refusal(lambda: shape_and_weights(folder))
+        (folder / "other.safetensors").rename(weights)
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model.safetensors").unlink()
+    assert "no .safetensors weights" in refusal(lambda: shape_and_weights(folder))
+    assert not bait.exists()
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": "x"}', "[" * 100_000])
+def test_an_index_that_is_none(index: str, folder: pathlib.Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert "index.json" in refusal(lambda: shape_and_weights(folder))
+
+
+def test_an_adapter_is_refused_wherever_it_points(folder: pathlib.Path) -> None:
+    where = {"base_model_name_or_path": "/somewhere/else", "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(where))
+    assert "adapter" in refusal(lambda: shape_and_weights(folder))
+
+
+def test_no_chat_template_is_rendered(folder: pathlib.Path, bait: pathlib.Path) -> None:
+    template = "{{ cycler.__init__.__globals__.os.popen('touch " + str(bait) + "') }}" + HTML
+    (folder / "chat_template.jinja").write_text(template)
+    changed(folder / "tokenizer_config.json", chat_template=template)
+    assert load_model(str(folder)).tokenizer is not None
+    assert not bait.exists()
+
+
+# --- configs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "null", "7", "{", "[" * 100_000, '{"a":' * 50_000, '{"a": ' + "9" * 5000 + "}"],
+)
+def test_a_config_that_is_none(text: str, folder: pathlib.Path) -> None:
+    (folder / "config.json").write_text(text)
+    assert "config.json" in refusal(lambda: model_shape(ModelConfig(name=str(folder))))
+    assert "config.json" in refusal(lambda: load_weights(ModelConfig(name=str(folder))))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": 10**9, "head_dim": 10**9},
+        {"hidden_size": 2**62},
+        {"intermediate_size": 10**11},
+        {"vocab_size": 10**12},
+        {"num_hidden_layers": 10**7},
+        {"num_hidden_layers": 300, "intermediate_size": 10**7},
+        {"num_attention_heads": 10**6},
+        {"hidden_size": -1},
+        {"hidden_size": "x"},
+        {"hidden_size": 16.5},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": None},
+        {"num_hidden_layers": 0},
+        {"model_type": "../../x"},
+        {"model_type": [1]},
+        {"hidden_act": "__import__('os')"},
+        {"layer_types": ["x"]},
+        {"rope_parameters": [1]},
+        {"rms_norm_eps": "x"},
+        {"dtype": "os"},
+        {"quantization_config": "x"},
+        {"quantization_config": {"quant_method": ["x"]}},
+        {"bos_token_id": HTML},
+    ],
+    ids=str,
+)
+def test_a_config_of_absurd_sizes_or_types(fields: dict[str, Any], folder: pathlib.Path) -> None:
+    """Refused before memory is reserved for what it speaks of."""
+    changed(folder / "config.json", **fields)
+    assert refusal(lambda: shape_and_weights(folder)).startswith("models.name: ")
+
+
+def test_a_fingerprint_takes_files_alone(folder: pathlib.Path) -> None:
+    before = model_fingerprint(ModelConfig(name=str(folder)))
+    (folder / "vocab.d").mkdir()
+    (folder / "tokenizer.gone").symlink_to(folder / "nowhere")
+    assert model_fingerprint(ModelConfig(name=str(folder))) == before
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", "7", "[" * 100_000])
+def test_a_tokenizer_that_is_none(file: str, text: str, folder: pathlib.Path) -> None:
+    (folder / file).write_text(text)
+    assert "tokenizer" in refusal(lambda: load_tokenizer(ModelConfig(name=str(folder))))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"version": "9.0"},
+        {"model": {"type": "X"}},
+        {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}},
+        {"added_tokens": None},
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_the_library_refuses(fields: dict[str, Any], folder: pathlib.Path) -> None:
+    changed(folder / "tokenizer.json", **fields)
+    assert "tokenizer" in refusal(lambda: load_tokenizer(ModelConfig(name=str(folder))))
+
+
+@pytest.mark.parametrize("bos", [{"a": 1}, 7])
+def test_a_bos_that_is_no_token(bos: object, folder: pathlib.Path) -> None:
+    changed(folder / "tokenizer_config.json", bos_token=bos)
+    assert "tokenizer" in refusal(lambda: load_tokenizer(ModelConfig(name=str(folder))))
+
+
+def test_without_bos_and_eos_windows_have_none(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    path = folder / "tokenizer_config.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in described.items() if "_token" not in k}))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    tokenizer = load_tokenizer(ModelConfig(name=str(folder)))
+    assert tokenizer is not None and tokenizer.bos_token_id is None
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"The quick brown fox {n}" for n in range(400)))
+    corpus = CorpusConfig(
+        source="files",
+        paths=(str(text),),
+        document="line",
+        context_tokens=16,
+        train_tokens=160,
+        eval_tokens=160,
+        calibration_tokens=160,
+    )
+    assert split_tokens(corpus, tokenizer).bos_token is None
+    always = corpus.model_copy(update={"bos": "always"})
+    assert "bos" in refusal(lambda: split_tokens(always, tokenizer))
+
+
+def test_added_tokens_full_of_html_are_tokens(folder: pathlib.Path) -> None:
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens([HTML])
+    tokenizer.save(str(path))
+    found = load_tokenizer(ModelConfig(name=str(folder)))
+    assert found is not None
+    assert found.decode(found(HTML, add_special_tokens=False)["input_ids"]) == HTML

@@ -1,0 +1,220 @@
+"""The Ray executor on a real cluster of several nodes, all of them on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+
+from faults.kill import differences, results_of
+from prunelens.config import study_from_data
+from prunelens.errors import UserError
+from prunelens.report.write import run_and_report
+from prunelens.study import cluster as executor
+from prunelens.study import node as on_node
+from tiny_study import tiny_study, write_text
+
+if importlib.util.find_spec("ray") is None:
+    pytest.skip("Ray is not installed: pip install 'prunelens[ray]'", allow_module_level=True)
+
+WORKER = {"num_cpus": 1, "memory": 8e9, "object_store_memory": 80_000_000}
+HERE = {"node_ip_address": "127.0.0.1"}
+PRUNELENS = [sys.executable, "-c", "from prunelens.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def data(checkpoint_folder, tmp_path_factory):
+    text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
+    study = tiny_study(checkpoint_folder, text)
+    return {**study, "questions": ["stability", "survival", "persistence", "fragility"]}
+
+
+@pytest.fixture(scope="module")
+def expected(data, tmp_path_factory):
+    """What one process on one machine gives."""
+    out = tmp_path_factory.mktemp("local") / "out"
+    run_and_report(study_from_data(data), out, quiet=True, device="cpu")
+    return results_of(out)
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """A cluster of a head that computes nothing and three nodes that do; one counts a GPU."""
+    os.environ.update(executor.NO_TELEMETRY | executor.LOOPBACK)  # before Ray is imported
+    import ray
+    from ray.cluster_utils import Cluster
+
+    head = {**WORKER, **HERE, "num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for gpus in (0, 0, 1):
+            cluster.add_node(**WORKER, **HERE, num_gpus=gpus)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def run(data, out, **options):
+    study = study_from_data(data)
+    return run_and_report(study, out, executor="ray", quiet=True, **{"device": "cpu", **options})
+
+
+def tasks_of(node):
+    """What the processes of a node are at, by process: Ray names them after their tasks."""
+    raylet = node.all_processes["raylet"][0].process
+    found = {}
+    for process in psutil.Process(raylet.pid).children():
+        words = " ".join(process.cmdline())
+        if words.startswith("ray::") and not words.startswith("ray::IDLE"):
+            found[process.pid] = words.removeprefix("ray::")
+    return found
+
+
+def test_a_study_that_loses_a_node_ends_with_the_tables_of_one_process(
+    data, expected, nodes, tmp_path
+):
+    """The node that is killed is training an SAE."""
+    lost = []
+
+    def kill_a_node_that_trains() -> None:
+        while not lost:
+            for node in list(nodes.worker_nodes):
+                if any(label.startswith("sae ") for label in tasks_of(node).values()):
+                    nodes.remove_node(node, allow_graceful=False)
+                    lost.append(node)
+                    return
+            time.sleep(0.01)
+
+    watcher = threading.Thread(target=kill_a_node_that_trains, daemon=True)
+    watcher.start()
+    outcome = run(data, tmp_path / "out")
+    assert lost
+    assert {result.status for result in outcome.results} == {"done"}
+    assert differences(expected, results_of(tmp_path / "out")) == []
+    assert run(data, tmp_path / "out").num_executed == 0
+    nodes.add_node(**WORKER, **HERE)
+
+
+def test_a_stage_that_kills_its_process_twice_fails_its_run_alone(
+    data, nodes, tmp_path, monkeypatch
+):
+    kills = tmp_path / "kills"
+    kills.mkdir()
+
+    def deadly(order):
+        from prunelens.study.worker import stages_of
+
+        facts = json.loads(order)
+        if any("wanda" in stages_of(facts["request"])[i].label for i in facts["identities"]):
+            (kills / str(os.getpid())).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return on_node.carry_out(order)
+
+    monkeypatch.setattr(executor, "carry_out", deadly)
+    outcome = run({**data, "questions": ["survival"]}, tmp_path / "out")
+    ends = {result.run.name.rpartition("/")[2]: result for result in outcome.results}
+    failed = {name for name, result in ends.items() if result.status == "failed"}
+    assert failed == {"wanda-row-0.30"}
+    assert "died twice" in ends["wanda-row-0.30"].reason
+    assert len(list(kills.iterdir())) % 2 == 0  # and Ray tried none of them again by itself
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        ({"threads_per_stage": 99}, {}, ["99 CPU", "1 CPU", "threads_per_stage"]),
+        ({}, {"device": "cuda:1"}, ["--device", "'cuda:1'", "auto, cpu, cuda"]),
+    ],
+)
+def test_what_no_node_can_give_is_told_in_one_line(data, nodes, tmp_path, change, options, words):
+    with pytest.raises(UserError) as told:
+        run({**data, **change}, tmp_path / "out", **options)
+    assert all(word in str(told.value) for word in words)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU can be used here")
+def test_a_gpu_that_torch_cannot_use_is_told_and_not_passed_over(data, nodes, tmp_path):
+    with pytest.raises(UserError, match=r"Ray counts a GPU on node .* cannot use one"):
+        run(data, tmp_path / "out", device="auto")
+
+
+def test_nodes_with_other_code_are_refused(data, nodes, tmp_path, monkeypatch):
+    driver = {**on_node.what_numbers_depend_on(), "torch": "1.0"}
+    monkeypatch.setattr(on_node, "what_numbers_depend_on", lambda: driver)
+    with pytest.raises(UserError, match=r"node .* has torch .*, the machine .* 1\.0; install"):
+        run(data, tmp_path / "out")
+
+
+def test_a_ray_of_this_machine_is_closed_to_others_ends_at_once_and_leaves_nothing(
+    data, expected, tmp_path
+):
+    """Ctrl-C in the middle; then the other executor finishes what this one began."""
+    study, out = tmp_path / "study.json", tmp_path / "out"
+    study.write_text(json.dumps(data))
+    command = [*PRUNELENS, "run", str(study), "--out", str(out), "--executor", "ray", "--device"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with subprocess.Popen([*command, "cpu"], env=environment, stderr=subprocess.PIPE) as process:
+        while not list(out.glob("artifacts/sae/*/meta.json")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        family = psutil.Process(process.pid).children(recursive=True)
+        listening = [
+            connection.laddr.ip.removeprefix("::ffff:")
+            for member in [psutil.Process(process.pid), *family]
+            for connection in member.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        seconds = time.monotonic() - started
+    assert set(listening) == {"127.0.0.1"}
+    assert process.returncode == 130
+    assert seconds < 5
+    assert [member for member in family if member.is_running()] == []
+    outcome = run_and_report(study_from_data(data), out, quiet=True, device="cpu")
+    assert 0 < outcome.num_executed
+    assert differences(expected, results_of(out)) == []
+    shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"address": "127.0.0.1:1"}, ["--address", "'127.0.0.1:1'", "refused", "10.0.0.1:6379"]),
+        ({"address": "ray://127.0.0.1:1"}, ["--address", "refused"]),
+        ({"address": "nonsense"}, ["--address", "'nonsense'", "auto"]),
+        ({"executor": "local", "address": "auto"}, ["--address", "--executor ray"]),
+        ({"executor": "dask"}, ["--executor", "'dask'", "local, ray"]),
+    ],
+)
+def test_a_wrong_address_is_told_in_one_line(data, tmp_path, options, words):
+    with pytest.raises(UserError) as told:
+        run_and_report(
+            study_from_data(data),
+            tmp_path / "out",
+            quiet=True,
+            device="cpu",
+            **{"executor": "ray", **options},
+        )
+    assert all(word in str(told.value) for word in words), told.value
+    assert "\n" not in str(told.value)
+
+
+def test_without_ray_the_extra_is_named(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install 'prunelens\[ray\]'"):
+        run(data, tmp_path / "out")
