@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,15 +18,20 @@ import torch
 from faults.kill import differences, results_of
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
-from prunelens.report.write import run_and_report
+from prunelens.report.tables import write_tables
 from prunelens.study import cluster as executor
 from prunelens.study import node as on_node
+from prunelens.study.results import study_results
+from prunelens.study.run import alone_in, open_study, run_study
 from tiny_study import tiny_study, write_text
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("Ray is not installed: pip install 'prunelens[ray]'", allow_module_level=True)
 
+os.environ.update(executor.NO_TELEMETRY | executor.LOOPBACK)  # before Ray is imported
+
 WORKER = {"num_cpus": 1, "memory": 8e9, "object_store_memory": 80_000_000}
+CLIENT_PORT = 20000 + os.getpid() % 10000  # no two test processes share one
 HERE = {"node_ip_address": "127.0.0.1"}
 PRUNELENS = [sys.executable, "-c", "from prunelens.cli import main; main()"]
 
@@ -36,25 +40,25 @@ PRUNELENS = [sys.executable, "-c", "from prunelens.cli import main; main()"]
 def data(checkpoint_folder, tmp_path_factory):
     text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
     study = tiny_study(checkpoint_folder, text)
-    return {**study, "questions": ["stability", "survival", "persistence", "fragility"]}
+    return {**study, "questions": ["stability", "survival", "persistence"]}
 
 
 @pytest.fixture(scope="module")
 def expected(data, tmp_path_factory):
     """What one process on one machine gives."""
     out = tmp_path_factory.mktemp("local") / "out"
-    run_and_report(study_from_data(data), out, quiet=True, device="cpu")
-    return results_of(out)
+    run(data, out, executor="local")
+    return tables_of(out)
 
 
 @pytest.fixture(scope="module")
 def nodes():
     """A cluster of a head that computes nothing and three nodes that do; one counts a GPU."""
-    os.environ.update(executor.NO_TELEMETRY | executor.LOOPBACK)  # before Ray is imported
     import ray
     from ray.cluster_utils import Cluster
 
     head = {**WORKER, **HERE, "num_cpus": 0, "include_dashboard": False}
+    head["ray_client_server_port"] = CLIENT_PORT
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for gpus in (0, 0, 1):
@@ -67,8 +71,14 @@ def nodes():
 
 
 def run(data, out, **options):
-    study = study_from_data(data)
-    return run_and_report(study, out, executor="ray", quiet=True, **{"device": "cpu", **options})
+    options = {"executor": "ray", "device": "cpu", "quiet": True, **options}
+    with alone_in(out):
+        return run_study(study_from_data(data), out, **options)
+
+
+def tables_of(out):
+    write_tables(study_results(*open_study(out)), out)
+    return results_of(out)
 
 
 def tasks_of(node):
@@ -80,6 +90,29 @@ def tasks_of(node):
         if words.startswith("ray::") and not words.startswith("ray::IDLE"):
             found[process.pid] = words.removeprefix("ray::")
     return found
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"address": "127.0.0.1:1"}, ["--address", "'127.0.0.1:1'", "refused", "10.0.0.1:6379"]),
+        ({"address": "ray://127.0.0.1:1"}, ["--address", "refused"]),
+        ({"address": "nonsense"}, ["--address", "'nonsense'", "auto"]),
+        ({"executor": "local", "address": "auto"}, ["--address", "--executor ray"]),
+        ({"executor": "dask"}, ["--executor", "'dask'", "local, ray"]),
+    ],
+)
+def test_a_wrong_address_is_told_in_one_line(data, tmp_path, options, words):
+    with pytest.raises(UserError) as told:
+        run(data, tmp_path / "out", **options)
+    assert all(word in str(told.value) for word in words), told.value
+    assert "\n" not in str(told.value)
+
+
+def test_without_ray_the_extra_is_named(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install 'prunelens\[ray\]'"):
+        run(data, tmp_path / "out")
 
 
 def test_a_study_that_loses_a_node_ends_with_the_tables_of_one_process(
@@ -102,7 +135,7 @@ def test_a_study_that_loses_a_node_ends_with_the_tables_of_one_process(
     outcome = run(data, tmp_path / "out")
     assert lost
     assert {result.status for result in outcome.results} == {"done"}
-    assert differences(expected, results_of(tmp_path / "out")) == []
+    assert differences(expected, tables_of(tmp_path / "out")) == []
     assert run(data, tmp_path / "out").num_executed == 0
     nodes.add_node(**WORKER, **HERE)
 
@@ -136,6 +169,7 @@ def test_a_stage_that_kills_its_process_twice_fails_its_run_alone(
     [
         ({"threads_per_stage": 99}, {}, ["99 CPU", "1 CPU", "threads_per_stage"]),
         ({}, {"device": "cuda:1"}, ["--device", "'cuda:1'", "auto, cpu, cuda"]),
+        ({}, {"address": "127.0.0.1:1"}, ["--address", "'127.0.0.1:1'", "connected to"]),
     ],
 )
 def test_what_no_node_can_give_is_told_in_one_line(data, nodes, tmp_path, change, options, words):
@@ -159,14 +193,15 @@ def test_nodes_with_other_code_are_refused(data, nodes, tmp_path, monkeypatch):
 
 
 def test_a_ray_of_this_machine_is_closed_to_others_ends_at_once_and_leaves_nothing(
-    data, expected, tmp_path
+    data, expected, nodes, tmp_path
 ):
-    """Ctrl-C in the middle; then the other executor finishes what this one began."""
+    """Ctrl-C in the middle; then the cluster, reached from outside, finishes what was begun."""
     study, out = tmp_path / "study.json", tmp_path / "out"
     study.write_text(json.dumps(data))
-    command = [*PRUNELENS, "run", str(study), "--out", str(out), "--executor", "ray", "--device"]
+    command = [*PRUNELENS, "run", str(study), "--out", str(out), "--executor", "ray"]
+    command += ["--device", "cpu"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    with subprocess.Popen([*command, "cpu"], env=environment, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
         while not list(out.glob("artifacts/sae/*/meta.json")):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
@@ -183,38 +218,11 @@ def test_a_ray_of_this_machine_is_closed_to_others_ends_at_once_and_leaves_nothi
         seconds = time.monotonic() - started
     assert set(listening) == {"127.0.0.1"}
     assert process.returncode == 130
-    assert seconds < 5
+    assert seconds < 5 * max(1.0, os.getloadavg()[0] / os.cpu_count())  # others may work here too
     assert [member for member in family if member.is_running()] == []
-    outcome = run_and_report(study_from_data(data), out, quiet=True, device="cpu")
-    assert 0 < outcome.num_executed
-    assert differences(expected, results_of(out)) == []
-    shutil.rmtree(out)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"address": "127.0.0.1:1"}, ["--address", "'127.0.0.1:1'", "refused", "10.0.0.1:6379"]),
-        ({"address": "ray://127.0.0.1:1"}, ["--address", "refused"]),
-        ({"address": "nonsense"}, ["--address", "'nonsense'", "auto"]),
-        ({"executor": "local", "address": "auto"}, ["--address", "--executor ray"]),
-        ({"executor": "dask"}, ["--executor", "'dask'", "local, ray"]),
-    ],
-)
-def test_a_wrong_address_is_told_in_one_line(data, tmp_path, options, words):
-    with pytest.raises(UserError) as told:
-        run_and_report(
-            study_from_data(data),
-            tmp_path / "out",
-            quiet=True,
-            device="cpu",
-            **{"executor": "ray", **options},
-        )
-    assert all(word in str(told.value) for word in words), told.value
-    assert "\n" not in str(told.value)
-
-
-def test_without_ray_the_extra_is_named(data, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"pip install 'prunelens\[ray\]'"):
-        run(data, tmp_path / "out")
+    command += ["--address", f"ray://127.0.0.1:{CLIENT_PORT}", "--json"]
+    environment |= executor.LOOPBACK
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["executed"] > 0
+    assert differences(expected, tables_of(out)) == []

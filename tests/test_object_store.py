@@ -29,6 +29,7 @@ from tiny_study import tiny_study, write_text
 
 STAGE = Stage("sae", 1, {"k": 4, "threads": 1}, {})
 CHILD = Stage("survival", 1, {"threads": 1}, {"sae": STAGE})
+QUESTIONS = ["stability", "survival", "persistence", "transfer", "fragility"]
 ACTIVATIONS = Stage("activations", 1, {"threads": 1}, {})
 
 
@@ -102,6 +103,13 @@ def test_what_one_machine_writes_another_reads_verified(store, elsewhere, object
     assert (folder / "deeper" / "b.txt").read_text() == "b"
     assert elsewhere.meta(STAGE) == store.meta(STAGE)
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_file_goes_in_parts(store, elsewhere, monkeypatch):
+    monkeypatch.setattr("prunelens.study.bucket.CHUNK", 1000)
+    content = "".join(map(str, range(6000)))
+    write(store, content=content)
+    assert (elsewhere.read(STAGE) / "a.txt").read_text() == content
 
 
 def test_meta_json_is_written_last_and_is_the_commit(store, elsewhere, objects, monkeypatch):
@@ -252,7 +260,7 @@ def test_what_cannot_be_reached_is_told_before_anything_runs(
 def tiny(checkpoint_folder, tmp_path_factory):
     text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
     study = tiny_study(checkpoint_folder, text)
-    return {**study, "prunings": study["prunings"][1:]}
+    return {**study, "prunings": study["prunings"][1:], "questions": QUESTIONS}
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,11 @@
 import json
+import os
 
 import pytest
 
+from prunelens.study.seal import sealed, unsealed
 from prunelens.study.store import DamagedArtifactError, Stage, Store
+from prunelens.study.temporary import temporary_beside
 
 
 def stage(**changes):
@@ -79,3 +82,46 @@ def test_checkpoints_go_when_the_artifact_is_published(tmp_path):
     assert store.partial(stage()) == partial
     write(store, stage())
     assert not partial.exists()
+
+
+def test_what_another_machine_may_be_writing_is_swept_only_when_old(tmp_path, monkeypatch):
+    """Where the file system has no locks, a claim looks free to everybody."""
+    store = Store(tmp_path)
+    monkeypatch.setattr(store.claims, "is_free", lambda _identity: True)
+    with store.writing(stage()) as ours:
+        theirs = ours.with_name(f"{stage().identity}.elsewhere-1-ab.tmp")
+        dead = ours.with_name(ours.name.replace(f"-{os.getpid()}-", "-999999999-"))
+        for folder in (theirs, dead):
+            folder.mkdir()
+        store.sweep_temporary()
+        assert ours.exists() and theirs.exists() and not dead.exists()
+        os.utime(theirs, (0, 0))
+        store.sweep_temporary()
+        assert ours.exists() and not theirs.exists()
+        (ours / "a.txt").write_text("x")
+    assert store.is_sound(stage())
+
+
+def test_no_two_makers_write_to_one_folder(tmp_path):
+    names = {temporary_beside(tmp_path / "x").name for _ in range(100)}
+    assert len(names) == 100 and all(name.startswith("x.") for name in names)
+
+
+def test_a_folder_without_meta_json_gives_way(tmp_path, caplog):
+    store = Store(tmp_path)
+    store.folder(stage()).mkdir(parents=True)
+    (store.folder(stage()) / "left.txt").write_text("x")
+    write(store, stage())
+    assert store.is_sound(stage()) and "without meta.json" in caplog.text
+    assert [path.name for path in tmp_path.glob("damaged/*/*")] == ["left.txt"]
+
+
+@pytest.mark.parametrize("name", ["../../out.txt", "/etc/hostname", "a/../b", "", "a\\b"])
+def test_names_that_lead_elsewhere_are_damage(tmp_path, name):
+    write(Store(tmp_path), stage())
+    path = Store(tmp_path).folder(stage()) / "meta.json"
+    facts = unsealed(path.read_text())
+    facts["files"] = {name: facts["files"]["a.txt"]}
+    path.write_text(sealed(facts))
+    with pytest.raises(DamagedArtifactError):
+        Store(tmp_path).read(stage())

@@ -313,7 +313,7 @@ def test_activation_stores_are_deleted_and_nothing_is_left_half_done(finished):
 
 def test_no_pickle_is_written(finished):
     _, out, _ = finished
-    files = [p for p in out.rglob("*") if p.is_file() and p.name != ".lock"]
+    files = [p for p in out.rglob("*") if p.is_file() and not p.name.startswith(".")]
     kinds = {p.suffix for p in files}
     assert kinds == {".safetensors", ".json", ".parquet", ".csv", ".yaml", ".png", ".pdf", ".html"}
     assert not [p for p in files if p.read_bytes().startswith((b"\x80", b"PK"))]  # pickle, zip

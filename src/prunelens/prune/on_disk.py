@@ -7,8 +7,10 @@ the new checkpoint is there. Nothing of it is ever in memory as a whole, whateve
 
 from __future__ import annotations
 
+import ctypes
 import json
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +27,7 @@ from prunelens.model_limits import check_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_M_MMAP_THRESHOLD, _MAPPED_FROM = -3, 1 << 20  # of glibc's malloc.h; bytes
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -50,12 +53,16 @@ def copy_to_disk(model: ModelConfig, folder: pathlib.Path, *, device: str = "cpu
         model: a folder, the bundled one, or a hub id, whose files are fetched first.
         folder: where the copy goes, and config.json and generation_config.json with it.
         device: where a call computes; weights are brought there and taken away again.
+
+    From then on glibc's malloc gives freed pieces of a megabyte or more back at once, in the whole
+    process: left to itself it kept three times the model (docs/large-models.md).
     Raises: NotOnDiskError where the checkpoint has to be loaded to know its weights: quantised,
         stacked or split ones, and those that stay in float32 by themselves. UserError as
         `load_model`, and where the disk has no room.
     """
     source = model_folder(model)
     _check(model, source)
+    _give_freed_memory_back()
     skeleton = _skeleton(model, source)
     found = _tensors(model, skeleton, source)
     weights = _copied(found, skeleton, source, folder)
@@ -72,6 +79,19 @@ class _Source(NamedTuple):
     """Name of the file within the checkpoint."""
     name: str
     """Its name there."""
+
+
+def _give_freed_memory_back() -> None:
+    """Stop glibc from raising the size from which it maps pieces one by one; nothing elsewhere.
+
+    Between the activations that a pass frees lie small objects that accelerate makes for each call.
+    They keep the heap from shrinking, which then grows with every pass.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
 
 
 def _check(model: ModelConfig, source: pathlib.Path) -> None:

@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 WAITS = (1.0, 4.0)  # seconds before it is tried again; the client below has tried thrice by then
-CHUNK = 8 * 2**20  # bytes of a file that are in memory at once
+CHUNK = 8 * 2**20  # bytes that are read at once
+PENDING = 8  # chunks that may wait to be sent
 LARGEST_COPY = 5 * 10**9  # bytes; what S3 copies in one request
 MARK = ".prunelens"
 # What the services say when trying again is of no use.
@@ -86,7 +87,10 @@ class Bucket:
 
         def copy() -> None:
             with path.open("rb") as source, self._fs.open_output_stream(self._path(key)) as to:
-                shutil.copyfileobj(source, to, CHUNK)
+                for number, part in enumerate(iter(lambda: source.read(CHUNK), b""), 1):
+                    to.write(part)
+                    if number % PENDING == 0:
+                        to.flush()  # parts wait in memory, as many as there are, to be sent
 
         self._trying(copy)
 

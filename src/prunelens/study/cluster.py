@@ -22,10 +22,10 @@ from concurrent.futures import Future
 from typing import Any
 
 from prunelens.errors import UserError
+from prunelens.study.executor import Failures, NodeLostError, WorkerDiedError
 from prunelens.study.matrix import Plan
 from prunelens.study.needs import Needs, needs_of, node_needs
 from prunelens.study.node import carry_out, failures_of, order_of
-from prunelens.study.schedule import Failures, NodeLostError, WorkerDiedError
 from prunelens.study.store import Stage
 
 log = logging.getLogger(__name__)
@@ -159,9 +159,10 @@ def cluster(
 @contextlib.contextmanager
 def _connected(address: str | None) -> Iterator[Any]:
     """The module ray, connected."""
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    asked, address = address, address or os.environ.get("RAY_ADDRESS") or "local"
     ray = _imported(alone=address == "local")
     if ray.is_initialized():
+        _refuse_other(asked, ray.get_runtime_context().gcs_address)
         yield ray
         return
     with contextlib.ExitStack() as stack:
@@ -205,6 +206,14 @@ def _connect(ray: Any, address: str, options: dict[str, Any]) -> None:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+
+
+def _refuse_other(asked: str | None, connected: str) -> None:
+    if asked not in (None, "auto", connected):
+        raise UserError(
+            f"--address: {asked!r}, but this process is connected to the Ray cluster at"
+            f" {connected!r}; call ray.shutdown() before, or leave the address out"
+        )
 
 
 def _refuse_silent(address: str) -> None:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from prunelens.study.disk import DiskError
-from prunelens.study.schedule import Failures, WorkerDiedError
+from prunelens.study.executor import Failures, WorkerDiedError
 from prunelens.study.store import Stage
 from prunelens.study.worker import die_with_parent, make_by_identity, worker_context
 

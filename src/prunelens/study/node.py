@@ -19,7 +19,7 @@ import torch
 
 from prunelens.errors import UserError
 from prunelens.study.disk import DiskError
-from prunelens.study.schedule import Failures
+from prunelens.study.executor import Failures
 from prunelens.study.seal import library_versions
 from prunelens.study.worker import make_by_identity
 

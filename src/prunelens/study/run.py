@@ -28,6 +28,7 @@ from prunelens.model import model_shape, usable_device
 from prunelens.study.address import artifacts_of, remember_artifacts
 from prunelens.study.before import refuse_hopeless
 from prunelens.study.conclude import conclude
+from prunelens.study.executor import Executor, Here
 from prunelens.study.links import refuse_links_out
 from prunelens.study.local import processes
 from prunelens.study.matrix import Plan
@@ -36,15 +37,13 @@ from prunelens.study.plan import plan_study
 from prunelens.study.progress import StudyProgress
 from prunelens.study.results import method_columns
 from prunelens.study.schedule import (
-    Executor,
-    Here,
     Outcome,
     RunResult,
     finished_targets,
     make_all,
 )
 from prunelens.study.seal import library_versions
-from prunelens.study.store import DamagedArtifactError, Store
+from prunelens.study.store import CLAIMS_FILE, DamagedArtifactError, Store
 from prunelens.study.tracking import Tracking, check_tracking, stage_times
 from prunelens.study.worker import fork_server, request_of
 from prunelens.study_file import parse_yaml, read_text
@@ -323,8 +322,9 @@ def _check_lock(out: pathlib.Path, held: int) -> None:
 
 
 def _contents(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The files of a study folder but for its lock."""
-    return (path for path in out.rglob("*") if path.is_file() and path.name != ".lock")
+    """The files of a study folder but for its locks."""
+    locks = (".lock", CLAIMS_FILE)
+    return (path for path in out.rglob("*") if path.is_file() and path.name not in locks)
 
 
 def _runs_table(results: list[RunResult], store: Store) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 Finished artifacts are never made again; a damaged one is set aside and remade. A stage that fails
 fails the runs that need it and no others. Activation stores go as soon as nothing that is still
-to be made reads them. Who makes the stages is an `Executor`: see `local` and `cluster`.
+to be made reads them. Who makes the stages is an `executor`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import logging
-import pathlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 from prunelens.errors import UserError
+from prunelens.study.executor import Executor, Failures, Here, NodeLostError, WorkerDiedError
 from prunelens.study.matrix import Plan, Run
 from prunelens.study.progress import StudyProgress
 from prunelens.study.shared_folder import wait_until_there
-from prunelens.study.stages import try_stages
 from prunelens.study.store import Stage, Store
-from prunelens.study.tracking import NOT_TRACKED, Tracking
 from prunelens.study.worker import read_share
 
 DIED = (
@@ -34,34 +32,6 @@ log = logging.getLogger(__name__)
 TEXT = ("corpus", "text")  # stages that read text; they have no parents
 NODES_LOST_BY_CHANCE = 3  # machines that die under a stage before it is suspected
 POLL_SECONDS = 0.5  # how often the progress of other processes is looked at
-Failures = dict[str, str | None]  # by identity: why a stage failed, or None
-
-
-class WorkerDiedError(Exception):
-    """What made a stage is gone, and did not say how the stage ended."""
-
-
-class NodeLostError(WorkerDiedError):
-    """It is gone with the whole machine, which need not be the stage's fault."""
-
-
-@runtime_checkable
-class Executor(Protocol):
-    """Who makes stages."""
-
-    @property
-    def at_once(self) -> int | None:
-        """How many it makes side by side; None: it queues as many as there are."""
-
-    @property
-    def shares_fate(self) -> bool:
-        """A worker that dies takes the others along; the executor is of no use then."""
-
-    def submit(self, stages: list[Stage]) -> Future[Failures]:
-        """Make stages in one go, their parents being there.
-
-        The future ends with `WorkerDiedError` where the worker died.
-        """
 
 
 class RunResult(NamedTuple):
@@ -125,37 +95,6 @@ def finished_targets(plan: Plan, store: Store) -> set[str]:
     targets = plan.targets()
     kinds = {stage.name for stage in targets.values()}
     return targets.keys() & {identity for kind in kinds for identity in store.finished(kind)}
-
-
-class Here:
-    """Makes what is submitted at once, in this process."""
-
-    at_once, shares_fate = 1, False
-
-    def __init__(
-        self,
-        store: Store,
-        device: str,
-        progress: StudyProgress,
-        log_folder: pathlib.Path,
-        tracking: Tracking = NOT_TRACKED,
-    ) -> None:
-        self._store, self._device, self._tracking = store, device, tracking
-        self._progress, self._log_folder = progress, log_folder
-
-    def submit(self, stages: list[Stage]) -> Future[Failures]:
-        """The future is done when this returns."""
-        failures = try_stages(
-            self._store,
-            stages,
-            device=self._device,
-            progress=self._progress.update,
-            log_folder=self._log_folder,
-            tracking=self._tracking,
-        )
-        future: Future[Failures] = Future()
-        future.set_result({s.identity: why for s, why in zip(stages, failures, strict=True)})
-        return future
 
 
 class _Scheduler:

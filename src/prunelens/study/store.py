@@ -27,6 +27,7 @@ from prunelens.study.links import is_plain
 from prunelens.study.seal import identity_of, library_versions, sealed, sha256_of, unsealed
 from prunelens.study.temporary import is_left, temporary_beside
 
+CLAIMS_FILE = ".claims"  # empty; stages are locked on its bytes
 log = logging.getLogger(__name__)
 
 
@@ -88,7 +89,7 @@ class Store:
     def __init__(self, root: pathlib.Path) -> None:
         self.root = root
         self._verified: set[str] = set()
-        self.claims = Claims(root / ".claims")
+        self.claims = Claims(root / CLAIMS_FILE)
 
     @property
     def address(self) -> str:
