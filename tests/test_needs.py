@@ -144,7 +144,7 @@ def test_a_node_that_does_not_see_what_another_made_says_so(order, monkeypatch):
 def test_a_node_with_another_source_refuses(order, monkeypatch):
     facts = json.loads(order[0])
     facts["versions"]["prunelens's source"] = "0"
-    with pytest.raises(UserError, match="has prunelens's source .*install the same"):
+    with pytest.raises(UserError, match=r"has prunelens's source .*install the same"):
         node.failures_of(node.carry_out(json.dumps(facts)))
 
 
