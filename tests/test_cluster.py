@@ -18,6 +18,7 @@ import torch
 from faults.kill import differences, results_of
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
+from prunelens.report.paper_tables import write_paper_tables
 from prunelens.report.tables import write_tables
 from prunelens.study import cluster as executor
 from prunelens.study import node as on_node
@@ -77,7 +78,8 @@ def run(data, out, **options):
 
 
 def tables_of(out):
-    write_tables(study_results(*open_study(out)), out)
+    plan, store = open_study(out)
+    write_paper_tables(write_tables(study_results(plan, store), out), plan.study, out)
     return results_of(out)
 
 

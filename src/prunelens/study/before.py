@@ -56,7 +56,7 @@ def cheap_checks(
 
 
 def refuse_hopeless(
-    plan: Plan, place: pathlib.Path | None, device: str, *, here: bool
+    plan: Plan, place: pathlib.Path | None, device: str, *, here: bool = True
 ) -> CheapChecks:
     """`cheap_checks` before a study is run. Raises UserError with the first error of them."""
     shapes = {model.label: model_shape(model) for model in plan.study.models}
