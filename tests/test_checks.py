@@ -19,17 +19,17 @@ from prunelens.checkpoint import model_shape
 from prunelens.config import ModelConfig, study_from_data
 from prunelens.errors import UserError
 from prunelens.report.write import run_and_report
-from prunelens.study import checks as checks_module
-from prunelens.study import room
-from prunelens.study.access import _listed, access_checks, repositories
-from prunelens.study.before import cheap_checks, refuse_hopeless
-from prunelens.study.checks import study_checks
-from prunelens.study.finding import Finding, refuse
 from prunelens.study.footprint import disk_use, memory_use
+from prunelens.study.matrix import parents_first
 from prunelens.study.plan import plan_study
-from prunelens.study.preflight import preflight
-from prunelens.study.simulate import parents_first
-from prunelens.study.text_checks import bos_checks, perplexity_check, unigram_nll
+from prunelens.study.preflight import checks as checks_module
+from prunelens.study.preflight import room
+from prunelens.study.preflight.access import _listed, access_checks, repositories
+from prunelens.study.preflight.before import cheap_checks, refuse_hopeless
+from prunelens.study.preflight.checks import study_checks
+from prunelens.study.preflight.finding import Finding, refuse
+from prunelens.study.preflight.preview import preflight
+from prunelens.study.preflight.text_checks import bos_checks, perplexity_check, unigram_nll
 from prunelens.study_file import read_study
 from tiny_study import tiny_study, write_text
 
@@ -280,7 +280,9 @@ def test_a_tokenizer_that_adds_its_bos_whatever_it_is_told(data, monkeypatch):
         def __call__(self, _text, **_options):
             return {"input_ids": [0, 5, 6]}
 
-    monkeypatch.setattr("prunelens.study.text_checks.load_tokenizer", lambda _model: Stubborn())
+    monkeypatch.setattr(
+        "prunelens.study.preflight.text_checks.load_tokenizer", lambda _model: Stubborn()
+    )
     assert next(level for level, check, _ in bos(data) if check == "double BOS") == "warning"
     data["corpus"]["bos"] = "never"
     assert next(level for level, check, _ in bos(data) if check == "double BOS") == "error"

@@ -22,8 +22,10 @@ from prunelens.report.paper_tables import write_paper_tables
 from prunelens.report.tables import write_tables
 from prunelens.study import cluster as executor
 from prunelens.study import node as on_node
+from prunelens.study.alone import alone_in
+from prunelens.study.folder import open_study
 from prunelens.study.results import study_results
-from prunelens.study.run import alone_in, open_study, run_study
+from prunelens.study.run import run_study
 from tiny_study import tiny_study, write_text
 
 if importlib.util.find_spec("ray") is None:

@@ -25,9 +25,10 @@ from prunelens.report.explorer.collect import study_explorer
 from prunelens.report.explorer.content import DENSE
 from prunelens.report.explorer.study import view_study, write_study_explorer
 from prunelens.sae.topk import TopKSAE
+from prunelens.study.folder import open_study
 from prunelens.study.plan import plan_study
 from prunelens.study.results import study_results
-from prunelens.study.run import open_study, run_study
+from prunelens.study.run import run_study
 from tiny_study import tiny_study, write_text
 
 NUM_LATENTS, SEED = 64, 0
@@ -354,7 +355,7 @@ def test_the_folder_is_written_once(copied, monkeypatch):
     assert any("layer 1, seed 0" in line for line in told)
     before = contents(out)
 
-    monkeypatch.setattr("prunelens.study.run.open_study", pytest.fail)
+    monkeypatch.setattr("prunelens.study.folder.open_study", pytest.fail)
     assert write_study_explorer(str(copied)) == out
     assert contents(out) == before
 

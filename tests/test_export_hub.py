@@ -42,9 +42,11 @@ from prunelens.prune import (
 from prunelens.prune.card import data_sets, model_in_words, text_in_words
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
+from prunelens.study.alone import alone_in
 from prunelens.study.exports import _path, export_checkpoint, export_hub
+from prunelens.study.folder import open_study
 from prunelens.study.results import study_results
-from prunelens.study.run import alone_in, open_study, run_study
+from prunelens.study.run import run_study
 from tiny_study import tiny_study, write_text
 
 # What SAELens says of each SAE that names how to load its model, its own included.

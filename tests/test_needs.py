@@ -12,13 +12,14 @@ import prunelens
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
 from prunelens.study import node, shared_folder, stages
+from prunelens.study.alone import alone_in
+from prunelens.study.artifacts.disk import DiskError
+from prunelens.study.artifacts.store import Store
 from prunelens.study.cost import KINDS
-from prunelens.study.disk import DiskError
+from prunelens.study.matrix import parents_first
 from prunelens.study.needs import ON_DEVICE, Needs, needs_of, node_needs
 from prunelens.study.plan import plan_study
-from prunelens.study.run import alone_in, run_study
-from prunelens.study.simulate import parents_first
-from prunelens.study.store import Store
+from prunelens.study.run import run_study
 from prunelens.study.work import Work
 from prunelens.study.worker import request_of
 from tiny_study import tiny_study, write_text

@@ -17,13 +17,13 @@ from prunelens.cli import app
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
 from prunelens.report.write import run_and_report, write_report
-from prunelens.study.address import PLACE_FILE, artifacts_of, checked, open_store
-from prunelens.study.bucket import Bucket, UnreachableError
-from prunelens.study.object_store import ObjectStore
+from prunelens.study.artifacts.address import PLACE_FILE, artifacts_of, checked, open_store
+from prunelens.study.artifacts.bucket import Bucket, UnreachableError
+from prunelens.study.artifacts.object_store import ObjectStore
+from prunelens.study.artifacts.seal import sealed, unsealed
+from prunelens.study.artifacts.store import DamagedArtifactError, Stage, Store
+from prunelens.study.folder import study_status
 from prunelens.study.plan import plan_study
-from prunelens.study.run import study_status
-from prunelens.study.seal import sealed, unsealed
-from prunelens.study.store import DamagedArtifactError, Stage, Store
 from s3_server import s3_server
 from tiny_study import tiny_study, write_text
 
@@ -106,7 +106,7 @@ def test_what_one_machine_writes_another_reads_verified(store, elsewhere, object
 
 
 def test_a_file_goes_in_parts(store, elsewhere, monkeypatch):
-    monkeypatch.setattr("prunelens.study.bucket.CHUNK", 1000)
+    monkeypatch.setattr("prunelens.study.artifacts.bucket.CHUNK", 1000)
     content = "".join(map(str, range(6000)))
     write(store, content=content)
     assert (elsewhere.read(STAGE) / "a.txt").read_text() == content
@@ -209,7 +209,7 @@ def test_one_that_lacks_a_file_is_no_activation_store(store, elsewhere, objects)
 
 def test_a_network_that_comes_back_is_waited_for(store, elsewhere, monkeypatch, caplog):
     write(store)
-    monkeypatch.setattr("prunelens.study.bucket.WAITS", (0.0, 0.0))
+    monkeypatch.setattr("prunelens.study.artifacts.bucket.WAITS", (0.0, 0.0))
     real, failures = Bucket._put_bytes, [OSError("AWS Error NETWORK_CONNECTION")] * 2
 
     def shaky(self, *arguments):
@@ -243,7 +243,7 @@ def test_the_address_is_read_as_it_is_meant(tmp_path, monkeypatch):
 def test_what_cannot_be_reached_is_told_before_anything_runs(
     server, tiny, tmp_path, monkeypatch, wrong
 ):
-    monkeypatch.setattr("prunelens.study.bucket.WAITS", ())
+    monkeypatch.setattr("prunelens.study.artifacts.bucket.WAITS", ())
     study = tmp_path / "study.json"
     study.write_text(json.dumps(tiny))
     place = "s3://absent/x" if wrong == "bucket" else "s3://bucket/x"

@@ -15,7 +15,7 @@ from prunelens.config import ModelConfig
 from prunelens.errors import UserError
 from prunelens.paper import FOLDER, published, shipped_shape
 from prunelens.report.write import run_and_report
-from prunelens.study.preflight import preflight
+from prunelens.study.preflight.preview import preflight
 from prunelens.study_file import read_study
 
 STUDIES = {"paper-a1": 37, "paper-a3": 12, "paper-b1": 17, "paper-c1": 14}  # -> SAEs

@@ -10,9 +10,9 @@ from prunelens import hub
 from prunelens.config import study_from_data
 from prunelens.report.write import run_and_report, write_report
 from prunelens.study import pinning
+from prunelens.study.folder import _as_yaml, open_study
 from prunelens.study.pinning import pinned
 from prunelens.study.plan import plan_study
-from prunelens.study.run import _as_yaml, open_study
 from prunelens.study_file import parse_yaml
 from tiny_study import tiny_study, write_text
 

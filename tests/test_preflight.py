@@ -26,13 +26,13 @@ from prunelens.prune.masks import save_masks
 from prunelens.sae import kernels
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.training import Training
-from prunelens.study import calibrate as calibrate_module
-from prunelens.study import hours as hours_module
-from prunelens.study.calibrate import Rate, calibrate
 from prunelens.study.cost import KINDS, forward_flops, stage_work, training_flops
 from prunelens.study.footprint import disk_use, memory_use
 from prunelens.study.plan import plan_study
-from prunelens.study.preflight import preflight
+from prunelens.study.preflight import calibrate as calibrate_module
+from prunelens.study.preflight import hours as hours_module
+from prunelens.study.preflight.calibrate import Rate, calibrate
+from prunelens.study.preflight.preview import preflight
 from prunelens.study_file import read_study
 
 CONTEXT = 16

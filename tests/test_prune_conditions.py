@@ -20,9 +20,9 @@ from prunelens.prune.compare import check_takes_place, compare_weights
 from prunelens.report.explorer.collect import study_explorer
 from prunelens.report.write import run_and_report
 from prunelens.study.conditions import load_condition
+from prunelens.study.folder import open_study
 from prunelens.study.plan import plan_study
 from prunelens.study.results import study_results
-from prunelens.study.run import open_study
 
 
 @pytest.fixture(scope="module", autouse=True)

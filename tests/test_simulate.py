@@ -9,10 +9,10 @@ import pytest
 
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
+from prunelens.study.artifacts.store import Stage
 from prunelens.study.plan import plan_study
-from prunelens.study.rates import read_rates
-from prunelens.study.simulate import Task, side_by_side, simulate, tasks_of
-from prunelens.study.store import Stage
+from prunelens.study.preflight.rates import read_rates
+from prunelens.study.preflight.simulate import Task, side_by_side, simulate, tasks_of
 from tiny_study import tiny_study, write_text
 
 

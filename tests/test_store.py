@@ -3,9 +3,9 @@ import os
 
 import pytest
 
-from prunelens.study.seal import sealed, unsealed
-from prunelens.study.store import DamagedArtifactError, Stage, Store
-from prunelens.study.temporary import temporary_beside
+from prunelens.study.artifacts.seal import sealed, unsealed
+from prunelens.study.artifacts.store import DamagedArtifactError, Stage, Store
+from prunelens.study.artifacts.temporary import temporary_beside
 
 
 def stage(**changes):

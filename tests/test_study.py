@@ -18,10 +18,10 @@ from prunelens.errors import UserError
 from prunelens.report.tables import COLUMNS
 from prunelens.report.write import run_and_report
 from prunelens.study import conclude, stages
+from prunelens.study.artifacts.store import Store
+from prunelens.study.folder import study_status
 from prunelens.study.plan import plan_study
 from prunelens.study.predict import predict_latents
-from prunelens.study.run import study_status
-from prunelens.study.store import Store
 from tiny_study import tiny_study, write_text
 
 FIGURES = (

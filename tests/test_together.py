@@ -12,10 +12,10 @@ from prunelens.config import study_from_data
 from prunelens.errors import UserError
 from prunelens.report.write import run_and_report
 from prunelens.study import local, schedule, stages
+from prunelens.study.artifacts.store import Stage, Store
 from prunelens.study.model_stages import make_activations
 from prunelens.study.plan import plan_study
 from prunelens.study.progress import StudyProgress
-from prunelens.study.store import Stage, Store
 
 WORDS = ["The quick brown fox", "jumps over it", "def greet(name):", "return 'hello ' + name"]
 

@@ -25,9 +25,9 @@ from prunelens.analyses.grades import MEASURES, grades
 from prunelens.config import StudyConfig
 from prunelens.errors import UserError
 from prunelens.planted import Choice
+from prunelens.study.artifacts.store import Store
+from prunelens.study.folder import open_study
 from prunelens.study.matrix import Run
-from prunelens.study.run import open_study
-from prunelens.study.store import Store
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "methods.md"
 SECTIONS = {  # block -> the measures of that section of the page

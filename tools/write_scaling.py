@@ -11,9 +11,9 @@ import pathlib
 from collections.abc import Iterator
 
 from prunelens.model import model_shape
-from prunelens.study.hours import given_rates, study_tasks
 from prunelens.study.plan import plan_study
-from prunelens.study.simulate import Schedule, Task, side_by_side, simulate
+from prunelens.study.preflight.hours import given_rates, study_tasks
+from prunelens.study.preflight.simulate import Schedule, Task, side_by_side, simulate
 from prunelens.study_file import read_study
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "scaling.md"

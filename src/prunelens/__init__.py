@@ -90,7 +90,7 @@ if TYPE_CHECKING:
     from prunelens.study.exports import export_checkpoint, export_hub
     from prunelens.study.plan import plan_study
     from prunelens.study.predict import predict_latents
-    from prunelens.study.preflight import preflight
+    from prunelens.study.preflight.preview import preflight
     from prunelens.study.single import transfer_sae
     from prunelens.study_file import read_study
     from prunelens.upper_blocks import UpperBlocks
@@ -219,7 +219,7 @@ _HOMES = {
     "prunelens.study.plan": ("plan_study",),
     "prunelens.study.contexts": ("study_contexts",),
     "prunelens.study.predict": ("predict_latents",),
-    "prunelens.study.preflight": ("preflight",),
+    "prunelens.study.preflight.preview": ("preflight",),
     "prunelens.study.single": ("transfer_sae",),
     "prunelens.study_file": ("read_study",),
     "prunelens.upper_blocks": ("UpperBlocks",),

@@ -11,7 +11,7 @@ import pytest
 
 from faults.kill import leftovers, num_artifacts, results_of, start
 from prunelens.report.write import run_and_report
-from prunelens.study.disk import DiskError
+from prunelens.study.artifacts.disk import DiskError
 from prunelens.study.plan import plan_study
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -20,7 +20,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 @pytest.mark.timeout(1200)
 def test_a_full_disk_at_every_kind_of_stage(finished, tmp_path, monkeypatch):
     """Each kind in turn cannot be flushed; the next attempt goes on from there."""
-    from prunelens.study import store
+    from prunelens.study.artifacts import store
 
     folder, full, stopped = tmp_path / "out", set(), []
     real = store.flush

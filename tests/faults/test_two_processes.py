@@ -71,7 +71,7 @@ def test_with_and_without_the_lock(finished, study, tmp_path):
 
 def test_an_artifact_that_another_process_has_published_stays(tmp_path):
     """Where neither lock nor claim can be seen, as on another host."""
-    from prunelens.study.store import Stage, Store
+    from prunelens.study.artifacts.store import Stage, Store
 
     stage = Stage("sae", 1, {"k": 4}, {})
     store, other = Store(tmp_path), Store(tmp_path)
@@ -86,7 +86,7 @@ def test_an_artifact_that_another_process_has_published_stays(tmp_path):
 
 CLAIMING = """
 import pathlib, sys, time
-from prunelens.study.claims import Claims
+from prunelens.study.artifacts.claims import Claims
 with Claims(pathlib.Path(sys.argv[1])).holding("x"):
     print("held", flush=True)
     time.sleep(60)
@@ -94,7 +94,7 @@ with Claims(pathlib.Path(sys.argv[1])).holding("x"):
 
 
 def test_a_claim_ends_with_its_process(tmp_path):
-    from prunelens.study.claims import Claims
+    from prunelens.study.artifacts.claims import Claims
 
     claims = Claims(tmp_path / ".claims")
     command = [sys.executable, "-c", CLAIMING, str(tmp_path / ".claims")]
@@ -108,7 +108,7 @@ def test_a_claim_ends_with_its_process(tmp_path):
 
 
 def test_what_is_being_written_is_not_swept(tmp_path):
-    from prunelens.study.store import Store
+    from prunelens.study.artifacts.store import Store
 
     left = tmp_path / "sae" / "x.123.tmp"
     left.mkdir(parents=True)

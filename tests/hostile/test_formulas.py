@@ -19,7 +19,7 @@ from prunelens.csv_table import as_csv, as_written, harmless
 from prunelens.errors import UserError
 from prunelens.report.paper_tables import write_paper_tables
 from prunelens.report.tables import write_tables
-from prunelens.study.run import RUN_COLUMNS, read_runs
+from prunelens.study.folder import RUN_COLUMNS, read_runs
 from synthetic_results import synthetic_study, synthetic_tables
 
 FORMULAS = [

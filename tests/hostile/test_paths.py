@@ -13,9 +13,9 @@ from prunelens.config import StudyConfig, study_from_data
 from prunelens.errors import UserError
 from prunelens.report.explorer.study import write_study_explorer
 from prunelens.report.write import write_report
-from prunelens.study.links import is_plain, refuse_links_out
-from prunelens.study.run import alone_in
-from prunelens.study.store import DamagedArtifactError, Stage, Store
+from prunelens.study.alone import alone_in
+from prunelens.study.artifacts.links import is_plain, refuse_links_out
+from prunelens.study.artifacts.store import DamagedArtifactError, Stage, Store
 
 STAGE = Stage("sae", 1, {"k": 4}, {})
 # What a store would take for its own: a description, and what a killed process left.

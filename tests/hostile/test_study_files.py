@@ -16,7 +16,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-import prunelens.study.preflight
+import prunelens.study.preflight.preview
 from prunelens.cli import main
 from prunelens.config import StudyConfig, study_from_data
 from prunelens.errors import UserError
@@ -193,7 +193,7 @@ def test_500_study_files_end_in_a_plan_or_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As the command `plan` reads them, without what it measures."""
-    monkeypatch.setattr(prunelens.study.preflight, "preflight", laid_out)
+    monkeypatch.setattr(prunelens.study.preflight.preview, "preflight", laid_out)
     path = tmp_path / "study.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     started = time.perf_counter()

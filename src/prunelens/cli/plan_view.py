@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prunelens.study.preflight import Preflight
+from prunelens.study.preflight.preview import Preflight
 
 _LEVELS = ["error", "warning", "ok"]
 _STYLES = {"error": "bold red", "warning": "yellow", "ok": "dim"}

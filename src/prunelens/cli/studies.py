@@ -116,8 +116,8 @@ def plan(
     Nothing runs. Exit code 2 where a check found an error.
     """
     from prunelens.cli.plan_view import show_preflight
-    from prunelens.study.preflight import CALIBRATION_SECONDS, preflight
-    from prunelens.study.rates import read_rates
+    from prunelens.study.preflight.preview import CALIBRATION_SECONDS, preflight
+    from prunelens.study.preflight.rates import read_rates
 
     config = read_study(study, parsed(settings))
     numbers_of_workers = workers_to_simulate(workers)
@@ -142,7 +142,7 @@ def plan(
 
 def status(folder: Folder, as_json: AsJson = False) -> None:
     """How far a study is: which runs are done, failed or missing stages."""
-    from prunelens.study.run import study_status
+    from prunelens.study.folder import study_status
 
     rows = study_status(folder)
     if as_json:
@@ -165,7 +165,7 @@ def report(
     """Write a study's tables and figures again from its artifacts, and print the summary."""
     from prunelens.report.summary import print_summary
     from prunelens.report.write import write_report
-    from prunelens.study.run import read_runs
+    from prunelens.study.folder import read_runs
 
     print_summary(write_report(folder), read_runs(folder))
     if explorer:

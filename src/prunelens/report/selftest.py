@@ -15,7 +15,8 @@ from prunelens.config import StudyConfig
 from prunelens.errors import UserError
 from prunelens.report.tables import COLUMNS
 from prunelens.report.write import write_report
-from prunelens.study.run import alone_in, run_study
+from prunelens.study.alone import alone_in
+from prunelens.study.run import run_study
 from prunelens.study.schedule import Outcome
 from prunelens.study_file import SHIPPED_STUDIES, read_study
 

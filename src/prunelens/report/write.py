@@ -13,12 +13,14 @@ from prunelens.report.page import write_page
 from prunelens.report.paper_tables import write_paper_tables
 from prunelens.report.summary import print_summary
 from prunelens.report.tables import write_tables
-from prunelens.study.disk import stopped_by_disk
-from prunelens.study.links import refuse_links_out
+from prunelens.study.alone import alone_in
+from prunelens.study.artifacts.disk import stopped_by_disk
+from prunelens.study.artifacts.links import refuse_links_out
+from prunelens.study.artifacts.seal import sha256_of
+from prunelens.study.folder import open_study, read_runs
 from prunelens.study.results import study_results
-from prunelens.study.run import alone_in, open_study, read_runs, run_study
+from prunelens.study.run import run_study
 from prunelens.study.schedule import Outcome
-from prunelens.study.seal import sha256_of
 
 DRAWN = ".drawn"  # written last: SHA-256 of the tables that figures and page show
 

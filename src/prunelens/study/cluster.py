@@ -22,11 +22,11 @@ from concurrent.futures import Future
 from typing import Any
 
 from prunelens.errors import UserError
+from prunelens.study.artifacts.store import Stage
 from prunelens.study.executor import Failures, NodeLostError, WorkerDiedError
 from prunelens.study.matrix import Plan
 from prunelens.study.needs import Needs, needs_of, node_needs
 from prunelens.study.node import carry_out, failures_of, order_of
-from prunelens.study.store import Stage
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import pathlib
 
 from prunelens.config import PruningConfig
+from prunelens.study.artifacts.store import Stage, Store
 from prunelens.study.matrix import Plan
 from prunelens.study.model_plan import VERSIONS
 from prunelens.study.progress import StudyProgress
 from prunelens.study.stages import failure_of, make_stage
-from prunelens.study.store import Stage, Store
 
 
 def predictor_stage(plan: Plan, store: Store) -> Stage | None:

@@ -17,7 +17,7 @@ from prunelens.model import LanguageModel, load_model, load_tokenizer
 from prunelens.prune.apply import prune_model
 from prunelens.prune.compare import check_takes_place, compare_weights
 from prunelens.prune.stored import FACTS, apply_pruning, save_pruning
-from prunelens.study.store import Source
+from prunelens.study.artifacts.store import Source
 from prunelens.study.work import Work, write_json
 
 

@@ -8,9 +8,9 @@ import pandas as pd
 from safetensors.torch import load_file
 
 from prunelens.errors import UserError
+from prunelens.study.artifacts.store import Store
+from prunelens.study.folder import open_study
 from prunelens.study.matrix import Plan, Run
-from prunelens.study.run import open_study
-from prunelens.study.store import Store
 
 
 def study_contexts(

@@ -2,7 +2,7 @@
 
 Operations are those that the definitions ask for, a multiplication and an addition counting two.
 What a device really executes differs by a factor (a GPU multiplies a TopK SAE's zeros as well),
-which the measured rates of `study.calibrate` take in: they are in the same operations.
+which the measured rates of `study.preflight.calibrate` take in: they are in the same operations.
 """
 
 from __future__ import annotations

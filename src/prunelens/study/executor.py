@@ -9,9 +9,9 @@ import pathlib
 from concurrent.futures import Future
 from typing import Protocol, runtime_checkable
 
+from prunelens.study.artifacts.store import Stage, Store
 from prunelens.study.progress import StudyProgress
 from prunelens.study.stages import try_stages
-from prunelens.study.store import Stage, Store
 from prunelens.study.tracking import NOT_TRACKED, Tracking
 
 Failures = dict[str, str | None]  # by identity: why a stage failed, or None

@@ -31,9 +31,9 @@ from prunelens.prune.record import (
 from prunelens.prune.stored import MASKS, apply_pruning
 from prunelens.sae.hub_folder import HubFolder, SaeSource, write_hub_folder
 from prunelens.sae.record import TrainingRecord
+from prunelens.study.artifacts.store import Stage
+from prunelens.study.folder import open_study
 from prunelens.study.matrix import Run, Sae
-from prunelens.study.run import open_study
-from prunelens.study.store import Stage
 
 log = logging.getLogger(__name__)
 

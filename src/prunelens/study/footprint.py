@@ -13,8 +13,8 @@ from prunelens.checkpoint import ModelShape, is_here
 from prunelens.config import CheckpointConfig, ModelConfig, StudyConfig
 from prunelens.model import forward_tokens
 from prunelens.perplexity import LOGITS_AT_ONCE, SCORES_AT_ONCE
+from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import sae_size
-from prunelens.study.store import Stage
 
 FLOAT = 4
 PROCESS_BYTES = 700e6  # a process with torch and transformers

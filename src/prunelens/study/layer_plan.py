@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prunelens.config import CheckpointConfig, Condition
+from prunelens.study.artifacts.store import Stage
 from prunelens.study.matrix import Run, Sae, Training
 from prunelens.study.model_plan import ModelPlan
-from prunelens.study.store import Stage
 
 FATES_FROM = ("survival", "persistence", "activation_matching", "scaling", "subspace")
 NOT_OF_ONE_SAE = {"seeds", "control_seeds", "checkpoint_every", "resample_every", "warm_steps"}

@@ -9,9 +9,9 @@ from concurrent import futures
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from prunelens.study.disk import DiskError
+from prunelens.study.artifacts.disk import DiskError
+from prunelens.study.artifacts.store import Stage
 from prunelens.study.executor import Failures, WorkerDiedError
-from prunelens.study.store import Stage
 from prunelens.study.worker import die_with_parent, make_by_identity, worker_context
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from prunelens.config import Condition, StudyConfig
-from prunelens.study.store import Stage
+from prunelens.study.artifacts.store import Stage
 
 STORES = ("activations", "planted_activations")  # stages that make activation stores
 Training = Literal["own", "warm", "doubled"]
@@ -75,3 +75,18 @@ class Plan:
     def targets(self) -> dict[str, Stage]:
         """Every run's targets by identity, in the order in which they should be made."""
         return {stage.identity: stage for run in self.runs for stage in run.targets()}
+
+
+def parents_first(targets: Iterable[Stage]) -> Iterator[Stage]:
+    """Every stage that the targets rest on, and they, once; the order of the executor."""
+    seen: set[str] = set()
+
+    def walk(stage: Stage) -> Iterator[Stage]:
+        if stage.identity not in seen:
+            seen.add(stage.identity)
+            for parent in stage.parents.values():
+                yield from walk(parent)
+            yield stage
+
+    for target in targets:
+        yield from walk(target)

@@ -19,8 +19,8 @@ from prunelens.config import (
 from prunelens.corpus import fingerprint
 from prunelens.errors import UserError
 from prunelens.model import ModelShape, model_fingerprint, model_shape
+from prunelens.study.artifacts.store import Source, Stage
 from prunelens.study.cost import progress_cost, stage_work
-from prunelens.study.store import Source, Stage
 
 VERSIONS = {  # raise one when the same config would give other numbers
     "corpus": 1,

@@ -8,12 +8,11 @@ from typing import NamedTuple
 from prunelens.checkpoint import model_shape
 from prunelens.config import ModelConfig
 from prunelens.errors import UserError
+from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import KINDS
 from prunelens.study.footprint import PROCESS_BYTES, Memory, memory_use
-from prunelens.study.matrix import Plan
-from prunelens.study.room import GIGABYTE, SURELY_TOO_LITTLE
-from prunelens.study.simulate import parents_first
-from prunelens.study.store import Stage
+from prunelens.study.matrix import Plan, parents_first
+from prunelens.study.preflight.room import GIGABYTE, SURELY_TOO_LITTLE
 
 LANGUAGE_MODEL = "language model"
 ON_DEVICE = {LANGUAGE_MODEL, "SAE training", "SAE encoding"}  # kinds of work; others ignore a GPU

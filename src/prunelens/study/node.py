@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from prunelens.errors import UserError
-from prunelens.study.disk import DiskError
+from prunelens.study.artifacts.disk import DiskError
+from prunelens.study.artifacts.seal import library_versions
 from prunelens.study.executor import Failures
-from prunelens.study.seal import library_versions
 from prunelens.study.worker import make_by_identity
 
 PACKAGE = pathlib.Path(__file__).parents[1]

@@ -8,8 +8,8 @@ from prunelens import planted
 from prunelens.config import ActivationConfig, Condition, ModelConfig, StudyConfig
 from prunelens.errors import UserError
 from prunelens.model import model_shape
+from prunelens.study.artifacts.store import Stage
 from prunelens.study.model_plan import ModelPlan
-from prunelens.study.store import Stage
 
 
 class PlantedPlan(ModelPlan):

@@ -11,10 +11,10 @@ import pandas as pd
 
 from prunelens.analyses.predictor import predict_survival
 from prunelens.errors import UserError
+from prunelens.study.artifacts.store import Store
 from prunelens.study.conclude import predictor_stage
+from prunelens.study.folder import open_study
 from prunelens.study.matrix import Plan, Run, Sae
-from prunelens.study.run import open_study
-from prunelens.study.store import Store
 from prunelens.study.work import read_json
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from prunelens.study.store import Stage
+from prunelens.study.artifacts.store import Stage
 
 SECONDS_BETWEEN_LINES = 15  # where there is no terminal to draw a bar in
 

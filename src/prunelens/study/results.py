@@ -23,9 +23,9 @@ from prunelens.analyses.fates import (
 from prunelens.analyses.fragility import holm
 from prunelens.config import CheckpointConfig
 from prunelens.prune.stored import FACTS
+from prunelens.study.artifacts.store import Store
 from prunelens.study.conclude import predictor_stage
 from prunelens.study.matrix import Plan, Run, Sae
-from prunelens.study.store import Store
 
 ALL_RUNS = "all"  # the run of rows that are about the whole study
 _Rows = Iterator[tuple[Run, pd.DataFrame]]

@@ -4,59 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import pathlib
-import platform
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from io import StringIO
-from typing import Any
 
-import filelock
-import pandas as pd
 import psutil
 import torch
-from ruamel.yaml import YAML
 
-from prunelens.config import StudyConfig, study_from_data
-from prunelens.csv_table import as_csv, as_written
+from prunelens.config import StudyConfig
 from prunelens.errors import UserError
 from prunelens.model import model_shape, usable_device
-from prunelens.study.address import artifacts_of, remember_artifacts
-from prunelens.study.before import refuse_hopeless
+from prunelens.study.artifacts.address import artifacts_of
+from prunelens.study.artifacts.store import Store
 from prunelens.study.conclude import conclude
 from prunelens.study.executor import Executor, Here
-from prunelens.study.links import refuse_links_out
+from prunelens.study.folder import describe_study, write_runs
 from prunelens.study.local import processes
 from prunelens.study.matrix import Plan
 from prunelens.study.pinning import pinned
 from prunelens.study.plan import plan_study
+from prunelens.study.preflight.before import refuse_hopeless
 from prunelens.study.progress import StudyProgress
-from prunelens.study.results import method_columns
 from prunelens.study.schedule import (
     Outcome,
-    RunResult,
-    finished_targets,
     make_all,
 )
-from prunelens.study.seal import library_versions
-from prunelens.study.store import CLAIMS_FILE, DamagedArtifactError, Store
 from prunelens.study.tracking import Tracking, check_tracking, stage_times
 from prunelens.study.worker import fork_server, request_of
-from prunelens.study_file import parse_yaml, read_text
 
 log = logging.getLogger(__name__)
 
 WORKER_BYTES = 700_000_000  # a process with torch, transformers and a batch of activations
 EXECUTORS = ("local", "ray")
 Opener = Callable[[Here], AbstractContextManager[Executor]]
-RUN_COLUMNS = [
-    "run", "model", "layer", "method", "scope", "pattern", "sparsity",
-    "status", "reason", "wall_seconds",
-]  # fmt: skip
 
 
 def run_study(
@@ -125,11 +107,7 @@ def _run_plan(
     device: str,
     quiet: bool,
 ) -> Outcome:
-    def describe() -> None:
-        _write(out / "study.yaml", _as_yaml(plan.study))
-        _write(out / "environment.json", json.dumps(environment(device), indent=1))
-        remember_artifacts(out, store)
-
+    describe = functools.partial(describe_study, out, plan.study, store, device)
     with StudyProgress(quiet=quiet) as progress, opener as opened:
         here = Here(store, device, progress, out / "logs", tracking)
         with stage_times(tracking, store) as told:
@@ -137,7 +115,7 @@ def _run_plan(
                 plan, store, here, opened, progress=progress, on_text=describe, on_made=told
             )
         outcome = _concluded(plan, store, outcome, progress, out)
-    _write(out / "runs.csv", as_csv(_runs_table(outcome.results, store)))
+    write_runs(out, outcome.results, store)
     return outcome
 
 
@@ -194,49 +172,6 @@ def _concluded(
     )
 
 
-def open_study(out: pathlib.Path) -> tuple[Plan, Store]:
-    """The plan and the artifacts of a study folder that `run_study` left."""
-    path = out / "study.yaml"
-    if not path.is_file():
-        raise UserError(f"study folder: {str(out)!r} has no study.yaml; give the folder of a study")
-    study = study_from_data(parse_yaml(read_text(path), where=str(path)))
-    return plan_study(study), artifacts_of(out)
-
-
-def study_status(out: pathlib.Path) -> list[dict[str, Any]]:
-    """Per run: run, status (done, failed, unfinished), present and stages (counts), reason."""
-    plan, store = open_study(out)
-    table = read_runs(out)
-    there = finished_targets(plan, store)
-    reasons = dict(zip(table["run"], table["reason"], strict=True))
-    rows = []
-    for run in plan.runs:
-        targets = {stage.identity: stage for stage in run.targets()}
-        present = len(targets.keys() & there)
-        reason = reasons.get(run.name, "")
-        unfinished = "failed" if reason else "unfinished"
-        status = "done" if present == len(targets) else unfinished
-        rows.append(
-            {
-                "run": run.name,
-                "status": status,
-                "present": present,
-                "stages": len(targets),
-                "reason": reason,
-            }
-        )
-    return rows
-
-
-def read_runs(out: pathlib.Path) -> pd.DataFrame:
-    """The table of runs; without rows where the study has not ended yet, or it is damaged."""
-    try:
-        table = pd.read_csv(out / "runs.csv", keep_default_na=False)[RUN_COLUMNS]
-    except (OSError, ValueError, KeyError):  # pandas' parser errors are ValueErrors
-        return pd.DataFrame(columns=RUN_COLUMNS)
-    return table.map(as_written)
-
-
 def resolve_device(device: str) -> str:
     """`auto` becomes cuda where there is one, else cpu. Raises UserError for an absent device."""
     if device == "auto":
@@ -264,106 +199,3 @@ def _most_workers(study: StudyConfig, device: str) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (cores or 1) // study.threads_per_stage)
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What the numbers were made with."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
-        "libraries": library_versions(),
-    }
-
-
-@contextlib.contextmanager
-def alone_in(out: pathlib.Path) -> Iterator[Callable[[], None]]:
-    """Hold the folder's lock; folders that this call made and left empty are removed again.
-
-    Gives a function that raises UserError where somebody has removed the lock meanwhile.
-    Raises: UserError where another process holds it, or the folder cannot be written to.
-    """
-    refuse_links_out(out)
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]  # deepest first
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(out / ".lock", blocking=False)
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(
-            f"--out: another prunelens works in {str(out)!r}; wait for it or choose another folder"
-        ) from None
-    except OSError as error:
-        why = f"cannot write to {str(out)!r} ({error.strerror})"
-        raise UserError(f"--out: {why}; name a folder that you can write to") from None
-    try:
-        yield functools.partial(_check_lock, out, (out / ".lock").stat().st_ino)
-    except UserError:
-        if out in made and not any(_contents(out)):
-            shutil.rmtree(out)
-            for folder in made[1:]:
-                with contextlib.suppress(OSError):  # someone else put something in it
-                    folder.rmdir()
-        raise
-    finally:
-        lock.release()
-
-
-def _check_lock(out: pathlib.Path, held: int) -> None:
-    """Artifacts bear two processes; tables and figures, which are written in place, do not."""
-    lock = out / ".lock"
-    if not lock.exists() or lock.stat().st_ino != held:
-        raise UserError(
-            f"--out: the file {str(lock)!r} was removed while this worked, so another prunelens may"
-            " write there; what was made is kept: run the same command again once it has ended"
-        )
-
-
-def _contents(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The files of a study folder but for its locks."""
-    locks = (".lock", CLAIMS_FILE)
-    return (path for path in out.rglob("*") if path.is_file() and path.name not in locks)
-
-
-def _runs_table(results: list[RunResult], store: Store) -> pd.DataFrame:
-    rows = []
-    for run, status, reason in results:
-        rows.append(
-            {
-                "run": run.name,
-                "model": run.model,
-                "layer": run.layer,
-                **method_columns(run),
-                "status": status,
-                "reason": reason,
-                "wall_seconds": round(sum(_wall_seconds(store, s) for s in run.targets()), 1),
-            }
-        )
-    return pd.DataFrame(rows, columns=RUN_COLUMNS)
-
-
-def _wall_seconds(store: Store, stage: Any) -> float:
-    """What the stage took when it was made; 0 if it is not there."""
-    if not store.has(stage):
-        return 0.0
-    try:
-        return float(store.meta(stage).get("wall_seconds", 0.0))
-    except DamagedArtifactError:
-        return 0.0
-
-
-def _as_yaml(study: StudyConfig) -> str:
-    stream = StringIO()
-    yaml = YAML()
-    yaml.default_flow_style = False
-    yaml.dump(study.model_dump(mode="json"), stream)
-    return stream.getvalue()
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """Replace a file whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

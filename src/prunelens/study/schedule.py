@@ -16,11 +16,11 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from prunelens.errors import UserError
+from prunelens.study.artifacts.store import Stage, Store
 from prunelens.study.executor import Executor, Failures, Here, NodeLostError, WorkerDiedError
 from prunelens.study.matrix import Plan, Run
 from prunelens.study.progress import StudyProgress
 from prunelens.study.shared_folder import wait_until_there
-from prunelens.study.store import Stage, Store
 from prunelens.study.worker import read_share
 
 DIED = (

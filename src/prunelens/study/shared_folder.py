@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterable
 
-from prunelens.study.store import Stage, Store
+from prunelens.study.artifacts.store import Stage, Store
 
 SECONDS_TO_APPEAR = 70.0  # NFS looks at a folder again after 60 seconds at the latest
 SECONDS_BETWEEN_LOOKS = 0.5

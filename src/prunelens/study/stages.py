@@ -21,14 +21,14 @@ import torch
 
 from prunelens.errors import UserError
 from prunelens.study.arm_stages import ARM_STAGES
-from prunelens.study.disk import DiskError, stopped_by_disk
+from prunelens.study.artifacts.disk import DiskError, stopped_by_disk
+from prunelens.study.artifacts.store import Stage, Store
 from prunelens.study.evidence_stages import EVIDENCE_STAGES
 from prunelens.study.model_stages import MODEL_STAGES, make_activations
 from prunelens.study.output_stages import OUTPUT_STAGES
 from prunelens.study.planted_stages import PLANTED_STAGES
 from prunelens.study.question_stages import QUESTION_STAGES
 from prunelens.study.sae_stages import make_saes
-from prunelens.study.store import Stage, Store
 from prunelens.study.tracking import NOT_TRACKED, Tracking
 from prunelens.study.work import Work
 

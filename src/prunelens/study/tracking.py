@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from prunelens.errors import UserError, one_line
-from prunelens.study.store import Stage, Store
+from prunelens.study.artifacts.store import Stage, Store
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunelens.study.store import Stage
+from prunelens.study.artifacts.store import Stage
 from prunelens.study.tracking import Tracker
 
 

@@ -20,11 +20,11 @@ from typing import Any
 
 from prunelens.config import StudyConfig, study_from_data
 from prunelens.errors import UserError
-from prunelens.study.address import open_store
+from prunelens.study.artifacts.address import open_store
+from prunelens.study.artifacts.store import Stage, Store
 from prunelens.study.plan import plan_study
 from prunelens.study.shared_folder import wait_until_there
 from prunelens.study.stages import failure_of, try_stages
-from prunelens.study.store import Stage, Store
 from prunelens.study.tracking import NOT_TRACKED, Tracking
 
 SECONDS_BETWEEN_SHARES = 1.0

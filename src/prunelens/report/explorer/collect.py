@@ -31,9 +31,9 @@ from prunelens.report.explorer.evidence_files import (
 )
 from prunelens.report.explorer.source import Source, sources
 from prunelens.sae.neuronpedia import neuronpedia_id
+from prunelens.study.artifacts.store import Store
 from prunelens.study.matrix import Plan, Run
 from prunelens.study.results import sparsity_of
-from prunelens.study.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def study_explorer(
     """Everything that the explorer shows of a study.
 
     Args:
-        plan, store: as `study.run.open_study` gives them.
+        plan, store: as `study.folder.open_study` gives them.
         tell: told what is being read.
     Raises: UserError where the study did not ask for evidence, none of it is there, or an artifact
         is damaged.

@@ -19,8 +19,8 @@ from prunelens.analyses.fates import (
 )
 from prunelens.analyses.persistence import relative_to_noise
 from prunelens.config import PretrainedSaeConfig
+from prunelens.study.artifacts.store import Store
 from prunelens.study.matrix import Plan, Run, Sae
-from prunelens.study.store import Store
 
 ROLE = "evidence"
 

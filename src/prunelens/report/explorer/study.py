@@ -16,7 +16,7 @@ from prunelens.errors import UserError
 from prunelens.report.explorer.folder import write_explorer, written_identity
 from prunelens.report.explorer.labels import NeuronpediaLabels
 from prunelens.report.explorer.server import serve_explorer
-from prunelens.study.links import refuse_links_out
+from prunelens.study.artifacts.links import refuse_links_out
 
 FOLDER = "explorer"
 STAGES = (  # whose artifacts an explorer is made from
@@ -80,7 +80,7 @@ def _written(study: pathlib.Path, *, labels: bool, tell: Callable[[str], None]) 
         tell("reading the study")
         # What takes seconds to import is not needed where the explorer is there.
         from prunelens.report.explorer.collect import study_explorer
-        from prunelens.study.run import open_study
+        from prunelens.study.folder import open_study
 
         plan, store = open_study(study)
         explorer = study_explorer(plan, store, tell=tell)

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from prunelens.checkpoint import ModelShape, model_shape
-from prunelens.study.checks import study_checks
-from prunelens.study.finding import Finding, refuse
 from prunelens.study.footprint import Disk, Memory, disk_use, memory_use, saes_at_once
-from prunelens.study.matrix import Plan
-from prunelens.study.room import disk_checks, memory_checks
-from prunelens.study.simulate import parents_first
+from prunelens.study.matrix import Plan, parents_first
+from prunelens.study.preflight.checks import study_checks
+from prunelens.study.preflight.finding import Finding, refuse
+from prunelens.study.preflight.room import disk_checks, memory_checks
 
 
 class CheapChecks(NamedTuple):

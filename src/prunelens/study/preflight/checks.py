@@ -9,8 +9,8 @@ from typing import Any
 from prunelens.checkpoint import ModelShape, text_config
 from prunelens.config import ModelConfig, PruningConfig, StudyConfig
 from prunelens.study.cost import sae_size
-from prunelens.study.finding import Finding
 from prunelens.study.matrix import Plan
+from prunelens.study.preflight.finding import Finding
 
 DENSE_CODE = 0.5  # k of a TopK SAE, as a share of d_model, from which a code is hardly sparse
 LEAST_TOKENS = 20  # distinct training tokens per latent

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from prunelens.study.store import Stage
+from prunelens.study.artifacts.store import Stage
+from prunelens.study.matrix import parents_first
 
 
 class Task(NamedTuple):
@@ -137,18 +138,3 @@ def _critical_path(tasks: Sequence[Task]) -> tuple[float, tuple[str, ...]]:
             names.append(tasks[place].name)
         place = before[place]
     return length, tuple(reversed(names))
-
-
-def parents_first(targets: Iterable[Stage]) -> Iterator[Stage]:
-    """Every stage that the targets rest on, and they, once; the order of the executor."""
-    seen: set[str] = set()
-
-    def walk(stage: Stage) -> Iterator[Stage]:
-        if stage.identity not in seen:
-            seen.add(stage.identity)
-            for parent in stage.parents.values():
-                yield from walk(parent)
-            yield stage
-
-    for target in targets:
-        yield from walk(target)

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 
 from prunelens.checkpoint import ModelShape
 from prunelens.config import StudyConfig
-from prunelens.study.calibrate import Rate, calibrate
+from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import KINDS, Work, stage_work
 from prunelens.study.matrix import Plan
-from prunelens.study.simulate import Task, tasks_of
-from prunelens.study.store import Stage
+from prunelens.study.preflight.calibrate import Rate, calibrate
+from prunelens.study.preflight.simulate import Task, tasks_of
 
 Rates = Mapping[str, Mapping[str, Rate]]
 """Model label -> kind of work -> rate; empty where there are none."""

@@ -22,10 +22,16 @@ from typing import Any, NamedTuple
 from prunelens.config import CorpusConfig, ModelConfig, PretrainedSaeConfig
 from prunelens.errors import UserError
 from prunelens.prune.checkpoint import flush
-from prunelens.study.claims import Claims
-from prunelens.study.links import is_plain
-from prunelens.study.seal import identity_of, library_versions, sealed, sha256_of, unsealed
-from prunelens.study.temporary import is_left, temporary_beside
+from prunelens.study.artifacts.claims import Claims
+from prunelens.study.artifacts.links import is_plain
+from prunelens.study.artifacts.seal import (
+    identity_of,
+    library_versions,
+    sealed,
+    sha256_of,
+    unsealed,
+)
+from prunelens.study.artifacts.temporary import is_left, temporary_beside
 
 CLAIMS_FILE = ".claims"  # empty; stages are locked on its bytes
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import TypeVar
 from pyarrow import ArrowException, fs
 
 from prunelens.errors import UserError, one_line
-from prunelens.study.disk import DiskError
+from prunelens.study.artifacts.disk import DiskError
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from prunelens import hub
 from prunelens.checkpoint import is_local
 from prunelens.config import CheckpointConfig, StudyConfig
-from prunelens.study.finding import Finding
+from prunelens.study.preflight.finding import Finding
 
 
 class Repository(NamedTuple):

@@ -10,7 +10,7 @@ import tempfile
 import urllib.parse
 
 from prunelens.errors import UserError
-from prunelens.study.store import Store
+from prunelens.study.artifacts.store import Store
 from prunelens.study.work import read_json, write_json
 
 PLACE_FILE = "artifacts.json"  # in a study's folder, where its artifacts are not beside it
@@ -30,8 +30,8 @@ def open_store(address: str, cache: pathlib.Path | None = None) -> Store:
     plain = checked(address)
     if urllib.parse.urlsplit(plain).scheme not in REMOTE:
         return Store(pathlib.Path(plain))
-    from prunelens.study.bucket import Bucket  # pyarrow.fs, which only few need
-    from prunelens.study.object_store import ObjectStore
+    from prunelens.study.artifacts.bucket import Bucket  # pyarrow.fs, which only few need
+    from prunelens.study.artifacts.object_store import ObjectStore
 
     return ObjectStore(Bucket(plain), cache or _cache_here(plain))
 

@@ -12,9 +12,8 @@ import logging
 import pathlib
 import shutil
 
-from prunelens.study.bucket import Bucket
-from prunelens.study.matrix import STORES
-from prunelens.study.store import (
+from prunelens.study.artifacts.bucket import Bucket
+from prunelens.study.artifacts.store import (
     DamagedArtifactError,
     Stage,
     Store,
@@ -23,7 +22,8 @@ from prunelens.study.store import (
     named_files,
     parsed_meta,
 )
-from prunelens.study.temporary import temporary_beside
+from prunelens.study.artifacts.temporary import temporary_beside
+from prunelens.study.matrix import STORES
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from prunelens.corpus import Tokenizer, documents, split_tokens, token_rows
 from prunelens.errors import UserError
 from prunelens.model import load_model
 from prunelens.perplexity import measure_perplexity
-from prunelens.study.finding import Finding
+from prunelens.study.preflight.finding import Finding
 
 PROBE = "The quick brown fox"
 DOCUMENTS_LOOKED_AT = 100

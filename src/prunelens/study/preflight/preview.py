@@ -17,23 +17,23 @@ import torch
 from prunelens.checkpoint import is_local
 from prunelens.config import CheckpointConfig, Condition, StudyConfig
 from prunelens.model import model_shape
-from prunelens.study.access import access_checks
-from prunelens.study.before import cheap_checks
-from prunelens.study.calibrate import Rate
+from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Work
-from prunelens.study.hours import (
+from prunelens.study.matrix import Run
+from prunelens.study.plan import plan_study
+from prunelens.study.preflight.access import access_checks
+from prunelens.study.preflight.before import cheap_checks
+from prunelens.study.preflight.calibrate import Rate
+from prunelens.study.preflight.hours import (
     given_rates,
     hours_of,
     measured_rates,
     study_tasks,
     work_of,
 )
-from prunelens.study.matrix import Run
-from prunelens.study.plan import plan_study
+from prunelens.study.preflight.simulate import Task, simulate
+from prunelens.study.preflight.text_checks import text_checks
 from prunelens.study.run import resolve_device
-from prunelens.study.simulate import Task, simulate
-from prunelens.study.store import Stage
-from prunelens.study.text_checks import text_checks
 
 GIGABYTE = 1e9
 CALIBRATION_SECONDS = 40.0

@@ -11,8 +11,8 @@ import torch
 
 from prunelens.config import StudyConfig
 from prunelens.hub import cache_folder
-from prunelens.study.finding import Finding, Level
 from prunelens.study.footprint import Disk, Memory
+from prunelens.study.preflight.finding import Finding, Level
 
 GIGABYTE = 1e9
 # The need is an estimate to within a few tenths: well below it is an error, about it a warning.

@@ -1,0 +1,1 @@
+"""What `plan` tells before anything runs: what is wrong, what it needs, how long it takes."""
