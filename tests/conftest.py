@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import signal
 
 import pytest
 import torch
@@ -16,6 +17,12 @@ VOCABULARY, CONTEXT = 128, 64
 TEXT = (
     "def greet(name):\n    return 'hello ' + name\n\nThe quick brown fox jumps over the lazy dog.\n"
 )
+
+
+def pytest_configure() -> None:
+    """Ctrl-C is part of what is tested, but shells have it ignored by what they start with `&`."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -426,7 +426,7 @@ def test_the_folder_that_one_stands_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "layers.6")
     assert export_sae("../own", ".", format="sparsify").hook == "layers.6"
     monkeypatch.chdir(tmp_path / "layers.6")  # what was written took the empty folder's place
-    sae = loaded(".")
+    sae = loaded(".", name="here")
     assert (sae.site, sae.layer, sae.d_model) == ("resid_post", 6, world.sae.d_model)
 
 

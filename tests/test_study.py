@@ -1,12 +1,8 @@
 """The study runner on a tiny model: plan, run, resume, fail, repair."""
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
@@ -370,44 +366,6 @@ def test_a_damaged_artifact_is_set_aside_and_made_again(finished, tmp_path):
     assert outcome.num_executed == 2  # its activations and itself
     assert list((copy / "artifacts" / "damaged").iterdir())
     assert tables_of(copy) == tables_of(out)
-
-
-def test_killed_at_any_moment_it_ends_with_the_same_tables(finished, tmp_path):
-    study, out, _ = finished
-    path = tmp_path / "study.json"
-    path.write_text(study.model_dump_json())
-    code = (
-        "import sys, json, pathlib; from prunelens.config import study_from_data;"
-        "from prunelens.report.write import run_and_report;"
-        "run_and_report(study_from_data(json.loads(pathlib.Path(sys.argv[1]).read_text())),"
-        " pathlib.Path(sys.argv[2]), quiet=True)"
-    )
-    target = tmp_path / "killed"
-    kills = 0
-    for number in range(3):
-        process = subprocess.Popen([sys.executable, "-c", code, str(path), str(target)])
-        wait_for_artifacts(process, target, more_than=4 + 7 * number)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-    assert kills >= 2
-    outcome = run_and_report(study, target, quiet=True)
-    assert outcome.num_executed > 0
-    assert tables_of(target) == tables_of(out)
-    pd.testing.assert_frame_equal(
-        pd.read_parquet(target / "latents.parquet"), pd.read_parquet(out / "latents.parquet")
-    )
-
-
-def wait_for_artifacts(process, target, more_than):
-    """Until so many artifacts are there, so that a kill falls inside the work."""
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            if len(list(target.glob("artifacts/*/*/meta.json"))) > more_than:
-                return
-        time.sleep(0.01)
 
 
 def test_several_workers_give_the_same_tables(finished, tmp_path):

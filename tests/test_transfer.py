@@ -547,3 +547,15 @@ def test_one_sae_on_one_model(own_folder, checkpoint_folder, tmp_path):
         transfer_sae("nowhere", model, corpus, layer=1, pruning=pruning, **run)
     with pytest.raises(UserError, match="--pruned: give either"):
         transfer_sae(str(own_folder), model, corpus, layer=1, **run)
+
+
+def test_the_sae_in_the_folder_that_one_stands_in(own_folder, tmp_path, monkeypatch):
+    from prunelens import transfer_sae
+
+    run = {"layer": None, "pruned": "never-read"}
+    monkeypatch.chdir(own_folder)
+    with pytest.raises(UserError, match=r"--layer: the files of '\.' do not say"):
+        transfer_sae(".", ModelConfig(), CorpusConfig(), **run)
+    monkeypatch.chdir(own_folder.rename(tmp_path / "=1+1"))
+    with pytest.raises(UserError, match=r"'=1\+1' begins as a spreadsheet's formula does"):
+        transfer_sae(".", ModelConfig(), CorpusConfig(), **run)

@@ -42,11 +42,12 @@ def set_aside_in(folder):
     )
 
 
-def test_a_flipped_bit_in_every_artifact(finished, request, tmp_path, caplog):
+@pytest.mark.parametrize("time", [0, 1])
+def test_a_flipped_bit_in_every_artifact(finished, request, tmp_path, caplog, time):
     folder = finished.copy(tmp_path / "copy")
-    generator = random.Random(request.config.getoption("--fault-seed", 0))
+    generator = random.Random(f"{request.config.getoption('--fault-seed', 0)} {time}")
     damaged = artifacts_of(folder)
-    assert len(damaged) > 50
+    assert len(damaged) >= 50  # a hundred in both times
     for artifact in damaged:
         flip_a_bit(artifact, generator)
     with caplog.at_level(logging.WARNING):

@@ -10,18 +10,29 @@ import time
 
 import pytest
 
-from faults.kill import leftovers, num_artifacts, results_of, start
+from faults.kill import leftovers, results_of, start
 
-# Notes every stage that is made, and by whom.
+# Notes every stage that is made, and by whom. After its first SAE the first process waits until the
+# other one has begun a stage, because on a busy machine it might have ended by then.
 NOTING = """
-import os
+import os, time
 from prunelens.study import stages
-real = stages.Work.__init__
+from prunelens.study.artifacts.claims import Claims
+begin, hold, begun = stages.Work.__init__, Claims.holding, set()
 def noting(self, stage, *rest):
+    begun.add(stage.name)
     with open(os.environ["MADE"], "a") as made:
         made.write(f"{os.getpid()} {stage.name} {stage.identity}\\n")
-    real(self, stage, *rest)
-stages.Work.__init__ = noting
+    begin(self, stage, *rest)
+def patient(self, identity):
+    until = time.monotonic() + 200
+    while "sae" in begun and len(makers()) == 1 and time.monotonic() < until:
+        time.sleep(0.02)
+    return hold(self, identity)
+def makers():
+    with open(os.environ["MADE"]) as made:
+        return {line.split()[0] for line in made}
+stages.Work.__init__, Claims.holding = noting, patient
 from prunelens.cli import main
 main()
 """
@@ -48,13 +59,13 @@ def noting(study, folder, made):
 def test_with_and_without_the_lock(finished, study, tmp_path):
     folder, made = tmp_path / "out", tmp_path / "made"
     first = noting(study, folder, made)
-    while num_artifacts(folder) < 3 and first.poll() is None:
+    while not (made.is_file() and " sae " in made.read_text()):
+        assert first.poll() is None
         time.sleep(0.01)
     refused = start(str(study), folder, stderr=subprocess.PIPE)
     _, said = refused.communicate(timeout=120)
     assert refused.returncode == 2
     assert said.count("\n") == 1 and "another prunelens works in" in said, said
-    assert first.poll() is None
     with contextlib.suppress(FileNotFoundError):
         (folder / ".lock").unlink()
     second = noting(study, folder, made)

@@ -20,7 +20,7 @@ from prunelens.config.pruning import (
     PruningConfig,
     PruningGrid,
 )
-from prunelens.config.study import Question, StudyConfig, study_from_data
+from prunelens.config.study import Question, StudyConfig, part_from_data, study_from_data
 from prunelens.config.text import CorpusConfig, PerplexityConfig
 
 __all__ = [
@@ -42,5 +42,6 @@ __all__ = [
     "StudyConfig",
     "SufficiencyConfig",
     "TransferConfig",
+    "part_from_data",
     "study_from_data",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import typing
 from collections import Counter
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import pydantic
 from pydantic import Field, field_validator, model_validator
@@ -47,6 +47,8 @@ NEEDS: dict[str, tuple[Question, ...]] = {  # question -> the ones whose answers
 }
 
 
+Part = TypeVar("Part", bound=pydantic.BaseModel)
+
 MOST_RUNS = 2000  # models x layers x conditions; the paper has 24
 LARGEST = 2**63 - 1  # what tensors and files can count
 MOST_CHARACTERS = 400  # of a message
@@ -57,8 +59,13 @@ def study_from_data(data: Any) -> StudyConfig:
     if not isinstance(data, dict):
         raise UserError(f"study: must be a mapping of fields, got {type(data).__name__}")
     _refuse_huge_numbers(data, "study")
+    return part_from_data(StudyConfig, data)
+
+
+def part_from_data(part: type[Part], data: dict[str, Any]) -> Part:
+    """A part of a study from its fields. Raises UserError with one line."""
     try:
-        return StudyConfig.model_validate(data)
+        return part.model_validate(data)
     except pydantic.ValidationError as error:
         raise UserError(_one_line(error)) from None
 

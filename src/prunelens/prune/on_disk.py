@@ -27,7 +27,7 @@ from prunelens.model_limits import check_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_M_MMAP_THRESHOLD, _MAPPED_FROM = -3, 1 << 20  # of glibc's malloc.h; bytes
+_M_MMAP_THRESHOLD, _MAPPED_FROM = -3, 1 << 17  # of glibc's malloc.h; bytes
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

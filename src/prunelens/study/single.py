@@ -20,6 +20,7 @@ from prunelens.config import (
     PruningConfig,
     StudyConfig,
     TransferConfig,
+    part_from_data,
 )
 from prunelens.corpus import TokenSplits, fingerprint, split_tokens, windows
 from prunelens.errors import UserError
@@ -218,12 +219,15 @@ def _text_for_transfer(
 
 def _named(sae: str) -> PretrainedSaeConfig:
     """A folder or `release:sae_id`; the layer, which loading does not look at, is left at 0."""
-    if pathlib.Path(sae).expanduser().is_dir():
-        return PretrainedSaeConfig(layer=0, folder=sae)
+    if (folder := pathlib.Path(sae).expanduser()).is_dir():
+        if folder.name in ("", ".."):  # no name for tables
+            folder = folder.resolve()
+        return part_from_data(PretrainedSaeConfig, {"layer": 0, "folder": str(folder)})
     release, separator, sae_id = sae.partition(":")
     if not separator or not release or not sae_id:
         raise UserError(f"SAE: {sae!r} is neither a folder nor release:sae_id; give one of them")
-    return PretrainedSaeConfig(layer=0, release=release, sae_id=sae_id)
+    fields = {"layer": 0, "release": release, "sae_id": sae_id}
+    return part_from_data(PretrainedSaeConfig, fields)
 
 
 def _pruned(

@@ -79,8 +79,7 @@ class ObjectStore(Store):
         try:
             return self.read(stage)
         except DamagedArtifactError as damage:
-            where = self.set_aside(stage)
-            log.warning("damaged artifact %s: moved to %s", damage.what, where.name)
+            self._mend(stage, damage)
             raise
 
     def check_usable(self) -> None:
@@ -105,8 +104,7 @@ class ObjectStore(Store):
             else:
                 self.read(stage)
         except DamagedArtifactError as damage:
-            where = self.set_aside(stage)
-            log.warning("damaged artifact %s: moved to %s and made again", damage.what, where.name)
+            self._mend(stage, damage)
             return False
         return True
 

@@ -188,8 +188,7 @@ class Store:
         """Give the artifact its name; one that another process has given it meanwhile stays."""
         final = self.folder(stage)
         if final.exists() and not _is_whole(final):  # left without meta.json by someone's hand
-            where = self.set_aside(stage)
-            log.warning("%s without meta.json: moved to %s", stage.label or stage.name, where.name)
+            self._mend(stage, damaged(stage, "without meta.json"))
         try:
             temporary.rename(final)
         except OSError:
@@ -206,10 +205,14 @@ class Store:
         try:
             self.read(stage)
         except DamagedArtifactError as damage:
-            where = self.set_aside(stage)
-            log.warning("damaged artifact %s: moved to %s and made again", damage.what, where.name)
+            self._mend(stage, damage)
             return False
         return True
+
+    def _mend(self, stage: Stage, damage: DamagedArtifactError) -> None:
+        """Set the artifact aside, and say so; whoever needs it makes it again."""
+        where = self.set_aside(stage)
+        log.warning("damaged artifact %s: moved to %s and made again", damage.what, where.name)
 
     def set_aside(self, stage: Stage) -> pathlib.Path:
         """Move a damaged artifact out of the way; returns where it went."""
