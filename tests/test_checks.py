@@ -169,7 +169,7 @@ def test_free_disk_and_memory_against_need(data, tmp_path, monkeypatch):
     written = tmp_path / "done" / "artifacts"
     written.mkdir(parents=True)
     (written / "file").write_bytes(b"0" * math.ceil(disk.peak))  # what is there is not needed again
-    refuse_hopeless(plan, tmp_path / "done", "cpu")
+    refuse_hopeless(plan, written, "cpu")
     monkeypatch.undo()
     need = memory_use(study, shapes, "cpu").host
     for total, free, level in (
@@ -190,15 +190,38 @@ def test_a_model_that_is_spread_may_be_larger_than_memory(data, monkeypatch):
     assert "device_map" in finding.fix
 
 
-def test_a_containers_limit_counts(tmp_path, monkeypatch):
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("400000\n")
-    real = pathlib.Path
-    moved = {"/sys/fs/cgroup": tmp_path}
-    monkeypatch.setattr(room.pathlib, "Path", lambda path: moved.get(path) or real(path))
-    assert room.machine_memory() == (1_000_000, 600_000)
-    (tmp_path / "memory.max").write_text("max\n")
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """Lays out control groups; returns this process's."""
+
+    def lay(lines, own):
+        monkeypatch.setattr(room, "GROUPS", tmp_path)
+        monkeypatch.setattr(room, "OWN_GROUPS", tmp_path / "lines")
+        (tmp_path / "lines").write_text(lines)
+        (tmp_path / own).mkdir(parents=True)
+        return tmp_path / own
+
+    return lay
+
+
+def test_a_containers_limit_counts(groups):
+    """Of the group that this process is in, and of those above it; files read do not fill it."""
+    own = groups("0::/job/step\n", "job/step")
+    (own / "memory.max").write_text("max\n")
     assert room.machine_memory()[0] > 1e8
+    (own.parent / "memory.max").write_text("1000000\n")
+    (own.parent / "memory.current").write_text("400000\n")
+    assert room.machine_memory() == (1_000_000, 600_000)
+    (own.parent / "memory.stat").write_text("anon 250000\ninactive_file 150000\n")
+    assert room.machine_memory() == (1_000_000, 750_000)
+
+
+def test_a_containers_limit_counts_in_the_older_interface(groups):
+    own = groups("5:cpu,cpuacct:/slurm\n4:memory:/slurm\n", "memory/slurm")
+    (own.parent / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")  # none
+    (own / "memory.limit_in_bytes").write_text("1000000\n")
+    (own / "memory.usage_in_bytes").write_text("300000\n")
+    assert room.machine_memory() == (1_000_000, 700_000)
 
 
 def test_a_comparison_holds_two_models_and_sparsegpt_its_products(data, checkpoint_folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,11 +48,17 @@ def data(checkpoint_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(data, tmp_path_factory):
-    """What one process on one machine gives."""
+def local(data, tmp_path_factory):
+    """The study of one process on one machine."""
     out = tmp_path_factory.mktemp("local") / "out"
     run(data, out, executor="local")
-    return tables_of(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(local):
+    """The tables that it gives."""
+    return tables_of(local)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +109,9 @@ def tasks_of(node):
         ({"address": "127.0.0.1:1"}, ["--address", "'127.0.0.1:1'", "refused", "10.0.0.1:6379"]),
         ({"address": "ray://127.0.0.1:1"}, ["--address", "refused"]),
         ({"address": "nonsense"}, ["--address", "'nonsense'", "auto"]),
+        ({"address": "[x"}, ["--address", "'[x'", "10.0.0.1:6379"]),
+        ({"address": "ray://[x"}, ["--address", "'ray://[x'", "10.0.0.1:6379"]),
+        ({"address": "http://127.0.0.1:1"}, ["--address", "'http://127.0.0.1:1'", "ray://"]),
         ({"executor": "local", "address": "auto"}, ["--address", "--executor ray"]),
         ({"executor": "dask"}, ["--executor", "'dask'", "local, ray"]),
     ],
@@ -117,6 +127,53 @@ def test_without_ray_the_extra_is_named(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install 'prunelens\[ray\]'"):
         run(data, tmp_path / "out")
+
+
+IN_A_FRESH_PROCESS = """
+import json, os, sys
+if sys.argv[1] == "imported":
+    import ray
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # too late
+from prunelens.errors import UserError
+from prunelens.study import cluster
+NAMES = ["RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
+NAMES += ["RAY_AUTH_MODE", "RAY_AUTH_TOKEN"]
+seen, variables = [], lambda: [os.environ.get(name) for name in NAMES]
+cluster._connect = lambda *_: seen.append(variables())
+before = variables()
+try:
+    for _ in range(2):
+        with cluster._connected(None):
+            pass
+except UserError as error:
+    print(json.dumps(str(error)))
+else:
+    print(json.dumps(seen))
+assert variables() == before, variables()
+"""
+
+
+def test_a_ray_of_this_machine_is_closed_and_leaves_the_environment_as_it_was():
+    """And a second one of the same process gets the same token: Ray reads it but once."""
+    first, second = in_a_fresh_process("not imported", {})
+    assert first == second
+    assert first[:3] == ["0", "0", "token"] and len(first[3]) == 64
+
+
+def test_a_ray_that_would_be_open_is_refused():
+    told = in_a_fresh_process("imported", {})
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 before ray is imported" in told
+    assert "--address" in told and "\n" not in told
+    first, second = in_a_fresh_process("imported", executor.LOOPBACK)
+    assert first == second == ["0", "0", None, None], "Ray has read by now how it is to be asked"
+
+
+def in_a_fresh_process(order, given):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, order]
+    done = subprocess.run(command, env=environment | given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_a_study_that_loses_a_node_ends_with_the_tables_of_one_process(
@@ -142,6 +199,16 @@ def test_a_study_that_loses_a_node_ends_with_the_tables_of_one_process(
     assert differences(expected, tables_of(tmp_path / "out")) == []
     assert run(data, tmp_path / "out").num_executed == 0
     nodes.add_node(**WORKER, **HERE)
+
+
+def test_damage_in_a_finished_study_is_mended_by_the_cluster_alone(data, local, tmp_path):
+    """Not by this process, which may have another device, and would say nothing of it."""
+    folder = shutil.copytree(local, tmp_path / "copy")
+    assert run(data, folder, address="127.0.0.1:1").num_executed == 0  # which is not asked
+    sae = next((folder / "artifacts" / "sae").iterdir())
+    (sae / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match=r"--address: .*'127\.0\.0\.1:1'"):
+        run(data, folder, address="127.0.0.1:1")
 
 
 def test_a_stage_that_kills_its_process_twice_fails_its_run_alone(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import pathlib
 import re
+from concurrent.futures import Future
 
 import pytest
 
 import prunelens
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
-from prunelens.study import node, shared_folder, stages
+from prunelens.study import cluster, node, shared_folder, stages
 from prunelens.study.alone import alone_in
 from prunelens.study.artifacts.disk import DiskError
 from prunelens.study.artifacts.store import Store
@@ -186,3 +188,45 @@ def test_one_module_alone_imports_ray():
         if re.search(r"^\s*(import|from) ray\b", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert found == {"study/cluster.py"}
+
+
+class NoNodesLeft:
+    """What `Tasks` uses of Ray: a cluster whose last large node has died."""
+
+    def __init__(self, resources):
+        self.resources = resources
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": self.resources}]
+
+    def remote(self, function_or_order):
+        return NoAnswer() if isinstance(function_or_order, str) else self
+
+    def options(self, **_options):
+        return self
+
+
+class NoAnswer:
+    def future(self):
+        return Future()
+
+
+@pytest.mark.parametrize(("num_cpus", "is_given_up"), [(1, True), (8, False)])
+def test_a_stage_that_no_node_is_left_for_ends_the_study_in_one_line(
+    plan, monkeypatch, caplog, num_cpus, is_given_up
+):
+    monkeypatch.setattr(cluster, "SECONDS_FOR_ANOTHER_NODE", 0.05)
+    monkeypatch.setattr(cluster, "SECONDS_BETWEEN_LOOKS", 0.01)
+    ray = NoNodesLeft({"CPU": num_cpus, "memory": 10**11})
+    stage = next(stage for stage in all_stages(plan) if stage.name == "sae")
+    needs = {stage.identity: Needs(8, 0, 10**9)}
+    tasks = cluster.Tasks(ray, needs, request="{}", log_folder="logs", at_once=None)
+    with tasks.watched():
+        told = tasks.submit([stage])
+        concurrent.futures.wait([told], timeout=5 if is_given_up else 0.5)
+    assert told.done() == is_given_up
+    if is_given_up:
+        assert re.search(
+            r"no node .* can make 'sae .*needs 8 CPU.*have: 1 CPU", str(told.exception())
+        )
+        assert len([r for r in caplog.records if "waiting up to" in r.getMessage()]) == 1

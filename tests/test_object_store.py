@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -231,12 +232,24 @@ def test_the_address_is_read_as_it_is_meant(tmp_path, monkeypatch):
     assert checked("s3://bucket/a?region=x") == "s3://bucket/a?region=x"
     assert checked("here") == str(tmp_path / "here") == checked(f"file://{tmp_path}/here")
     assert open_store(f"file://{tmp_path}/here").root == tmp_path / "here"
-    for wrong in ("ftp://host/x", "s3://bucket", "s3:///x", "s3://bucket/../x", "s3://b/x#y", " "):
-        with pytest.raises(UserError, match="--artifacts"):
-            checked(wrong)
-    with pytest.raises(UserError) as error:
-        checked("s3://someone:topsecret@bucket/x")
-    assert "topsecret" not in str(error.value)
+    odd = open_store("file:////[x")
+    assert isinstance(odd, Store) and str(odd.root) == "//[x"
+    for secret in ("s3://someone:topsecret@bucket/x", "s3://someone:topsecret@[bucket/x"):
+        with pytest.raises(UserError) as error:
+            checked(secret)
+        assert "topsecret" not in str(error.value) and "bucket/x" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("ftp://host/x", "s3://bucket", "s3:///x", "s3://bucket/../x", "s3://b/x#y", " "),
+        *("s3://[x/y", "gs://x]/y", "s3://[1]/y", "//[x/y", "s3://\u2100/x", "~nobody-here/x"),
+    ],
+)
+def test_a_wrong_address_is_told_in_one_line(wrong):
+    with pytest.raises(UserError, match=r"--artifacts: .*give "):
+        checked(wrong)
 
 
 @pytest.mark.parametrize("wrong", ["bucket", "network"])
@@ -323,9 +336,13 @@ def copied(remote, tmp_path):
 def test_tables_are_those_of_a_local_study(local, remote, tiny, undrawn):
     assert tables(remote[0]) == local
     assert json.loads((remote[0] / PLACE_FILE).read_text()) == {"artifacts": remote[1]}
-    again = run_and_report(study_from_data(tiny), remote[0], quiet=True)
-    assert again.num_executed == 0, "the folder remembers where they are"
-    with pytest.raises(UserError, match="leave it out"):
+    again = run_and_report(study_from_data(tiny), remote[0], quiet=True, artifacts=remote[1])
+    assert again.num_executed == 0
+    with pytest.raises(
+        UserError, match=f"to go on there, give --artifacts '?{re.escape(remote[1])}"
+    ):
+        run_and_report(study_from_data(tiny), remote[0], quiet=True)
+    with pytest.raises(UserError, match="give that, or another --out"):
         run_and_report(study_from_data(tiny), remote[0], quiet=True, artifacts="s3://bucket/other")
     assert isinstance(artifacts_of(remote[0], remote[1]), Store)
 
@@ -348,7 +365,7 @@ def test_a_flipped_bit_in_the_bucket_is_mended(local, remote, tiny, tmp_path, un
         content[len(content) // 2] ^= 4
         put(bucket, name, bytes(content))
     out = copied(remote, tmp_path)
-    outcome = run_and_report(study_from_data(tiny), out, quiet=True)
+    outcome = run_and_report(study_from_data(tiny), out, quiet=True, artifacts=remote[1])
     assert caplog.text.count("damaged artifact") == len(flipped)
     # Both, and the activations that the SAE was trained on, which were deleted.
     assert outcome.num_executed >= len(flipped) and tables(out) == local

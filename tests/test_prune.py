@@ -1,10 +1,14 @@
 import copy
+import json
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from conftest import VOCABULARY, tiny_language_model
 from independent import pruning as independent
@@ -512,6 +516,35 @@ def test_masks_survive_the_disk_and_prune_a_fresh_model(tiny_lm, windows, tmp_pa
     assert path.stat().st_size - header <= num_weights / 8 + len(loaded)
     apply_masks(fresh, loaded)
     assert all(torch.equal(t, tiny_lm.model.state_dict()[n]) for n, t in state_of(fresh).items())
+
+
+def test_masks_have_the_same_bytes_in_every_process(tmp_path):
+    """Two machines may upload the same artifact at the same moment."""
+    script = """
+import hashlib, pathlib, sys, torch
+from prunelens.prune.masks import save_masks
+path = pathlib.Path(sys.argv[1])
+sums = set()
+for _ in range(8):
+    save_masks({name: torch.eye(16, 24, dtype=torch.bool) for name in ("b", "a", "c")}, path)
+    sums.add(hashlib.sha256(path.read_bytes()).hexdigest())
+print(*sums)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "masks.safetensors")]
+    sums = {subprocess.run(command, capture_output=True, check=True).stdout for _ in range(2)}
+    assert len(sums) == 1 and len(sums.pop().split()) == 1
+
+
+def test_masks_of_the_first_releases_are_read(tmp_path):
+    """They have two keys of metadata, which safetensors writes in any order."""
+    masks = {"b": torch.eye(3, 5, dtype=torch.bool), "a": torch.ones(2, 4, dtype=torch.bool)}
+    bits = {name: torch.from_numpy(np.packbits(mask.numpy())) for name, mask in masks.items()}
+    shapes = json.dumps({name: mask.shape for name, mask in masks.items()})
+    metadata = {"format": "prunelens-masks-1", "shapes": shapes}
+    save_file(bits, tmp_path / "old.safetensors", metadata=metadata)
+    loaded = load_masks(tmp_path / "old.safetensors")
+    assert list(loaded) == ["b", "a"]
+    assert all(torch.equal(loaded[name], mask) for name, mask in masks.items())
 
 
 def test_masks_of_another_model_are_refused(tiny_llama, tmp_path):

@@ -1,5 +1,8 @@
+import errno
+import io
 import json
 import os
+import re
 
 import pytest
 
@@ -125,3 +128,34 @@ def test_names_that_lead_elsewhere_are_damage(tmp_path, name):
     path.write_text(sealed(facts))
     with pytest.raises(DamagedArtifactError):
         Store(tmp_path).read(stage())
+
+
+@pytest.mark.parametrize("name", ["a.txt", "meta.json"])
+@pytest.mark.parametrize(
+    ("number", "is_damage"),
+    [
+        *((number, True) for number in (errno.EIO, errno.ENOENT, errno.ENOTDIR)),
+        *((number, False) for number in (errno.EACCES, errno.EMFILE, errno.ESTALE)),
+    ],
+)
+def test_what_the_disk_cannot_read_is_damage_and_what_may_pass_is_not(
+    tmp_path, monkeypatch, name, number, is_damage
+):
+    write(Store(tmp_path), stage())
+    store, opened = Store(tmp_path), io.open
+
+    def refuse(path, *rest, **options):
+        if str(path).endswith(f"{stage().identity}/{name}"):
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *rest, **options)
+
+    monkeypatch.setattr(io, "open", refuse)  # what pathlib opens with
+    if is_damage:
+        assert not store.is_sound(stage())
+        assert len(list((tmp_path / "damaged").iterdir())) == 1
+        write(store, stage())
+    else:
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            store.is_sound(stage())
+    monkeypatch.undo()
+    assert store.is_sound(stage())

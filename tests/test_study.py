@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -366,6 +367,24 @@ def test_a_damaged_artifact_is_set_aside_and_made_again(finished, tmp_path):
     assert outcome.num_executed == 2  # its activations and itself
     assert list((copy / "artifacts" / "damaged").iterdir())
     assert tables_of(copy) == tables_of(out)
+
+
+def test_what_is_there_needs_no_room_again(finished, tmp_path, monkeypatch):
+    """On a full disk a finished study opens, and one that lacks little goes on."""
+    study, out, _ = finished
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+    full = types.SimpleNamespace(free=0)
+    monkeypatch.setattr("prunelens.study.preflight.room.shutil.disk_usage", lambda _: full)
+    assert run_and_report(study, copy, quiet=True).num_executed == 0
+    subprocess.run(["rm", "-r", str(copy / "artifacts")], check=True)
+    with pytest.raises(UserError, match=r"0\.0 GB free for about"):
+        run_and_report(study, copy, quiet=True)
+    (copy / "artifacts" / "sae").mkdir(parents=True)
+    (copy / "artifacts" / "sae" / "large").write_bytes(b"0" * 2**26)
+    monkeypatch.setattr("prunelens.study.run.make_all", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # it has begun
+        run_and_report(study, copy, quiet=True)
 
 
 def test_several_workers_give_the_same_tables(finished, tmp_path):

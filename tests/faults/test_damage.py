@@ -8,6 +8,7 @@ import pytest
 
 from faults.kill import results_of
 from prunelens.report.write import run_and_report
+from prunelens.sae.training import Training
 
 
 def artifacts_of(folder):
@@ -113,3 +114,55 @@ def test_other_damage(finished, tmp_path, caplog, damage, num_damaged):
         run_and_report(finished.study, folder, quiet=True)
     assert named_in(caplog) == set_aside_in(folder) == names(damaged[:num_damaged])
     assert results_of(folder) == finished.results
+
+
+class KilledError(BaseException):
+    """Stands for a kill."""
+
+
+def flip_a_weight(path):
+    """A bit that makes another number, not no number: nothing but a checksum shows it."""
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1 << 3
+    path.write_bytes(content)
+
+
+def spoil_the_note(path):
+    """What lies beside the tensors: the step, the curve."""
+    path.write_bytes(path.read_bytes().replace(b'"note"', b'"nota"', 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("checkpoint", flip_a_weight),
+        ("checkpoint", spoil_the_note),
+        ("at_*", flip_a_weight),
+        ("at_*", spoil_the_note),
+    ],
+)
+def test_damage_in_an_unfinished_training(finished, tmp_path, monkeypatch, caplog, name, damage):
+    folder = finished.copy(tmp_path / "copy")
+    for kind in ("sae", "persistence"):
+        shutil.rmtree(folder / "artifacts" / kind)
+    advance = Training.advance
+
+    def killed(training, *rest, **options):
+        if training.step == finished.study.sae.steps - 1:
+            raise KilledError
+        advance(training, *rest, **options)
+
+    monkeypatch.setattr(Training, "advance", killed)
+    with pytest.raises(KilledError):
+        run_and_report(finished.study, folder, quiet=True)
+    monkeypatch.setattr(Training, "advance", advance)
+    unfinished = folder / "artifacts" / "unfinished"
+    damaged = sorted(unfinished.glob(f"sae-*/{name}.safetensors"))[0]
+    damage(damaged)
+    with caplog.at_level(logging.WARNING):
+        run_and_report(finished.study, folder, quiet=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"damaged checkpoint {damaged}: training starts again"
+    ]
+    assert results_of(folder) == finished.results
+    assert not list(unfinished.iterdir())

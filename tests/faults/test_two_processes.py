@@ -2,15 +2,28 @@
 
 import collections
 import contextlib
+import errno
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 
 from faults.kill import leftovers, results_of, start
+from prunelens.errors import UserError
+from prunelens.report.write import run_and_report
+from prunelens.study.alone import alone_in
+from prunelens.study.artifacts.claims import NO_LOCKS, warn_of_no_locks
+from prunelens.study.executor import Here
+from prunelens.study.run import run_study
+from prunelens.study.work import Work
+
+fcntl = pytest.importorskip("fcntl", reason="Windows has neither such locks nor these faults")
 
 # Notes every stage that is made, and by whom. After its first SAE the first process waits until the
 # other one has begun a stage, because on a busy machine it might have ended by then.
@@ -22,7 +35,8 @@ begin, hold, begun = stages.Work.__init__, Claims.holding, set()
 def noting(self, stage, *rest):
     begun.add(stage.name)
     with open(os.environ["MADE"], "a") as made:
-        made.write(f"{os.getpid()} {stage.name} {stage.identity}\\n")
+        read = [parent.identity for parent in stage.parents.values()]
+        made.write(" ".join([str(os.getpid()), stage.name, stage.identity, *read]) + "\\n")
     begin(self, stage, *rest)
 def patient(self, identity):
     until = time.monotonic() + 200
@@ -75,8 +89,11 @@ def test_with_and_without_the_lock(finished, study, tmp_path):
         assert said_first.count("\n") == 1 and "was removed while this worked" in said_first
     lines = [line.split() for line in made.read_text().splitlines()]
     assert {pid for pid, *_ in lines} == {str(first.pid), str(second.pid)}, "both took part"
-    kept = collections.Counter(identity for _, name, identity in lines if name != "activations")
+    kept = collections.Counter(line[2] for line in lines if line[1] != "activations")
     assert sum(count - 1 for count in kept.values()) <= 1, kept.most_common(3)
+    stores = [(number, line[2]) for number, line in enumerate(lines) if line[1] == "activations"]
+    read = [any(identity in line[3:] for line in lines[number:]) for number, identity in stores]
+    assert read.count(False) <= 1, "activations were made that nobody read"
     assert results_of(folder) == finished.results and not leftovers(folder)
 
 
@@ -131,3 +148,57 @@ def test_what_is_being_written_is_not_swept(tmp_path):
         process.kill()
     Store(tmp_path).sweep_temporary()
     assert not left.exists()
+
+
+def test_what_the_other_has_made_meanwhile_needs_no_activations(finished, tmp_path, monkeypatch):
+    """The other process ends the whole study while this one is about to make its second SAE."""
+    folder, made, submit = tmp_path / "out", [], Here.submit
+
+    def noting(work, stage, *rest):
+        made.append(stage)
+        begin(work, stage, *rest)
+
+    def overtaken(here, group):
+        if group[0].name == "sae" and any(stage.name == "sae" for stage in made):
+            monkeypatch.setattr(Here, "submit", submit)
+            run_study(finished.study, folder, device="cpu", quiet=True)
+            made.clear()
+        return submit(here, group)
+
+    begin = Work.__init__
+    monkeypatch.setattr(Work, "__init__", noting)
+    monkeypatch.setattr(Here, "submit", overtaken)
+    run_and_report(finished.study, folder, quiet=True)
+    assert Here.submit is submit and not made, [stage.label for stage in made]
+    assert results_of(folder) == finished.results and not leftovers(folder)
+
+
+@pytest.mark.parametrize("number", NO_LOCKS)
+def test_without_locks_it_is_said_once_and_the_study_is_made(
+    finished, tmp_path, monkeypatch, caplog, number
+):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    warn_of_no_locks.cache_clear()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    folder = finished.copy(tmp_path / "copy")
+    shutil.rmtree(folder / "artifacts" / "fragility")
+    (folder / ".lock").write_text("left by a process that was killed")
+    with caplog.at_level(logging.WARNING), warnings.catch_warnings(action="error"):
+        outcome = run_and_report(finished.study, folder, quiet=True)
+    assert outcome.num_executed > 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "the study folder cannot be locked: run one prunelens there at a time"
+    ]
+    assert results_of(folder) == finished.results
+
+
+def test_no_right_to_lock_is_no_want_of_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match="cannot write to"), alone_in(tmp_path / "out"):
+        pass

@@ -16,6 +16,7 @@ from prunelens.report.write import write_report
 from prunelens.study.alone import alone_in
 from prunelens.study.artifacts.links import is_plain, refuse_links_out
 from prunelens.study.artifacts.store import DamagedArtifactError, Stage, Store
+from prunelens.study.run import run_study
 
 STAGE = Stage("sae", 1, {"k": 4}, {})
 # What a store would take for its own: a description, and what a killed process left.
@@ -163,6 +164,17 @@ LINKS += ["artifacts/damaged", "artifacts/.claims", "explorer", "explorer/data"]
 def make_alone(out: pathlib.Path) -> None:
     with alone_in(out):
         raise AssertionError
+
+
+def test_a_foreign_folder_does_not_choose_where_a_run_writes(
+    tmp_path: pathlib.Path, outside: pathlib.Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "artifacts.json").write_text(json.dumps({"artifacts": str(outside)}))
+    with pytest.raises(UserError, match="to go on there, give --artifacts"), alone_in(out):
+        run_study(StudyConfig(), out, quiet=True)
+    assert untouched(outside)
 
 
 @pytest.mark.parametrize("name", LINKS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import pathlib
@@ -14,13 +16,16 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
+from rich.console import Console
 
 import prunelens.study.preflight.preview
 from prunelens.cli import main
+from prunelens.cli.plan_view import show_preflight
 from prunelens.config import StudyConfig, study_from_data
 from prunelens.errors import UserError
-from prunelens.study.plan import plan_study
+from prunelens.study.preflight.preview import preflight
 from prunelens.study_file import (
     MOST_BYTES,
     MOST_DEPTH,
@@ -192,8 +197,9 @@ def test_500_study_files_end_in_a_plan_or_in_one_line(
     command_line: Callable[..., int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As the command `plan` reads them, without what it measures."""
+    """As the command `plan` reads and checks them, without what it measures."""
     monkeypatch.setattr(prunelens.study.preflight.preview, "preflight", laid_out)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     path = tmp_path / "study.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     started = time.perf_counter()
@@ -207,10 +213,55 @@ def test_500_study_files_end_in_a_plan_or_in_one_line(
 
 
 def laid_out(study: StudyConfig, **_: object) -> None:
-    """In place of the preflight: the plan alone, of models that need no hub."""
-    if {model.name for model in study.models} <= {"bundled", "planted"}:
-        plan_study(study, resolve=False)
+    """In place of the preflight: itself, for models that are here, but nothing is measured."""
+    if needs_no_hub(study):
+        found = preflight(study, calibration_seconds=0)
+        show_preflight(found, Console(file=io.StringIO(), width=140))
+        json.dumps(found._asdict())
     raise UserError(PLANNED)
+
+
+def needs_no_hub(study: StudyConfig) -> bool:
+    return {model.name for model in study.models} <= {"bundled", "planted"}
+
+
+@st.composite
+def odd_studies(draw: st.DrawFn) -> Any:
+    """A study in which one or two values are others, many of them numbers that may be meant."""
+    study = json.loads(json.dumps(draw(st.sampled_from([BUNDLED, PLANTED]))))
+    for _ in range(draw(st.integers(1, 2))):
+        parent, key = draw(st.sampled_from(list(walk(study))))
+        parent[key] = draw(st.integers(-3, 12) | st.sampled_from(ODD) | leaves)
+    return study
+
+
+ODD = [255, 257, 1000, 10**9, 2**31, 2**40, 0.0, 0.5, 0.999, 1.0, 5e-324, 1e-300, 1e300, [], {}]
+
+
+def test_studies_that_are_valid_pass_the_whole_preflight_or_end_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    reached = 0
+
+    @settings(max_examples=1000, derandomize=True, database=None, deadline=None)
+    @given(odd_studies())
+    def check(data: Any) -> None:
+        nonlocal reached
+        with contextlib.suppress(UserError):
+            study = study_from_data(data)
+            reached += needs_no_hub(study)
+            with pytest.raises(UserError):
+                laid_out(study)
+
+    check()
+    assert reached >= 30
+
+
+@pytest.mark.parametrize("change", [{"name": "9" * 400}, {"sae": {"expansion": "9" * 400}}])
+def test_studies_whose_preflight_ended_in_a_traceback(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"name|expansion"):
+        study_from_data({**PLANTED, **change})
 
 
 def test_the_generated_files_are_of_all_kinds() -> None:

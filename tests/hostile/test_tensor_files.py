@@ -161,6 +161,11 @@ def test_masks_that_are_not_described(shapes: str, tmp_path: pathlib.Path) -> No
     save_file(bits, path, metadata={"format": FORMAT})
     with pytest.raises(UserError, match="describe"):
         load_masks(path)
+    described = f'{{"format": "{FORMAT}", "shapes": {shapes}}}'
+    for text in (described, shapes, json.dumps({"format": FORMAT})):
+        save_file(bits, path, metadata={"masks": text})
+        with pytest.raises(UserError, match=r"describe|damaged|no masks"):
+            load_masks(path)
 
 
 # --- what stands beside it ------------------------------------------------------------------------

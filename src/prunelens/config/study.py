@@ -59,7 +59,9 @@ def study_from_data(data: Any) -> StudyConfig:
     if not isinstance(data, dict):
         raise UserError(f"study: must be a mapping of fields, got {type(data).__name__}")
     _refuse_huge_numbers(data, "study")
-    return part_from_data(StudyConfig, data)
+    study = part_from_data(StudyConfig, data)
+    _refuse_huge_numbers(study.model_dump(), "study")  # what was text may be a number by now
+    return study
 
 
 def part_from_data(part: type[Part], data: dict[str, Any]) -> Part:
@@ -73,7 +75,7 @@ def part_from_data(part: type[Part], data: dict[str, Any]) -> Part:
 class StudyConfig(Frozen):
     """A matrix of runs and the questions asked of it."""
 
-    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field("study", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Names the output folder, `runs/<name>`, by default."""
     models: tuple[ModelConfig, ...] = Field((ModelConfig(),), min_length=1)
     """The models; each is run dense and under every pruning."""

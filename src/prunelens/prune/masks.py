@@ -8,7 +8,7 @@ import math
 import pathlib
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import safetensors
@@ -101,10 +101,14 @@ def keep_masks(
 
 
 def save_masks(masks: Mapping[str, Bool[Tensor, "_output _input"]], path: pathlib.Path) -> None:
-    """Write masks as safetensors, one bit per weight (row by row, high bit first), atomically."""
+    """Write masks as safetensors, one bit per weight (row by row, high bit first), atomically.
+
+    The same masks in the same order give the same bytes.
+    """
     packed = {name: _bits(masks, name) for name in masks}
-    shapes = _shapes(masks)
-    metadata = {"format": FORMAT, "shapes": json.dumps(dict(shapes))}
+    described = {"format": FORMAT, "shapes": dict(_shapes(masks))}
+    # One key: several would be written in any order.
+    metadata = {"masks": json.dumps(described)}
     partial = path.with_name(path.name + ".partial")
     safetensors.numpy.save_file(packed, partial, metadata=metadata)
     partial.replace(path)
@@ -120,13 +124,13 @@ def load_masks(path: pathlib.Path) -> PackedMasks:
     masks = PackedMasks()
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            described = _described(file.metadata() or {})
+            if described.get("format") != FORMAT:
                 raise UserError(
                     f"masks: {str(path)!r} holds no masks ({FORMAT}); give a file that"
                     " `save_masks` wrote"
                 )
-            for name, shape in json.loads(metadata["shapes"]).items():
+            for name, shape in described["shapes"].items():
                 bits = file.get_tensor(name)
                 if len(bits) != -(-math.prod(shape) // 8):
                     raise UserError(f"masks: {str(path)!r} is damaged at {name}; make it again")
@@ -156,6 +160,15 @@ def masks_sha256(masks: Mapping[str, Bool[Tensor, "_output _input"]]) -> str:
         shape = "x".join(map(str, shapes[name]))
         digest.update(f"{name}\0{shape}\0".encode() + _bits(masks, name).tobytes())
     return digest.hexdigest()
+
+
+def _described(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """`format` and `shapes`; files of the first releases have a key for each."""
+    if "masks" in metadata:
+        return dict(json.loads(metadata["masks"]))
+    if metadata.get("format") != FORMAT:
+        return {}
+    return {"format": FORMAT, "shapes": json.loads(metadata["shapes"])}
 
 
 def _shapes(masks: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:

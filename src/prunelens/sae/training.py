@@ -12,19 +12,17 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import safetensors
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prunelens.config import SaeConfig
 from prunelens.errors import UserError
+from prunelens.sae.checked import load_checked, save_checked
 from prunelens.sae.descent import Descent
 from prunelens.sae.kernels import Buffers
 from prunelens.sae.order import TokenOrder, derived_generator
@@ -196,27 +194,21 @@ class Training:
         """
         self._checked_loss()
         state = {"step": self.step, "log": self.log, "identity": self.identity}
-        partial = path.with_name(path.name + ".partial")
-        save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()},
-            partial,
-            metadata={"training": json.dumps(state)},
-        )
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        save_checked(self.tensors(), path, note=json.dumps(state))
 
     def load(self, path: pathlib.Path) -> None:
-        """Take over the state of a checkpoint. Raises UserError where it does not fit."""
+        """Take over the state of a checkpoint.
+
+        Raises: UserError where it does not fit, or is not as it was written.
+        """
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                state: dict[str, Any] = json.loads((file.metadata() or {})["training"])
-                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            saved, note = load_checked(path)
+        except ValueError as error:
             problem = " ".join(str(error).split())[:150]
             raise UserError(
                 f"checkpoint: {path} cannot be read ({problem}); delete it to start again"
             ) from None
+        state: dict[str, Any] = json.loads(note)
         if state["identity"] != json.loads(json.dumps(self.identity)):
             raise UserError(
                 f"checkpoint: {path} is of another training (config, seeds, start or data differ);"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 
 import filelock
 
 from prunelens.errors import UserError
+from prunelens.study.artifacts.claims import NO_LOCKS, warn_of_no_locks
 from prunelens.study.artifacts.links import refuse_links_out
 from prunelens.study.artifacts.store import CLAIMS_FILE
 
@@ -26,8 +29,7 @@ def alone_in(out: pathlib.Path) -> Iterator[Callable[[], None]]:
     made = [folder for folder in (out, *out.parents) if not folder.exists()]  # deepest first
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(out / ".lock", blocking=False)
-        lock.acquire()
+        lock = _locked(out / ".lock")
     except filelock.Timeout:
         raise UserError(
             f"--out: another prunelens works in {str(out)!r}; wait for it or choose another folder"
@@ -45,7 +47,31 @@ def alone_in(out: pathlib.Path) -> Iterator[Callable[[], None]]:
                     folder.rmdir()
         raise
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
+
+
+def _locked(path: pathlib.Path) -> filelock.BaseFileLock | None:
+    """The lock, held; None, with a warning, where the file system has none.
+
+    Tried by hand first: without locks filelock takes the file itself for one (or fails, by its
+    version), and the file of a killed process would shut out everybody for ever.
+    """
+    if sys.platform != "win32":
+        import fcntl
+
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                warn_of_no_locks()
+                return None
+        finally:
+            os.close(handle)
+    lock = filelock.FileLock(path, blocking=False)
+    lock.acquire()
+    return lock
 
 
 def _check_lock(out: pathlib.Path, held: int) -> None:

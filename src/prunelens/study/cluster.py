@@ -16,16 +16,17 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Self
 
 from prunelens.errors import UserError
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.executor import Failures, NodeLostError, WorkerDiedError
 from prunelens.study.matrix import Plan
-from prunelens.study.needs import Needs, needs_of, node_needs
+from prunelens.study.needs import Needs, borne_by, needs_of, no_node, node_needs
 from prunelens.study.node import carry_out, failures_of, order_of
 
 log = logging.getLogger(__name__)
@@ -34,9 +35,13 @@ NO_TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0"}
 # Ray reads it when it is imported. Despite its name it is heeded everywhere; without it the parts
 # of a Ray of this machine alone would listen to the network.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_closed_by: dict[str, str] = {}  # the variables that this module imported Ray with; it keeps them
 OBJECT_STORE_BYTES = 80_000_000  # about the least that Ray takes: only short texts are exchanged
 SECONDS_TO_ANSWER = 5.0
+SECONDS_FOR_ANOTHER_NODE = 600.0  # what Kubernetes or an autoscaler takes to replace one, and more
+SECONDS_BETWEEN_LOOKS = 5.0
 LONGEST_FOLDER = 30  # letters; Ray makes sockets far below it, whose paths may have 107
+NONE_LEFT = "no node of the Ray cluster that is left can make %s; waiting up to %.0f s for one"
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -57,7 +62,7 @@ class Tasks:
         self.at_once = at_once
         self._ray, self._carry_out = ray, ray.remote(carry_out)
         self._needs, self._request, self._log_folder = needs, request, log_folder
-        self._waiting: set[Any] = set()
+        self._waiting: dict[Any, tuple[Stage, Future[Failures]]] = {}
 
     def submit(self, stages: list[Stage]) -> Future[Failures]:
         """Queue a task; Ray finds a node that has what it needs.
@@ -75,15 +80,30 @@ class Tasks:
         )
         options = {"name": stages[0].label, "max_retries": 0, **needs._asdict()}
         answer = self._carry_out.options(**options).remote(order)
-        self._waiting.add(answer)
         told: Future[Failures] = Future()
+        self._waiting[answer] = stages[0], told
 
         def tell(answered: Future[str]) -> None:
-            self._waiting.discard(answer)
-            self._tell(answered, told)
+            if self._waiting.pop(answer, None):
+                self._tell(answered, told)
 
         answer.future().add_done_callback(tell)
         return told
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Self]:
+        """In this block, give up tasks that no node which is left can make.
+
+        Another one has some time to come first. Ray would let them wait for ever.
+        """
+        done = threading.Event()
+        watcher = threading.Thread(target=self._give_up_stranded, args=(done,), daemon=True)
+        watcher.start()
+        try:
+            yield self
+        finally:
+            done.set()
+            watcher.join()
 
     def cancel(self) -> None:
         """End every task at once; what they were at can be made again."""
@@ -108,6 +128,22 @@ class Tasks:
         else:
             log.warning("a Ray task ended without an answer: %s", _one_line(error))
             told.set_exception(WorkerDiedError())
+
+    def _give_up_stranded(self, done: threading.Event) -> None:
+        since: dict[Any, float] = {}
+        while not done.wait(SECONDS_BETWEEN_LOOKS):
+            nodes, now = nodes_of(self._ray), time.monotonic()
+            for answer, (stage, told) in list(self._waiting.items()):
+                need = self._needs[stage.identity]
+                if borne_by(need, nodes):
+                    since.pop(answer, None)
+                elif answer not in since:
+                    since[answer] = now
+                    log.warning(NONE_LEFT, stage.label, SECONDS_FOR_ANOTHER_NODE)
+                elif now - since[answer] < SECONDS_FOR_ANOTHER_NODE:
+                    continue
+                elif self._waiting.pop(answer, None):  # it has not been answered meanwhile
+                    told.set_exception(no_node(stage, need, nodes))
 
 
 @contextlib.contextmanager
@@ -138,7 +174,7 @@ def cluster(
             f"--device: {device!r} with --executor ray; give one of {', '.join(DEVICES)}"
         )
     with _connected(address) as ray:
-        nodes = node_needs(node["Resources"] for node in ray.nodes() if node["Alive"])
+        nodes = nodes_of(ray)
         gpu = device != "cpu" and any(node.num_gpus for node in nodes)
         if device == "cuda" and not gpu:
             raise UserError("--device: 'cuda', but no node of the Ray cluster has a GPU; give auto")
@@ -150,24 +186,31 @@ def cluster(
             at_once=at_once,
         )
         try:
-            yield tasks
+            with tasks.watched():
+                yield tasks
         except BaseException:
             tasks.cancel()
             raise
+
+
+def nodes_of(ray: Any) -> list[Needs]:
+    """What each node has that is alive."""
+    return node_needs(node["Resources"] for node in ray.nodes() if node["Alive"])
 
 
 @contextlib.contextmanager
 def _connected(address: str | None) -> Iterator[Any]:
     """The module ray, connected."""
     asked, address = address, address or os.environ.get("RAY_ADDRESS") or "local"
-    ray = _imported(alone=address == "local")
-    if ray.is_initialized():
-        _refuse_other(asked, ray.get_runtime_context().gcs_address)
-        yield ray
-        return
     with contextlib.ExitStack() as stack:
+        ray = stack.enter_context(_imported(alone=address == "local"))
+        if ray.is_initialized():
+            _refuse_other(asked, ray.get_runtime_context().gcs_address)
+            yield ray
+            return
         options: dict[str, Any] = {}
         if address == "local":
+            _refuse_open(ray)
             options = {
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
@@ -180,20 +223,38 @@ def _connected(address: str | None) -> Iterator[Any]:
         yield ray
 
 
-def _imported(*, alone: bool) -> Any:
-    """Ray, which tells nobody that it is used; `alone`: no one but this process can use it."""
-    os.environ.update(NO_TELEMETRY)
+@contextlib.contextmanager
+def _imported(*, alone: bool) -> Iterator[Any]:
+    """Ray, which tells nobody that it is used; `alone`: no one but this process can use it.
+
+    The variables that tell Ray so are put back at the end of the block.
+    """
     if alone and "ray" not in sys.modules:
-        os.environ.update(LOOPBACK)
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        given = {name: os.environ[name] for name in token if name in os.environ}
+        _closed_by.update(LOOPBACK | token | given)
+    with _variables(NO_TELEMETRY | (_closed_by if alone else {})):
+        try:
+            import ray
+        except ImportError:
+            raise UserError(
+                "--executor: 'ray' needs Ray, which is not installed; pip install 'prunelens[ray]'"
+            ) from None
+        yield ray
+
+
+@contextlib.contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """In this block, environment variables have these values."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
-        import ray
-    except ImportError:
-        raise UserError(
-            "--executor: 'ray' needs Ray, which is not installed; pip install 'prunelens[ray]'"
-        ) from None
-    return ray
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _connect(ray: Any, address: str, options: dict[str, Any]) -> None:
@@ -208,6 +269,17 @@ def _connect(ray: Any, address: str, options: dict[str, Any]) -> None:
             signal.signal(signal.SIGTERM, before)
 
 
+def _refuse_open(ray: Any) -> None:
+    """Raises UserError where a Ray of this machine would listen to the network."""
+    # What Ray made of the variable when it was imported; to set it later is of no use.
+    if getattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True):
+        raise UserError(
+            "--executor: 'ray' was imported before, and so a Ray of this machine would listen to"
+            " the network; set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 before ray is imported (in a"
+            " notebook: restart it), or give the --address of a cluster"
+        )
+
+
 def _refuse_other(asked: str | None, connected: str) -> None:
     if asked not in (None, "auto", connected):
         raise UserError(
@@ -220,12 +292,12 @@ def _refuse_silent(address: str) -> None:
     """Raises UserError where nothing listens; Ray would ask for minutes."""
     if address == "auto":
         return
-    place = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
-    try:
-        host, port = place.hostname, place.port
-    except ValueError:
-        host = port = None
-    if not host or not port or place.scheme not in ("", "ray"):
+    host = port = None
+    with contextlib.suppress(ValueError):
+        place = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
+        if place.scheme in ("", "ray"):
+            host, port = place.hostname, place.port
+    if not host or not port:
         raise UserError(
             f"--address: {address!r} is no address of a Ray cluster; give for example auto,"
             " 10.0.0.1:6379 or ray://10.0.0.1:10001"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -71,6 +72,20 @@ def node_needs(resources: Iterable[Mapping[str, float]]) -> list[Needs]:
     ]
 
 
+def borne_by(need: Needs, nodes: Sequence[Needs]) -> list[Needs]:
+    """The machines that have all of it, if nothing else runs there."""
+    return [node for node in nodes if all(map(operator.ge, node, need))]
+
+
+def no_node(stage: Stage, need: Needs, nodes: Sequence[Needs]) -> UserError:
+    """That a stage would wait for ever."""
+    there = "; ".join(sorted({str(node) for node in nodes}, reverse=True)[:3]) or "none"
+    return UserError(
+        f"--executor: no node of the Ray cluster can make {stage.label!r}, which needs {need}"
+        f" (nodes have: {there}); add a node that can, or lower threads_per_stage or the size"
+    )
+
+
 def _gpus(stage: Stage, model: ModelConfig, most: int) -> int:
     """A model that is spread over GPUs takes those that it names, else all that a machine has."""
     kind = KINDS.get(stage.name)
@@ -102,18 +117,8 @@ def _memory(stage: Stage, memory: Memory, *, on_gpu: bool) -> int:
 
 def _bearable(stage: Stage, need: Needs, nodes: Sequence[Needs]) -> Needs:
     """The need, or all the memory of a machine that has about as much: needs are estimates."""
-    least = int(SURELY_TOO_LITTLE * need.memory)
-    enough = [
-        node
-        for node in nodes
-        if node.num_cpus >= need.num_cpus
-        and node.num_gpus >= need.num_gpus
-        and node.memory >= least
-    ]
+    least = need._replace(memory=int(SURELY_TOO_LITTLE * need.memory))
+    enough = borne_by(least, nodes)
     if not enough:
-        there = "; ".join(sorted({str(node) for node in nodes}, reverse=True)[:3]) or "none"
-        raise UserError(
-            f"--executor: no node of the Ray cluster can make {stage.label!r}, which needs {need}"
-            f" (nodes have: {there}); add a node that can, or lower threads_per_stage or the size"
-        )
+        raise no_node(stage, need, nodes)
     return need._replace(memory=min(need.memory, max(node.memory for node in enough)))

@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
-import psutil
 import torch
 
 from prunelens.config import StudyConfig
@@ -26,11 +25,9 @@ from prunelens.study.matrix import Plan
 from prunelens.study.pinning import pinned
 from prunelens.study.plan import plan_study
 from prunelens.study.preflight.before import refuse_hopeless
+from prunelens.study.preflight.room import machine_memory
 from prunelens.study.progress import StudyProgress
-from prunelens.study.schedule import (
-    Outcome,
-    make_all,
-)
+from prunelens.study.schedule import Outcome, finished_targets, make_all
 from prunelens.study.tracking import Tracking, check_tracking, stage_times
 from prunelens.study.worker import fork_server, request_of
 
@@ -67,7 +64,7 @@ def run_study(
         executor: `local`, or `ray` for the nodes of a cluster.
         address: of the Ray cluster; None: what RAY_ADDRESS names, else one on this machine.
         quiet: show no progress.
-        artifacts: where they are, as `open_store` takes it, if not in `out`; the folder remembers.
+        artifacts: where they are, as `open_store` takes it, if not in `out`.
         track: a tracking service that is told of it, a key of `tracking.TRACKERS`.
     Raises: UserError for a wrong study or text, before anything is written.
     """
@@ -80,12 +77,13 @@ def run_study(
     is_new = not (out / "runs.csv").is_file()  # a study that has ended may need no workers
     several = executor == "local" and (workers or _most_workers(study, device)) > 1
     with fork_server(device, at_once=several and is_new):
-        store = artifacts_of(out, artifacts)
+        store = artifacts_of(out, artifacts, to_write=True)
         store.check_usable()
         tracking = Tracking(track, study.name, str((out / "tracking").absolute()))
         study = pinned(study, out)
         plan = plan_study(study)
-        refuse_hopeless(plan, store.place, device, here=executor == "local")
+        if not _is_all_there(plan, store):  # what is finished needs no room
+            refuse_hopeless(plan, store.place, device, here=executor == "local")
         logs = out / "logs"
         if executor == "ray":
             request = request_of(study, store, asked, tracking)
@@ -142,21 +140,30 @@ def _on_cluster(
     workers: int | None,
     log_folder: pathlib.Path,
 ) -> Iterator[Opener]:
-    """On the nodes of a Ray cluster; none is needed where everything is there."""
-    if all(store.has(stage) for stage in plan.targets().values()):
-        yield contextlib.nullcontext
-        return
-    from prunelens.study.cluster import cluster  # ray, which only few have
+    """On the nodes of a Ray cluster; where everything is there, only once damage has been found."""
 
-    with cluster(
-        plan,
-        address=address,
-        device=device,
-        request=request,
-        log_folder=log_folder,
-        at_once=workers,
-    ) as tasks:
+    def connected() -> AbstractContextManager[Executor]:
+        from prunelens.study.cluster import cluster  # ray, which only few have
+
+        return cluster(
+            plan,
+            address=address,
+            device=device,
+            request=request,
+            log_folder=log_folder,
+            at_once=workers,
+        )
+
+    if _is_all_there(plan, store):
+        yield lambda _here: connected()
+        return
+    with connected() as tasks:
         yield lambda _here: contextlib.nullcontext(tasks)
+
+
+def _is_all_there(plan: Plan, store: Store) -> bool:
+    """Whether every target has been made; it may be damaged."""
+    return plan.targets().keys() == finished_targets(plan, store)
 
 
 def _concluded(
@@ -190,7 +197,7 @@ def workers_that_fit(study: StudyConfig, device: str) -> int:
     shapes = [model_shape(model) for model in study.models]
     weights = max(12 * s.num_blocks * s.d_model**2 + s.vocabulary_size * s.d_model for s in shapes)
     each = WORKER_BYTES + 8 * weights  # float32 weights, and as much again while loading
-    by_memory = psutil.virtual_memory().available // (2 * each)
+    by_memory = int(machine_memory()[1] // (2 * each))
     return max(1, min(by_memory, most))
 
 

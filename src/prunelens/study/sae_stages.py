@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import pathlib
@@ -10,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunelens.activations import Activations, Statistics, random_rotation
 from prunelens.config import SaeConfig
+from prunelens.sae.checked import load_checked, save_checked
 from prunelens.sae.formats import PLACE_FILE
 from prunelens.sae.quality import SaeQuality, evaluate_sae
 from prunelens.sae.topk import TopKSAE
@@ -121,9 +122,8 @@ class _Seen:
 
     def look(self, step: int, sae: TopKSAE) -> None:
         """Measure the SAE after a step, and keep its decoder."""
-        decoder = sae.decoder_weight.detach().cpu().clone()
-        save_file({str(step): decoder}, self._path(step, "safetensors"))
-        write_json(self._path(step, "json"), {"fvu": self.quality(sae).fvu})
+        note = json.dumps(self.quality(sae).fvu)
+        save_checked({str(step): sae.decoder_weight}, self._path(step), note=note)
 
     def quality(self, sae: TopKSAE) -> SaeQuality:
         """On all tokens of eval."""
@@ -134,39 +134,36 @@ class _Seen:
             first_tokens=self._first_tokens,
         )
 
-    def _fvu(self, step: int) -> float:
-        return float(read_json(self._path(step, "json"))["fvu"])
-
     def keep(self, trained: TrainedSae, fvu: float) -> None:
         """Write the curve (`analyses.sufficiency`) and the early decoders into the artifact."""
         steps = [*self._kept_steps, trained.log[-1].step]
+        early = [load_checked(self._path(step)) for step in self._kept_steps]
         retention = {entry.step: entry.mean_init_retention for entry in trained.log}
         curve = {
             "step": steps,
             "mean_init_retention": [retention[step] for step in steps],
-            "fvu": [*(self._fvu(step) for step in self._kept_steps), fvu],
+            "fvu": [*(float(json.loads(part.note)) for part in early), fvu],
         }
         pd.DataFrame(curve).to_parquet(self._out / "curve.parquet")
-        early = [load_file(self._path(step, "safetensors")) for step in self._kept_steps]
         if early:
             save_file(
-                {name: t for part in early for name, t in part.items()},
+                {name: t for part in early for name, t in part.tensors.items()},
                 self._out / CHECKPOINTS_FILE,
             )
 
-    def _path(self, step: int, suffix: str) -> pathlib.Path:
-        return self._folder / f"at_{step}.{suffix}"
+    def _path(self, step: int) -> pathlib.Path:
+        return self._folder / f"at_{step}.safetensors"
 
     def _forget_if_damaged(self) -> None:
-        """If anything that an earlier attempt left cannot be read, training starts again."""
-        left = [path for path in self._folder.iterdir() if path.suffix in (".json", ".safetensors")]
+        """If anything that an earlier attempt left is not as written, training starts again."""
+        left = list(self._folder.glob("*.safetensors"))
         try:
             for path in left:
-                read_json(path) if path.suffix == ".json" else load_file(path)
-        except (SafetensorError, ValueError):
-            log.warning("damaged checkpoint %s: training starts again", self.checkpoint)
-            for path in left:
-                path.unlink()
+                load_checked(path)
+        except ValueError:
+            log.warning("damaged checkpoint %s: training starts again", path)
+            for path in (self.checkpoint, *left):  # without it nobody goes on from the others
+                path.unlink(missing_ok=True)
 
 
 def _quality_numbers(trained: TrainedSae, quality: SaeQuality, *, rotated: bool) -> dict[str, Any]:

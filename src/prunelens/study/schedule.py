@@ -18,7 +18,7 @@ from typing import NamedTuple
 from prunelens.errors import UserError
 from prunelens.study.artifacts.store import Stage, Store
 from prunelens.study.executor import Executor, Failures, Here, NodeLostError, WorkerDiedError
-from prunelens.study.matrix import Plan, Run
+from prunelens.study.matrix import STORES, Plan, Run
 from prunelens.study.progress import StudyProgress
 from prunelens.study.shared_folder import wait_until_there
 from prunelens.study.worker import read_share
@@ -219,14 +219,15 @@ class _Scheduler:
 
         Once a worker has died, every stage goes alone: then it is clear which one is at fault.
         """
-        first = next((stage for stage in self._missing() if self._is_ready(stage)), None)
+        first = next((stage for stage in self._missing() if self._is_due(stage)), None)
         if first is None:
             return []
         if not first.together or self._crashed or (alone and first.name == "sae"):
             return [first]
         key = (first.name, first.together)
         alike = [stage for stage in self._missing() if (stage.name, stage.together) == key]
-        return [stage for stage in alike if self._is_ready(stage)]
+        others = [stage for stage in alike if stage.identity != first.identity]
+        return [first, *(stage for stage in others if self._is_due(stage))]
 
     def _settle(self, stage: Stage, failure: str | None) -> None:
         self._running.pop(stage.identity, None)
@@ -246,6 +247,19 @@ class _Scheduler:
         else:
             self._on_made(stage)
         self._delete_unneeded()
+
+    def _is_due(self, stage: Stage) -> bool:
+        """Whether it can be made now; also finds out that nothing needs a store any longer.
+
+        What reads an activation store may have been made by another process since.
+        """
+        if not self._is_ready(stage):
+            return False
+        return stage.name not in STORES or any(
+            not self._is_sound(reader)
+            for reader in self._missing()
+            if stage.identity in {parent.identity for parent in reader.parents.values()}
+        )
 
     def _is_ready(self, stage: Stage) -> bool:
         """Whether all parents are there, undamaged; also finds out that one has failed."""

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import pathlib
+import re
+import shlex
 import tempfile
 import urllib.parse
 
@@ -28,7 +30,7 @@ def open_store(address: str, cache: pathlib.Path | None = None) -> Store:
     Raises: UserError for an address of another kind, or a bucket that cannot be reached.
     """
     plain = checked(address)
-    if urllib.parse.urlsplit(plain).scheme not in REMOTE:
+    if not plain.startswith(tuple(f"{scheme}://" for scheme in REMOTE)):
         return Store(pathlib.Path(plain))
     from prunelens.study.artifacts.bucket import Bucket  # pyarrow.fs, which only few need
     from prunelens.study.artifacts.object_store import ObjectStore
@@ -36,8 +38,11 @@ def open_store(address: str, cache: pathlib.Path | None = None) -> Store:
     return ObjectStore(Bucket(plain), cache or _cache_here(plain))
 
 
-def artifacts_of(out: pathlib.Path, address: str | None = None) -> Store:
+def artifacts_of(out: pathlib.Path, address: str | None = None, *, to_write: bool = False) -> Store:
     """The store of the study folder `out`: the one that it remembers, else `address`.
+
+    To write there, the address has to be given even so: the folder may come from someone else, who
+    would choose where this user's rights are used.
 
     Raises: UserError where the folder's artifacts are elsewhere already, or as `open_store`.
     """
@@ -49,8 +54,13 @@ def artifacts_of(out: pathlib.Path, address: str | None = None) -> Store:
         known = str(beside.absolute())
     if known and given and known != given:
         raise UserError(
-            f"--artifacts: {given!r}, but the artifacts of {str(out)!r} are in {known!r}; leave it"
-            " out, or give another --out"
+            f"--artifacts: {given!r}, but the artifacts of {str(out)!r} are in {known!r}; give"
+            " that, or another --out"
+        )
+    if to_write and known not in (None, given, str(beside.absolute())):
+        raise UserError(
+            f"--artifacts: {str(out)!r} has its artifacts in {known!r}; to go on there, give"
+            f" --artifacts {shlex.quote(known)}"
         )
     place = given or known
     return Store(beside) if place is None else open_store(place, beside)
@@ -64,11 +74,11 @@ def remember_artifacts(out: pathlib.Path, store: Store) -> None:
 
 def checked(address: str) -> str:
     """The address as it is compared: a folder's absolute path, or a URL without a `/` behind it."""
-    parts = urllib.parse.urlsplit(address)
+    parts = _parts(address)
     if len(parts.scheme) < 2:  # none, or the letter of a drive
         if not address.strip():
             raise UserError("--artifacts: it is empty; give a folder or s3://bucket/prefix")
-        return str(pathlib.Path(address).expanduser().absolute())
+        return str(_folder(address))
     if parts.scheme == "file":
         return str(pathlib.Path(urllib.parse.unquote(parts.path)).absolute())
     shown = f"{parts.scheme}://…@{parts.netloc.rpartition('@')[2]}{parts.path}"
@@ -89,6 +99,26 @@ def checked(address: str) -> str:
             "prefix"
         )
     return urllib.parse.urlunsplit(parts._replace(path=f"/{'/'.join(names)}"))
+
+
+def _parts(address: str) -> urllib.parse.SplitResult:
+    try:
+        return urllib.parse.urlsplit(address)
+    except ValueError as error:  # a bracket without its other half
+        shown = re.sub("//.*@", "//…@", address)  # what may be a secret
+        raise UserError(
+            f"--artifacts: {shown!r} cannot be read ({error}); give a folder, s3://bucket/prefix or"
+            " gs://bucket/prefix"
+        ) from None
+
+
+def _folder(path: str) -> pathlib.Path:
+    try:
+        return pathlib.Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise UserError(
+            f"--artifacts: {path!r} is the home of nobody who is known here; give the whole path"
+        ) from None
 
 
 def _remembered(out: pathlib.Path) -> str | None:

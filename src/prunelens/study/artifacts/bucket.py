@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import pathlib
-import shutil
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -60,39 +60,43 @@ class Bucket:
     def get(self, key: str) -> bytes | None:
         """A small object's content, or None where there is none."""
 
-        def read() -> bytes | None:
-            try:
-                with self._fs.open_input_stream(self._path(key)) as stream:
-                    return stream.read()
-            except FileNotFoundError:
-                return None
+        def read() -> bytes:
+            with self._fs.open_input_stream(self._path(key)) as stream:
+                return stream.read()
 
-        return self._trying(read)
+        return self._if_there(read)
 
     def download(self, key: str, path: pathlib.Path) -> bool:
-        """Write an object to a file; False where there is none."""
+        """Write an object to a file; False where there is none.
 
-        def copy() -> bool:
-            try:
-                with self._fs.open_input_stream(self._path(key)) as source, path.open("wb") as to:
-                    shutil.copyfileobj(source, to, CHUNK)
-            except FileNotFoundError:
-                return False
-            return True
-
-        return self._trying(copy)
+        Raises: OSError, as it is, where the file cannot be written: the store is not to blame.
+        """
+        source = self._if_there(lambda: self._fs.open_input_file(self._path(key)))
+        if source is None:
+            return False
+        written = 0
+        with source, path.open("wb") as to:
+            while part := self._if_there(functools.partial(source.read_at, CHUNK, written)):
+                to.write(part)
+                written += len(part)
+        return part is not None
 
     def upload(self, path: pathlib.Path, key: str) -> None:
-        """Write a file to an object, replacing what is there."""
+        """Write a file to an object, replacing what is there.
 
-        def copy() -> None:
-            with path.open("rb") as source, self._fs.open_output_stream(self._path(key)) as to:
-                for number, part in enumerate(iter(lambda: source.read(CHUNK), b""), 1):
-                    to.write(part)
-                    if number % PENDING == 0:
-                        to.flush()  # parts wait in memory, as many as there are, to be sent
+        Raises: OSError, as it is, where the file cannot be opened.
+        """
+        with path.open("rb") as source:
 
-        self._trying(copy)
+            def copy() -> None:
+                source.seek(0)
+                with self._fs.open_output_stream(self._path(key)) as to:
+                    for number, part in enumerate(iter(lambda: source.read(CHUNK), b""), 1):
+                        to.write(part)
+                        if number % PENDING == 0:
+                            to.flush()  # parts wait in memory, as many as there are, to be sent
+
+            self._trying(copy)
 
     def keys(self, folder: str) -> dict[str, int]:
         """Key, with `folder` in front, -> size in bytes, of all objects below `folder`."""
@@ -111,13 +115,7 @@ class Bucket:
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is no error."""
 
-        def remove() -> None:
-            try:
-                self._fs.delete_file(self._path(key))
-            except FileNotFoundError:
-                return
-
-        self._trying(remove)
+        self._if_there(lambda: self._fs.delete_file(self._path(key)))
 
     def _put_bytes(self, key: str, content: bytes) -> None:
         with self._fs.open_output_stream(self._path(key)) as stream:
@@ -136,6 +134,17 @@ class Bucket:
         parts = key.split("/")
         assert not {"", ".", ".."} & set(parts), f"{key!r} is no key of ours"
         return f"{self._root}/{key}"
+
+    def _if_there(self, ask: Callable[[], Result]) -> Result | None:
+        """What `ask` returns of an object; None where there is no such object."""
+
+        def asked() -> Result | None:
+            try:
+                return ask()
+            except FileNotFoundError:
+                return None
+
+        return self._trying(asked)
 
     def _trying(self, ask: Callable[[], Result]) -> Result:
         """What `ask` returns, which may fail a few times."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -73,8 +74,7 @@ class Claims:
                     return False
                 if error.errno not in NO_LOCKS:
                     raise
-                log.warning("%s cannot be locked (%s): see to it that one prunelens works there",
-                            self._path, error.strerror)  # fmt: skip
+                warn_of_no_locks()
             return True
 
         def _unlock(self, identity: str) -> None:
@@ -89,6 +89,12 @@ class Claims:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._open[key] = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         return self._open[key]
+
+
+@functools.cache
+def warn_of_no_locks() -> None:
+    """Said once by a process, which looks for a lock at every stage."""
+    log.warning("the study folder cannot be locked: run one prunelens there at a time")
 
 
 def _byte(identity: str) -> int:

@@ -7,6 +7,7 @@ to a temporary folder, flushed, and renamed into place.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -34,6 +35,8 @@ from prunelens.study.artifacts.seal import (
 from prunelens.study.artifacts.temporary import is_left, temporary_beside
 
 CLAIMS_FILE = ".claims"  # empty; stages are locked on its bytes
+# The disk cannot read it, or what lies in its place is no file.
+LOST = (errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 log = logging.getLogger(__name__)
 
 
@@ -130,10 +133,8 @@ class Store:
 
     def meta(self, stage: Stage) -> dict[str, Any]:
         """The artifact's `meta.json`."""
-        try:
+        with _lost_is_damaged(stage, "meta.json"):
             return parsed_meta(stage, self._read_meta(stage))
-        except OSError as error:
-            raise damaged(stage, f"meta.json: {error}") from None
 
     def forget(self, stage: Stage) -> None:
         """Look at the artifact anew when it is next asked for."""
@@ -260,8 +261,9 @@ class Store:
     def _verify(self, stage: Stage, folder: pathlib.Path, meta: dict[str, Any]) -> None:
         """Raises DamagedArtifactError unless `folder` holds what `meta` says, and it is `stage`."""
         for name, expected in named_files(stage, meta).items():
-            if not is_plain(folder, name) or sha256_of(folder / name) != expected:
-                raise damaged(stage, name)
+            with _lost_is_damaged(stage, name):
+                if not is_plain(folder, name) or sha256_of(folder / name) != expected:
+                    raise damaged(stage, name)
 
     def _finish(self, stage: Stage, folder: pathlib.Path, facts: dict[str, Any]) -> None:
         names = files_of(folder)
@@ -312,6 +314,17 @@ def named_files(stage: Stage, meta: dict[str, Any]) -> dict[str, str]:
 def damaged(stage: Stage, why: str) -> DamagedArtifactError:
     """That an artifact is damaged, and what of it."""
     return DamagedArtifactError(f"{stage.name} {stage.identity[:12]}: {why}")
+
+
+@contextlib.contextmanager
+def _lost_is_damaged(stage: Stage, name: str) -> Iterator[None]:
+    """A file that the disk does not give back is damage; that others cannot be read may pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in LOST:
+            raise
+        raise damaged(stage, f"{name}: {error.strerror}") from None
 
 
 def files_of(folder: pathlib.Path) -> list[str]:

@@ -28,7 +28,7 @@ class CheapChecks(NamedTuple):
 def cheap_checks(
     plan: Plan,
     shapes: Mapping[str, ModelShape],
-    place: pathlib.Path | None,
+    artifacts: pathlib.Path | None,
     device: str,
     *,
     here: bool = True,
@@ -38,7 +38,7 @@ def cheap_checks(
     Args:
         plan: the study's.
         shapes: model label -> shape.
-        place: the folder that its artifacts are written to; None where that is no disk.
+        artifacts: the folder that they are written to; None where that is no disk.
         device: that it runs on.
         here: on this machine, whose memory is looked at then.
     """
@@ -48,17 +48,17 @@ def cheap_checks(
     memory = memory_use(study, sizes, device, num_saes=saes_at_once(stages))
     findings = [
         *study_checks(plan, sizes),
-        *(disk_checks(disk, place, downloads=disk.downloads) if place else ()),
+        *(disk_checks(disk, artifacts, downloads=disk.downloads) if artifacts else ()),
         *(memory_checks(memory, study, device) if here else ()),
     ]
     return CheapChecks(findings, disk, memory)
 
 
 def refuse_hopeless(
-    plan: Plan, place: pathlib.Path | None, device: str, *, here: bool = True
+    plan: Plan, artifacts: pathlib.Path | None, device: str, *, here: bool = True
 ) -> CheapChecks:
     """`cheap_checks` before a study is run. Raises UserError with the first error of them."""
     shapes = {model.label: model_shape(model) for model in plan.study.models}
-    found = cheap_checks(plan, shapes, place, device, here=here)
+    found = cheap_checks(plan, shapes, artifacts, device, here=here)
     refuse(found.findings)
     return found

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 
 from prunelens.checkpoint import is_local
@@ -31,6 +30,7 @@ from prunelens.study.preflight.hours import (
     study_tasks,
     work_of,
 )
+from prunelens.study.preflight.room import machine_memory
 from prunelens.study.preflight.simulate import Task, simulate
 from prunelens.study.preflight.text_checks import text_checks
 from prunelens.study.run import resolve_device
@@ -122,7 +122,7 @@ def preflight(
         all_stages |= stages
     hours = hours_of(all_works, speeds)
     folder = out or pathlib.Path("runs") / study.name
-    room = cheap_checks(plan, shapes, folder, device)
+    room = cheap_checks(plan, shapes, folder / "artifacts", device)
     access = list(access_checks(study))
     answers = all(found.level == "ok" for found in access)
     checks = [*room.findings, *access]
@@ -199,9 +199,7 @@ def _device(
 ) -> Row:
     on_gpu = device.startswith("cuda")
     memory = (
-        torch.cuda.get_device_properties(device).total_memory
-        if on_gpu
-        else psutil.virtual_memory().total
+        torch.cuda.get_device_properties(device).total_memory if on_gpu else machine_memory()[0]
     )
     processor = platform.processor() or platform.machine()
     return {

@@ -15,24 +15,25 @@ from prunelens.study.footprint import Disk, Memory
 from prunelens.study.preflight.finding import Finding, Level
 
 GIGABYTE = 1e9
+GROUPS, OWN_GROUPS = pathlib.Path("/sys/fs/cgroup"), pathlib.Path("/proc/self/cgroup")
 # The need is an estimate to within a few tenths: well below it is an error, about it a warning.
 SURELY_TOO_LITTLE, PERHAPS_TOO_LITTLE = 0.75, 1.25
 
 
-def disk_checks(disk: Disk, out: pathlib.Path, *, downloads: float) -> Iterator[Finding]:
-    """Free disk at the study's folder, and at the hub's cache where something will be fetched.
+def disk_checks(disk: Disk, artifacts: pathlib.Path, *, downloads: float) -> Iterator[Finding]:
+    """Free disk where a study writes, and at the hub's cache where something will be fetched.
 
     Args:
         disk: what the study writes.
-        out: the study's folder; what is there already counts as written.
+        artifacts: the folder of its artifacts; what is there already counts as written.
         downloads: bytes of weights still to be fetched.
     """
-    need = max(0.0, disk.peak - _written(out))
-    place, cache = _existing(out), _existing(cache_folder())
+    need = max(0.0, disk.peak - _written(artifacts))
+    place, cache = _existing(artifacts), _existing(cache_folder())
     together = place.stat().st_dev == cache.stat().st_dev
     free = shutil.disk_usage(place).free
     yield _disk_finding(
-        f"--out: {str(out)!r}", free, need + (downloads if together else 0.0), "study"
+        f"--out: {str(artifacts)!r}", free, need + (downloads if together else 0.0), "study"
     )
     if downloads and not together:
         free = shutil.disk_usage(cache).free
@@ -59,12 +60,10 @@ def memory_checks(memory: Memory, study: StudyConfig, device: str) -> Iterator[F
 def machine_memory() -> tuple[float, float]:
     """Bytes in all and bytes free, within what a container or a cluster's job may take."""
     memory = psutil.virtual_memory()
-    folder = pathlib.Path("/sys/fs/cgroup")
-    limit = _number(folder / "memory.max")
-    if limit is None:
-        return float(memory.total), float(memory.available)
-    used = _number(folder / "memory.current") or 0.0
-    return min(memory.total, limit), min(memory.available, max(0.0, limit - used))
+    total, free = float(memory.total), float(memory.available)
+    for limit, used in _limits():
+        total, free = min(total, limit), min(free, max(0.0, limit - used))
+    return total, free
 
 
 def _disk_finding(where: str, free: float, need: float, what: str) -> Finding:
@@ -93,16 +92,48 @@ def _level(there: float, need: float) -> Level:
     return "warning" if there < PERHAPS_TOO_LITTLE * need else "ok"
 
 
-def _written(out: pathlib.Path) -> float:
+def _written(artifacts: pathlib.Path) -> float:
     """Bytes of the artifacts that are there."""
-    files = (path for path in (out / "artifacts").rglob("*") if path.is_file())
-    return float(sum(path.stat().st_size for path in files))
+    return float(sum(path.stat().st_size for path in artifacts.rglob("*") if path.is_file()))
 
 
 def _existing(folder: pathlib.Path) -> pathlib.Path:
     """The folder, or the nearest one above it that is there."""
     folder = folder.expanduser().absolute()
     return next(place for place in (folder, *folder.parents) if place.is_dir())
+
+
+def _limits() -> Iterator[tuple[float, float]]:
+    """What this process's control groups may take, and what they cannot give back of it. Bytes.
+
+    A group is bound by those above it, too. Version 2 of the kernel's interface, then version 1.
+    """
+    try:
+        groups = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
+    except OSError:  # not Linux
+        return
+    for _, controllers, path in groups:
+        if controllers == "":
+            root, names = GROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root = GROUPS / "memory"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            limit, used = _number(folder / names[0]), _number(folder / names[1])
+            if limit is not None and folder.is_relative_to(root):
+                yield limit, max(0.0, (used or 0.0) - _statistic(folder, names[2]))
+
+
+def _statistic(folder: pathlib.Path, name: str) -> float:
+    """A line of `memory.stat`; 0 if it is not there."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((float(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0.0)
 
 
 def _number(path: pathlib.Path) -> float | None:
