@@ -33,6 +33,8 @@ if importlib.util.find_spec("ray") is None:
     pytest.skip("Ray is not installed: pip install 'prunelens[ray]'", allow_module_level=True)
 
 os.environ.update(executor.NO_TELEMETRY | executor.LOOPBACK)  # before Ray is imported
+# Ray gives the server of a client from outside 30 s to start, too little on a busy machine.
+os.environ["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "150"
 
 WORKER = {"num_cpus": 1, "memory": 8e9, "object_store_memory": 80_000_000}
 CLIENT_PORT = 20000 + os.getpid() % 10000  # no two test processes share one
@@ -263,6 +265,7 @@ def test_nodes_with_other_code_are_refused(data, nodes, tmp_path, monkeypatch):
         run(data, tmp_path / "out")
 
 
+@pytest.mark.timeout(600)
 def test_a_ray_of_this_machine_is_closed_to_others_ends_at_once_and_leaves_nothing(
     data, expected, nodes, tmp_path
 ):
