@@ -112,7 +112,7 @@ def main() -> None:
             "device": chosen.device,
             "workers": chosen.workers,
             "rounds": chosen.rounds,
-            "study": {str(size): _settings(folder, size, chosen) for size in sizes},
+            "study": {str(size): _settings(pathlib.Path(), size, chosen) for size in sizes},
         },
         results={f"{size} training tokens": runs[size] for size in sizes},
         marks=marks,
