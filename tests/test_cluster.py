@@ -27,6 +27,7 @@ from prunelens.study.alone import alone_in
 from prunelens.study.folder import open_study
 from prunelens.study.results import study_results
 from prunelens.study.run import run_study
+from s3_server import s3_server
 from tiny_study import tiny_study, write_text
 
 if importlib.util.find_spec("ray") is None:
@@ -64,7 +65,14 @@ def expected(local):
 
 
 @pytest.fixture(scope="module")
-def nodes():
+def bucket():
+    """Of an object store whose address and keys are in the environment that nodes inherit."""
+    with s3_server() as server:
+        yield server.bucket
+
+
+@pytest.fixture(scope="module")
+def nodes(bucket):
     """A cluster of a head that computes nothing and three nodes that do; one counts a GPU."""
     import ray
     from ray.cluster_utils import Cluster
@@ -201,6 +209,12 @@ def test_a_study_that_loses_a_node_ends_with_the_tables_of_one_process(
     assert differences(expected, tables_of(tmp_path / "out")) == []
     assert run(data, tmp_path / "out").num_executed == 0
     nodes.add_node(**WORKER, **HERE)
+
+
+def test_artifacts_in_an_object_store_give_the_same_tables(data, expected, nodes, bucket, tmp_path):
+    outcome = run(data, tmp_path / "out", artifacts=f"{bucket}/ray")
+    assert {result.status for result in outcome.results} == {"done"}
+    assert differences(expected, tables_of(tmp_path / "out")) == []
 
 
 def test_damage_in_a_finished_study_is_mended_by_the_cluster_alone(data, local, tmp_path):

@@ -108,10 +108,10 @@ def run_undisturbed(study: str, folder: pathlib.Path, *, workers: int = 2) -> Ti
 
 
 def start(
-    study: str, folder: pathlib.Path, *, workers: int = 1, **options: object
+    study: str, folder: pathlib.Path, *more: str, workers: int = 1, **options: object
 ) -> subprocess.Popen[str]:
     """The command line at work in a session of its own; `options` are those of Popen."""
-    arguments = ["run", study, "--out", str(folder), "--workers", str(workers)]
+    arguments = ["run", study, "--out", str(folder), "--workers", str(workers), *more]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **options}
     return subprocess.Popen(
         [*COMMAND, *arguments, "--quiet", "--device", "cpu"],
