@@ -27,7 +27,7 @@ import torch
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 VERSIONS_OF = (
-    *("torch", "numpy", "transformers", "prunelens", "triton"),
+    *("torch", "numpy", "transformers", "prunelens", "triton", "numba"),
     *("eai-sparsify", "sae-lens", "llmcompressor"),
 )
 

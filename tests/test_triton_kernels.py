@@ -206,8 +206,8 @@ def test_a_training_goes_as_on_the_cpu(dtype, within, share):
     if dtype == torch.bfloat16:
         bias = ours.encoder_bias[:, None]
         both = torch.cat([ours.encoder_weight, bias], dim=1)
-        assert torch.equal(descent._encoder[:, : D + 1], rounded(both))
-        assert torch.equal(descent._decoder, rounded(ours.decoder_weight))
+        assert torch.equal(descent._copies.encoder[:, : D + 1], rounded(both))
+        assert torch.equal(descent._copies.decoder, rounded(ours.decoder_weight))
 
 
 @pytest.mark.gpu

@@ -6,15 +6,14 @@ keep up with; captured once, they are launched together.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from prunelens.sae import triton_kernels, triton_products
+from prunelens.sae.copies import RoundedCopies
 from prunelens.sae.descent import Descended, Descent
-from prunelens.sae.kernels import Gradients, SparseLatents, Weights
+from prunelens.sae.kernels import Gradients, SparseLatents, Weights, width_with_column
 
 _WIDTH_MULTIPLE = 8  # bfloat16 values in the 16 bytes that a thread loads at once
 
@@ -29,11 +28,10 @@ class CudaDescent(Descent):
 
     def __init__(self, weights: Weights, k: int, *, dtype: torch.dtype) -> None:
         super().__init__(weights, k, dtype=dtype)
-        (F, D), device = self.weights.encoder_weight.shape, self.weights.encoder_weight.device
-        copied = dtype == torch.bfloat16
-        self._encoder = torch.zeros(F, _width(D), dtype=dtype, device=device) if copied else None
-        self._decoder = torch.zeros(F, D, dtype=dtype, device=device) if copied else None
-        self._versions: list[int] = []
+        D, device = len(self.weights.decoder_bias), self.weights.decoder_bias.device
+        self._copies = None
+        if dtype == torch.bfloat16:
+            self._copies = RoundedCopies(self.weights, width=_width(D))
         self._rate, self._number = (torch.zeros((), device=device) for _ in range(2))
         self._x_hat = torch.zeros(0, D, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -48,7 +46,8 @@ class CudaDescent(Descent):
             return self._step(x_hat, rate, number)
 
     def _step(self, x_hat: Tensor, rate: float, number: int) -> Descended:
-        self._renew_copies()
+        if self._copies is not None:
+            self._copies.renew()
         self._rate.fill_(rate)
         self._number.fill_(number)
         if x_hat.shape != self._x_hat.shape:  # compiles what is missing, so that it can be captured
@@ -66,25 +65,26 @@ class CudaDescent(Descent):
 
     def _run(self) -> Descended:
         weights, x_hat = self.weights, self._x_hat
-        if self._encoder is None:
+        if self._copies is None:
             inputs = with_ones(x_hat, torch.float32)
             pre = torch.addmm(weights.encoder_bias, x_hat, weights.encoder_weight.T)
         else:
-            inputs = with_ones(x_hat, self._encoder.dtype)
-            pre = inputs @ self._encoder.T
+            inputs = with_ones(x_hat, self._copies.encoder.dtype)
+            pre = inputs @ self._copies.encoder.T
         latents = triton_kernels.top_k(pre, None, self._k)
-        rows = weights.decoder_weight if self._decoder is None else self._decoder
+        rows = weights.decoder_weight if self._copies is None else self._copies.decoder
         found = gradients(x_hat, inputs, latents, rows, weights.decoder_bias)
         self._apply(found.weights)
         return Descended(found.loss, found.fires)
 
     def _apply(self, gradients: Weights) -> None:
         """Adam, unit norm and copies. Biases are updated as tables of one column or one row."""
-        (F, D), encoder = self.weights.encoder_weight.shape, self._encoder
+        F, D = self.weights.encoder_weight.shape
         shapes = ((F, D), (F, 1), (F, D), (1, D))
         copies: tuple[Tensor | None, ...] = (None, None, None, None)
-        if encoder is not None:
-            copies = (encoder[:, :D], encoder[:, D : D + 1], self._decoder, None)
+        if self._copies is not None:
+            encoder, decoder = self._copies.encoder, self._copies.decoder
+            copies = (encoder[:, :D], encoder[:, D : D + 1], decoder, None)
         scales = triton_kernels.step_scales(self._rate, self._number)
         groups = zip(self.weights, gradients, self.mean, self.mean_square, strict=True)
         plans = zip(Weights._fields, groups, shapes, copies, strict=True)
@@ -94,19 +94,6 @@ class CudaDescent(Descent):
             triton_kernels.adam_rows(
                 weight, grad, mean, mean_square, scales, normalise=unit, shadow=copy
             )
-
-    def _renew_copies(self) -> None:
-        """Where another hand wrote to the weights (restarts, a checkpoint), copy them anew.
-
-        PyTorch counts its own writes to a tensor; those of the kernels it does not see.
-        """
-        versions = [weight._version for weight in self.weights]
-        if self._encoder is not None and self._decoder is not None and versions != self._versions:
-            D = len(self.weights.decoder_bias)
-            self._encoder[:, :D] = self.weights.encoder_weight
-            self._encoder[:, D] = self.weights.encoder_bias
-            self._decoder.copy_(self.weights.decoder_weight)
-        self._versions = versions
 
 
 def gradients(
@@ -166,4 +153,4 @@ def with_ones(
 
 
 def _width(d_model: int) -> int:
-    return math.ceil((d_model + 1) / _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+    return width_with_column(d_model, _WIDTH_MULTIPLE)

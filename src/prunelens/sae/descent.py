@@ -13,8 +13,13 @@ from torch.optim.adam import adam
 from prunelens.sae import kernels
 from prunelens.sae.kernels import Buffers, Weights
 
+BETA_MEAN, BETA_SQUARE, EPSILON = 0.9, 0.999, 1e-8
+"""Adam's: how much of its two moments stays, and what is added to the root of the second."""
+
+BIASES = ("encoder_bias", "decoder_bias")
+
 _CACHED = 2**19  # weights of a block: their gradients are used up while they are in the cache
-_MATRICES, _BIASES = ("encoder_weight", "decoder_weight"), ("encoder_bias", "decoder_bias")
+_MATRICES = ("encoder_weight", "decoder_weight")
 
 
 class Descended(NamedTuple):
@@ -50,10 +55,10 @@ class Descent:
         latents = kernels.encode(x_hat, encoder, bias, self._k, dtype=dtype, buffers=buffers)
         found = kernels.gradients(x_hat, self.weights, latents, dtype=dtype, buffers=buffers)
         for some in self._blocks(x_hat.device):
-            self._adam(_MATRICES, found.of_latents(some.start, some.stop), rate, number, some)
+            self.adam(_MATRICES, found.of_latents(some.start, some.stop), rate, number, some)
             rows = self.weights.decoder_weight[some]
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
-        self._adam(_BIASES, found.biases, rate, number, slice(None))
+        self.adam(BIASES, found.biases, rate, number, slice(None))
         return Descended(found.loss, found.fires)
 
     def forget(self, latents: Bool[Tensor, " latents"]) -> None:
@@ -69,7 +74,7 @@ class Descent:
         for first in range(0, num_latents, at_once):
             yield slice(first, min(first + at_once, num_latents))
 
-    def _adam(
+    def adam(
         self,
         names: tuple[str, str],
         gradients: tuple[Tensor, Tensor],
@@ -92,9 +97,9 @@ class Descent:
             state_steps=[torch.tensor(number - 1.0, device=w.device) for w in weights],
             fused=True,
             amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
+            beta1=BETA_MEAN,
+            beta2=BETA_SQUARE,
+            eps=EPSILON,
             lr=rate,
             weight_decay=0.0,
             maximize=False,

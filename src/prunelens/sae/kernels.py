@@ -119,22 +119,47 @@ def encode(
 
 
 def _bfloat16_pre(x_hat: Tensor, weight: Tensor, bias: Tensor, buffers: Buffers) -> Tensor:
-    """W_enc x_hat + b_enc with factors rounded to bfloat16.
+    """W_enc x_hat + b_enc with factors rounded to bfloat16."""
+    inputs = rounded_inputs(x_hat, buffers)
+    rows = _rounded_with_column("encoder", weight, bias.bfloat16(), buffers)
+    shape = (len(x_hat), len(weight))
+    return torch.mm(inputs, rows.T, out=buffers.take("pre", shape, rows.dtype, x_hat.device))
 
-    The bias is one more column of the weights, against a column of ones: added by the product
-    itself it costs nearly nothing. Where the processor has no
-    bfloat16 units the rounded factors are multiplied in float32.
+
+def rounded_inputs(
+    x_hat: Float[Tensor, "tokens d_model"], buffers: Buffers
+) -> Float[Tensor, "tokens width"]:
+    """Inputs rounded to bfloat16 with a column of ones after them, against the encoder's bias.
+
+    The bias is one more column of the weights: added by the product itself it costs nearly nothing.
+    They are in a buffer until the next call, in the precision of `units`.
     """
-    (B, D), F, device = x_hat.shape, len(weight), x_hat.device
-    units = torch.bfloat16 if device.type != "cpu" or _has_bfloat16_units() else torch.float32
-    width = math.ceil((D + 1) / _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-    inputs = buffers.take("inputs", (B, width), units, device)
-    rows = buffers.take("encoder", (F, width), units, device)
-    for table, content, last in ((inputs, x_hat, 1.0), (rows, weight, bias.bfloat16())):
-        rounded = content if units == torch.bfloat16 else content.bfloat16()
-        table[:, :D].copy_(rounded)
-        table[:, D] = last
-    return torch.mm(inputs, rows.T, out=buffers.take("pre", (B, F), units, device))
+    return _rounded_with_column("inputs", x_hat, 1.0, buffers)
+
+
+def _rounded_with_column(
+    name: str, rows: Tensor, column: Tensor | float, buffers: Buffers
+) -> Tensor:
+    D, precision = rows.shape[1], units(rows.device)
+    table = buffers.take(name, (len(rows), width_with_column(D)), precision, rows.device)
+    table[:, :D].copy_(rows if precision == torch.bfloat16 else rows.bfloat16())
+    table[:, D] = column
+    return table
+
+
+def width_with_column(d_model: int, multiple: int = _WIDTH_MULTIPLE) -> int:
+    """Width of rows with one more column, up to a whole multiple of what is taken at a time."""
+    return math.ceil((d_model + 1) / multiple) * multiple
+
+
+def units(device: torch.device) -> torch.dtype:
+    """What factors rounded to bfloat16 are multiplied in.
+
+    Where the processor has no bfloat16 units that is float32.
+    """
+    if device.type != "cpu" or _has_bfloat16_units():
+        return torch.bfloat16
+    return torch.float32
 
 
 @functools.cache
@@ -288,8 +313,7 @@ def top_k(pre: Float[Tensor, "tokens latents"], k: int) -> SparseLatents:
         values, indices = pre.topk(k, sorted=False)
         return SparseLatents(values.clamp_min(0), indices)
     B, F = pre.shape
-    # Cost is about F/size maxima to search plus k*size candidates: least at sqrt(F/k).
-    size = max(s for s in range(1, math.isqrt(F // k) + 1) if F % s == 0)
+    size = group_size(F, k)
     num_groups = F // size  # group g holds the latents g, g + num_groups, ...
     # Read as integers, positive floats keep their order, and below them lie all others.
     integers = torch.int16 if pre.dtype == torch.bfloat16 else torch.int32
@@ -299,6 +323,15 @@ def top_k(pre: Float[Tensor, "tokens latents"], k: int) -> SparseLatents:
     found = _largest(candidates, k)
     indices = found // k * num_groups + groups.gather(1, found % k)
     return SparseLatents(pre.gather(1, indices).clamp_min(0), indices)
+
+
+def group_size(num_latents: int, k: int) -> int:
+    """Latents of a group of `top_k`; a divisor of their number.
+
+    The cost is about F / size maxima to search and k size candidates: least at sqrt(F / k).
+    """
+    sizes = range(1, math.isqrt(num_latents // k) + 1)
+    return max(size for size in sizes if num_latents % size == 0)
 
 
 def _largest(values: Int[Tensor, "tokens columns"], k: int) -> Int[Tensor, "tokens k"]:

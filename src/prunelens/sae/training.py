@@ -32,6 +32,12 @@ from prunelens.sae.topk import TopKSAE
 
 log = logging.getLogger(__name__)
 
+COMPILED_FROM = 2e12
+"""Multiplications of a training's encoder from which compiled loops are worth the seconds that it
+takes to compile them: a minute's work of one core. It depends on the config alone, because numbers
+do: the loops add in another order.
+"""
+
 
 @runtime_checkable
 class TokenActivations(Protocol):
@@ -97,7 +103,7 @@ class Training:
         self.data, self.config, self.data_seed = data, config, data_seed
         self.sae = sae.to(device)
         self.order = order or TokenOrder(data.num_tokens, config.batch_tokens, data_seed=data_seed)
-        self.descent = _descent(self.sae, getattr(torch, config.dtype), buffers)
+        self.descent = _descent(self.sae, config, buffers)
         self.start = self.sae.decoder_weight.detach().clone()
         self.resampled = torch.zeros(sae.num_latents, dtype=torch.bool, device=device)
         self.fired = torch.zeros(sae.num_latents, dtype=torch.bool, device=device)
@@ -220,14 +226,19 @@ class Training:
         self.step = state["step"]
 
 
-def _descent(sae: TopKSAE, dtype: torch.dtype, buffers: Buffers | None) -> Descent:
-    """By our own kernels on a CUDA device, where Triton is there to compile them."""
+def _descent(sae: TopKSAE, config: SaeConfig, buffers: Buffers | None) -> Descent:
+    """By our own kernels: on a CUDA device where Triton is there, on a CPU where it is worth it."""
+    dtype: torch.dtype = getattr(torch, config.dtype)
     if sae.decoder_bias.device.type == "cuda":
         if importlib.util.find_spec("triton"):
             from prunelens.sae.cuda_descent import CudaDescent
 
             return CudaDescent(sae.weights, sae.k, dtype=dtype)
         _say_that_triton_is_missing()
+    elif config.steps * config.batch_tokens * sae.encoder_weight.numel() >= COMPILED_FROM:
+        from prunelens.sae.cpu_descent import CpuDescent
+
+        return CpuDescent(sae.weights, sae.k, dtype=dtype, buffers=buffers)
     return Descent(sae.weights, sae.k, dtype=dtype, buffers=buffers)
 
 

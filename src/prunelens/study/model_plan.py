@@ -31,7 +31,7 @@ VERSIONS = {  # raise one when the same config would give other numbers
     "activations": 1,
     "screening": 1,
     "statistics": 2,
-    "sae": 3,
+    "sae": 4,
     "stability": 2,
     "survival": 3,
     "corrected": 1,

@@ -166,7 +166,10 @@ class _Trainings:
         """One step on so many tokens."""
         if self._training is None or self._training.config.batch_tokens != tokens:
             self._training = None  # free the last one first
-            config = self._study.sae.model_copy(update={"batch_tokens": tokens})
+            sae = self._study.sae
+            # As many tokens in all as the study trains on: by that the kernels are chosen.
+            steps = sae.steps * sae.batch_tokens // tokens
+            config = sae.model_copy(update={"batch_tokens": tokens, "steps": steps})
             self._training = Training(self._data, config, init_seed=0, data_seed=0)
         self._training.advance(self._training.next_batch())
         _finish(self._data.device)
