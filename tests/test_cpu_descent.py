@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from prunelens.sae import cpu_descent, cpu_kernels, kernels, train_sae, training
+from prunelens.sae import (
+    cpu_descent,
+    cpu_kernels,
+    cpu_numbers,
+    kernels,
+    rounding,
+    train_sae,
+    training,
+)
 from prunelens.sae.cpu_descent import CpuDescent
 from prunelens.sae.descent import Descent
 from prunelens.sae.kernels import SparseLatents, Weights
@@ -76,7 +84,7 @@ def test_factors_are_rounded_as_torch_rounds_them():
     bits = torch.randint(-(2**31), 2**31, (100_000,), dtype=torch.int64).int()
     numbers = torch.cat([bits.view(torch.float32), torch.tensor([math.inf, -math.inf, math.nan])])
     row = np.empty(len(numbers), np.uint16)
-    cpu_kernels.keep_rounded(row, numbers.numpy())
+    cpu_numbers.keep_rounded(row, numbers.numpy())
     found = torch.from_numpy(row).view(torch.bfloat16)
     torch.testing.assert_close(found, numbers.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
@@ -120,7 +128,7 @@ def test_steps_equal_dense_gradients_with_torch_adam(case):
 @pytest.mark.parametrize("has_units", [True, False])
 def test_a_bfloat16_step_is_that_of_rounded_factors(monkeypatch, has_units):
     """Against dense float64 products of rounded factors; Adam's first moments show gradients."""
-    monkeypatch.setattr(kernels, "_has_bfloat16_units", lambda: has_units)
+    monkeypatch.setattr(rounding, "_has_bfloat16_units", lambda: has_units)
     sae, x_hat = unit(random_sae(num_latents=96)), inputs(64)
     ours = CpuDescent(copied(sae.weights), sae.k, dtype=torch.bfloat16)
     found = ours.step(x_hat, rate=RATE, number=1)

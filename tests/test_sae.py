@@ -6,7 +6,8 @@ import torch
 
 from independent import sae as independent
 from prunelens.errors import UserError
-from prunelens.sae import TopKSAE, evaluate_sae, kernels
+from prunelens.sae import TopKSAE, evaluate_sae, kernels, rounding
+from prunelens.sae.buffers import Buffers
 from prunelens.sae.kernels import SparseLatents, Weights
 from prunelens.sae.pattern import TransposedPattern
 
@@ -150,7 +151,7 @@ def rounded(tensor):
 @pytest.mark.parametrize("has_units", [True, False])
 def test_bfloat16_rounds_the_factors_of_the_encoder_product(monkeypatch, has_units):
     """With or without bfloat16 units: the slow product of rounded factors, summed in float64."""
-    monkeypatch.setattr(kernels, "_has_bfloat16_units", lambda: has_units)
+    monkeypatch.setattr(rounding, "_has_bfloat16_units", lambda: has_units)
     sae, x_hat = random_sae(num_latents=96), inputs(64)
     weights = Weights(*(w.detach() for w in sae.weights))
     encoder, bias = (rounded(w).double() for w in weights[:2])
@@ -182,7 +183,7 @@ def test_bfloat16_gradients_are_those_of_rounded_factors():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_buffers_used_again_change_no_bit(dtype):
     """Also after other shapes: a last batch, a restart's pool."""
-    sae, buffers = random_sae(num_latents=96), kernels.Buffers()
+    sae, buffers = random_sae(num_latents=96), Buffers()
     weights = Weights(*(w.detach() for w in sae.weights))
     encoder, bias = weights[:2]
     for x_hat in (inputs(64), inputs(10), inputs(64) + 1):

@@ -22,7 +22,8 @@ from prunelens.analyses.transfer import (
 from prunelens.config import CorpusConfig, ModelConfig, PruningConfig, TransferConfig
 from prunelens.errors import UserError
 from prunelens.model import as_language_model, logits, replace_at_site, run_to_site
-from prunelens.sae.formats import GivenSae, check_fits, check_l0, given, own_sae
+from prunelens.sae.formats import GivenSae, check_fits, check_l0, given
+from prunelens.sae.own_folder import own_sae
 from prunelens.sae.topk import TopKSAE
 
 D, LATENTS, LAYER, CONTEXT = 16, 40, 1, 24

@@ -81,7 +81,8 @@ if TYPE_CHECKING:
     from prunelens.report.selftest import run_selftest
     from prunelens.report.write import run_and_report, write_report
     from prunelens.sae.export import export_sae
-    from prunelens.sae.formats import GivenSae, own_sae
+    from prunelens.sae.formats import GivenSae
+    from prunelens.sae.own_folder import own_sae
     from prunelens.sae.pretrained import load_given_sae
     from prunelens.sae.quality import evaluate_sae
     from prunelens.sae.topk import TopKSAE
@@ -200,10 +201,8 @@ _HOMES = {
         "write_report",
     ),
     "prunelens.sae.export": ("export_sae",),
-    "prunelens.sae.formats": (
-        "GivenSae",
-        "own_sae",
-    ),
+    "prunelens.sae.formats": ("GivenSae",),
+    "prunelens.sae.own_folder": ("own_sae",),
     "prunelens.sae.pretrained": ("load_given_sae",),
     "prunelens.sae.quality": ("evaluate_sae",),
     "prunelens.sae.topk": ("TopKSAE",),

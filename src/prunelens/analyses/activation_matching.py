@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prunelens.analyses.persistence import BATCH_TOKENS, FEWEST_FIRINGS, Rows
 from prunelens.match import Matches, match_rates, match_similarities
-from prunelens.sae.kernels import Buffers
+from prunelens.sae.buffers import Buffers
 from prunelens.sae.topk import TopKSAE
 
 if TYPE_CHECKING:

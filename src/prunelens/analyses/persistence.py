@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prunelens.analyses.noise import isotropic_noise_like, other_token
 from prunelens.analyses.statistics import fisher_z
-from prunelens.sae.kernels import Buffers
+from prunelens.sae.buffers import Buffers
 from prunelens.sae.sparse import SparseEncoder
 from prunelens.sae.topk import SparseLatents
 

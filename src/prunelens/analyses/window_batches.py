@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunelens.analyses.persistence import Rows
-from prunelens.sae.kernels import Buffers, SparseLatents
+from prunelens.sae.buffers import Buffers
+from prunelens.sae.kernels import SparseLatents
 from prunelens.sae.pattern import order_by_latent
 from prunelens.sae.sparse import SparseEncoder
 

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunelens.sae import cpu_kernels, kernels
+from prunelens.sae import cpu_kernels, kernels, rounding
+from prunelens.sae.buffers import Buffers
 from prunelens.sae.copies import RoundedCopies
 from prunelens.sae.descent import BETA_MEAN, BETA_SQUARE, BIASES, Descended, Descent
-from prunelens.sae.kernels import Buffers, Weights
+from prunelens.sae.kernels import Weights
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,8 @@ class CpuDescent(Descent):
         D, device = len(self.weights.decoder_bias), self.weights.decoder_bias.device
         self._copies = None
         if dtype == torch.bfloat16:
-            width = kernels.width_with_column(D)
-            self._copies = RoundedCopies(self.weights, width=width, dtype=kernels.units(device))
+            width = rounding.width_with_column(D)
+            self._copies = RoundedCopies(self.weights, width=width, dtype=rounding.units(device))
 
     @torch.no_grad()
     def step(self, x_hat: Float[Tensor, "batch d_model"], *, rate: float, number: int) -> Descended:
@@ -83,7 +84,7 @@ class CpuDescent(Descent):
             bias, rows = weights.encoder_bias, weights.encoder_weight
             return x_hat, torch.addmm(bias, x_hat, rows.T, out=out)
         copies.renew()
-        inputs = kernels.rounded_inputs(x_hat, self._buffers)
+        inputs = rounding.rounded_inputs(x_hat, self._buffers)
         out = self._buffers.take("pre", shape, inputs.dtype, x_hat.device)
         return inputs, torch.mm(inputs, copies.encoder.T, out=out)
 

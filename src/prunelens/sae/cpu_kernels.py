@@ -5,9 +5,9 @@ threads after each. Here a row is read, used for all that it is needed for, and 
 compiles the loops when they are first called, seconds per process: what it could keep on disk
 would be pickles.
 
-A factor of a product is a float32, or the upper half of one: a bfloat16, held as uint16, which
-neither numpy nor numba has. Sums are float32. Each function works on items first..last-1 of tokens
-or latents, and no item's result depends on which others are in its share.
+A factor of a product is a float32 or a bfloat16 (see `cpu_numbers`). Sums are float32. Each
+function works on items first..last-1 of tokens or latents, and no item's result depends on which
+others are in its share.
 
 Shapes: B tokens, D d_model, F latents, K active latents per token. An entry is one active latent
 of one token; entries stand latent by latent, and in the order of tokens within each.
@@ -15,105 +15,19 @@ of one token; entries stand latent by latent, and in the order of tokens within 
 
 from __future__ import annotations
 
-from typing import Any, no_type_check
+from typing import no_type_check
 
-import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic, overload
 
+from prunelens.sae.cpu_numbers import compiled, factor_of, keep_rounded, number_of
 from prunelens.sae.descent import BETA_MEAN, BETA_SQUARE, EPSILON
-
-# Sums may be taken in any order and products be added without rounding; NaN and infinity stay.
-_REARRANGED = {"contract", "reassoc", "nsz"}
-_compiled: Any = numba.njit(nogil=True, error_model="numpy", fastmath=_REARRANGED)
 
 # Constants of compiled code have to be of the precision that they are used in.
 _NEW_MEAN, _NEW_SQUARE = np.float32(1 - BETA_MEAN), np.float32(1 - BETA_SQUARE)
 _KEPT_SQUARE, _EPSILON = np.float32(BETA_SQUARE), np.float32(EPSILON)
-_ONE, _HALF, _LOW, _NAN = np.uint32(1), np.uint32(0x7FFF), np.uint32(16), np.uint32(0x7FC0)
 
 
-@intrinsic
-@no_type_check
-def _float_of_bits(context, bits):
-    def build(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
-
-    return types.float32(types.uint32), build
-
-
-@intrinsic
-@no_type_check
-def _bits_of_float(context, number):
-    def build(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
-
-    return types.uint32(types.float32), build
-
-
-@no_type_check
-def _number(stored):
-    """The float32 that a stored factor or a pre-activation's bits stand for."""
-    raise NotImplementedError
-
-
-@overload(_number)
-@no_type_check
-def _compiled_number(stored):
-    if stored in (types.uint16, types.int16):
-        return lambda stored: _float_of_bits(np.uint32(np.uint16(stored)) << _LOW)
-    if stored == types.int32:
-        return lambda stored: _float_of_bits(np.uint32(stored))
-    return lambda stored: stored
-
-
-@_compiled
-@no_type_check
-def _rounded(number):
-    """The bits of the nearest bfloat16, ties to even; of a NaN, NaN."""
-    bits = _bits_of_float(number)
-    nearest = (bits + _HALF + ((bits >> _LOW) & _ONE)) >> _LOW
-    return np.uint16(nearest if number == number else _NAN)
-
-
-@no_type_check
-def _factor(number, rows):
-    """A float32 as the factor that `rows` hold: itself, or the nearest bfloat16."""
-    raise NotImplementedError
-
-
-@overload(_factor)
-@no_type_check
-def _compiled_factor(number, rows):
-    if rows.dtype == types.uint16:
-        return lambda number, rows: _rounded(number)
-    return lambda number, rows: number
-
-
-@no_type_check
-def _stored(number, rows):
-    """A bfloat16 as `rows` hold it: as its bits, or as a float32."""
-    raise NotImplementedError
-
-
-@overload(_stored)
-@no_type_check
-def _compiled_stored(number, rows):
-    if rows.dtype == types.uint16:
-        return lambda number, rows: number
-    return lambda number, rows: _number(number)
-
-
-@_compiled
-@no_type_check
-def keep_rounded(row, numbers):
-    """Put float32 numbers, rounded to bfloat16, into the start of a row of either precision."""
-    for d in range(len(numbers)):
-        row[d] = _stored(_rounded(numbers[d]), row)
-
-
-@_compiled
+@compiled
 @no_type_check
 def _bound(integers, count, k, at_least):
     """The k-th largest of the first `count` integers; `at_least` where fewer reach that."""
@@ -131,7 +45,7 @@ def _bound(integers, count, k, at_least):
     return found
 
 
-@_compiled
+@compiled
 @no_type_check
 def select(first, last, pre, size, indices, values):
     """TopK(ReLU(pre), K) of some tokens: distinct latents and their values, in no order.
@@ -167,11 +81,11 @@ def select(first, last, pre, size, indices, values):
         taken = 0
         for i in range(count):
             if found[i] > cut:
-                indices[token, taken], values[token, taken] = where[i], _number(found[i])
+                indices[token, taken], values[token, taken] = where[i], number_of(found[i])
                 taken += 1
         for i in range(count):
             if found[i] == cut and taken < K:
-                indices[token, taken], values[token, taken] = where[i], _number(found[i])
+                indices[token, taken], values[token, taken] = where[i], number_of(found[i])
                 taken += 1
         at = 0
         while taken < K:  # fewer than K are positive or zero: any others, at 0
@@ -181,7 +95,7 @@ def select(first, last, pre, size, indices, values):
             at += 1
 
 
-@_compiled
+@compiled
 @no_type_check
 def by_latent(indices, values, starts, tokens, entries):
     """Entries latent by latent, from [B, K] token by token.
@@ -204,26 +118,26 @@ def by_latent(indices, values, starts, tokens, entries):
             starts[j] += 1
 
 
-@_compiled
+@compiled
 @no_type_check
 def _add(total, v0, row0, v1, row1, v2, row2, v3, row3):
     for d in range(len(total)):
         total[d] += (
-            v0 * _number(row0[d])
-            + v1 * _number(row1[d])
-            + v2 * _number(row2[d])
-            + v3 * _number(row3[d])
+            v0 * number_of(row0[d])
+            + v1 * number_of(row1[d])
+            + v2 * number_of(row2[d])
+            + v3 * number_of(row3[d])
         )
 
 
-@_compiled
+@compiled
 @no_type_check
 def _add_one(total, value, row):
     for d in range(len(total)):
-        total[d] += value * _number(row[d])
+        total[d] += value * number_of(row[d])
 
 
-@_compiled
+@compiled
 @no_type_check
 def errors(first, last, indices, values, rows, bias, x_hat, scale, grad, bias_grad):
     """Reconstruct some tokens.
@@ -262,18 +176,23 @@ def errors(first, last, indices, values, rows, bias, x_hat, scale, grad, bias_gr
             bias_grad[d] += total[d]
         loss += squares
         for d in range(D):
-            out[d] = _factor(total[d], out)
+            out[d] = factor_of(total[d], out)
     return loss
 
 
-@_compiled
+@compiled
 @no_type_check
 def _products(weight, total, v0, row0, v1, row1, v2, row2, v3, row3):
     """weight . row of four rows, which are added to `total` at the same time."""
     p0, p1, p2, p3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
     for d in range(len(weight)):
         w = weight[d]
-        n0, n1, n2, n3 = _number(row0[d]), _number(row1[d]), _number(row2[d]), _number(row3[d])
+        n0, n1, n2, n3 = (
+            number_of(row0[d]),
+            number_of(row1[d]),
+            number_of(row2[d]),
+            number_of(row3[d]),
+        )
         p0 += w * n0
         p1 += w * n1
         p2 += w * n2
@@ -282,18 +201,18 @@ def _products(weight, total, v0, row0, v1, row1, v2, row2, v3, row3):
     return p0, p1, p2, p3
 
 
-@_compiled
+@compiled
 @no_type_check
 def _product(weight, total, value, row):
     p = np.float32(0)
     for d in range(len(weight)):
-        n = _number(row[d])
+        n = number_of(row[d])
         p += weight[d] * n
         total[d] += value * n
     return p
 
 
-@_compiled
+@compiled
 @no_type_check
 def _adam(weight, mean, mean_square, gradient, step_size, spread):
     for d in range(len(weight)):
@@ -304,7 +223,7 @@ def _adam(weight, mean, mean_square, gradient, step_size, spread):
         weight[d] -= step_size * first / (np.sqrt(second) * spread + _EPSILON)
 
 
-@_compiled
+@compiled
 @no_type_check
 def step_decoder(
     first, last, starts, tokens, z, grad_z, grad, weight, mean, mean_square, copy, step_size, spread
@@ -348,7 +267,7 @@ def step_decoder(
             keep_rounded(copy[j], row)
 
 
-@_compiled
+@compiled
 @no_type_check
 def step_encoder(
     first, last, starts, tokens, z, grad_z, inputs, weight, mean, mean_square, copy, step_size,

@@ -13,7 +13,8 @@ from torch import Tensor
 from prunelens.sae import triton_kernels, triton_products
 from prunelens.sae.copies import RoundedCopies
 from prunelens.sae.descent import Descended, Descent
-from prunelens.sae.kernels import Gradients, SparseLatents, Weights, width_with_column
+from prunelens.sae.kernels import Gradients, SparseLatents, Weights
+from prunelens.sae.rounding import width_with_column
 
 _WIDTH_MULTIPLE = 8  # bfloat16 values in the 16 bytes that a thread loads at once
 

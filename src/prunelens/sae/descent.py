@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from prunelens.sae import kernels
-from prunelens.sae.kernels import Buffers, Weights
+from prunelens.sae.buffers import Buffers
+from prunelens.sae.kernels import Weights
 
 BETA_MEAN, BETA_SQUARE, EPSILON = 0.9, 0.999, 1e-8
 """Adam's: how much of its two moments stays, and what is added to the root of the second."""

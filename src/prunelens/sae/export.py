@@ -21,8 +21,9 @@ from prunelens.activations import Statistics
 from prunelens.errors import UserError
 from prunelens.prune.checkpoint import check_target, flush
 from prunelens.sae import sparsify
-from prunelens.sae.formats import PLACE_FILE, GivenSae, NormalisedTopK, own_sae
+from prunelens.sae.formats import GivenSae, NormalisedTopK
 from prunelens.sae.kernels import Weights
+from prunelens.sae.own_folder import PLACE_FILE, own_sae
 from prunelens.sae.topk import TopKSAE
 
 ExportFormat = Literal["saelens", "sparsify"]

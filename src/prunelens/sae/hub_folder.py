@@ -13,7 +13,7 @@ from prunelens.cards import CARD_FILE, RECORD_FILE, Sharing, version
 from prunelens.prune.checkpoint import check_target, flush
 from prunelens.sae.card import OWN, SAELENS, SPARSIFY, prunings_of, sae_card
 from prunelens.sae.export import export_sae
-from prunelens.sae.formats import PLACE_FILE
+from prunelens.sae.own_folder import PLACE_FILE
 from prunelens.sae.record import QUALITY_FILE, SaeRecord, TrainingRecord, sae_record
 
 # Of an SAE's artifact, what it needs to be used; the others are about the study.

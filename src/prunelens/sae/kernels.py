@@ -14,8 +14,6 @@ Shapes: B tokens, D d_model, F latents, K active latents per token.
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from typing import NamedTuple
 
@@ -24,11 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from prunelens.sae.buffers import Buffers
 from prunelens.sae.pattern import TransposedPattern
-
-log = logging.getLogger(__name__)
-
-_WIDTH_MULTIPLE = 32  # columns that matrix units take at a time
+from prunelens.sae.rounding import rounded_inputs, with_column
 
 
 class Weights(NamedTuple):
@@ -70,29 +66,6 @@ class Gradients(NamedTuple):
         return weights.encoder_weight[first:last], weights.decoder_weight[first:last]
 
 
-class Buffers:
-    """Large tensors that one training uses again at every step.
-
-    A fresh one costs a page fault per 4 KiB.
-    """
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[object, ...], Tensor] = {}
-
-    def take(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """The tensor of that name and shape, as it was left; zeros the first time."""
-        key = (name, shape, dtype, device)
-        if key not in self._held:
-            self._held[key] = torch.zeros(shape, dtype=dtype, device=device)
-        return self._held[key]
-
-    def copy(self, name: str, source: Tensor, dtype: torch.dtype) -> Tensor:
-        """`source` in another precision, in the tensor of that name."""
-        return self.take(name, tuple(source.shape), dtype, source.device).copy_(source)
-
-
 def encode(
     x_hat: Float[Tensor, "tokens d_model"],
     weight: Float[Tensor, "latents d_model"],
@@ -121,56 +94,9 @@ def encode(
 def _bfloat16_pre(x_hat: Tensor, weight: Tensor, bias: Tensor, buffers: Buffers) -> Tensor:
     """W_enc x_hat + b_enc with factors rounded to bfloat16."""
     inputs = rounded_inputs(x_hat, buffers)
-    rows = _rounded_with_column("encoder", weight, bias.bfloat16(), buffers)
+    rows = with_column("encoder", weight, bias.bfloat16(), buffers)
     shape = (len(x_hat), len(weight))
     return torch.mm(inputs, rows.T, out=buffers.take("pre", shape, rows.dtype, x_hat.device))
-
-
-def rounded_inputs(
-    x_hat: Float[Tensor, "tokens d_model"], buffers: Buffers
-) -> Float[Tensor, "tokens width"]:
-    """Inputs rounded to bfloat16 with a column of ones after them, against the encoder's bias.
-
-    The bias is one more column of the weights: added by the product itself it costs nearly nothing.
-    They are in a buffer until the next call, in the precision of `units`.
-    """
-    return _rounded_with_column("inputs", x_hat, 1.0, buffers)
-
-
-def _rounded_with_column(
-    name: str, rows: Tensor, column: Tensor | float, buffers: Buffers
-) -> Tensor:
-    D, precision = rows.shape[1], units(rows.device)
-    table = buffers.take(name, (len(rows), width_with_column(D)), precision, rows.device)
-    table[:, :D].copy_(rows if precision == torch.bfloat16 else rows.bfloat16())
-    table[:, D] = column
-    return table
-
-
-def width_with_column(d_model: int, multiple: int = _WIDTH_MULTIPLE) -> int:
-    """Width of rows with one more column, up to a whole multiple of what is taken at a time."""
-    return math.ceil((d_model + 1) / multiple) * multiple
-
-
-def units(device: torch.device) -> torch.dtype:
-    """What factors rounded to bfloat16 are multiplied in.
-
-    Where the processor has no bfloat16 units that is float32.
-    """
-    if device.type != "cpu" or _has_bfloat16_units():
-        return torch.bfloat16
-    return torch.float32
-
-
-@functools.cache
-def _has_bfloat16_units() -> bool:
-    """Whether this processor multiplies bfloat16 matrices itself; said once where it does not."""
-    # Older versions of torch do not tell: then it is as if there were none.
-    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    has = any(found.get(unit, False) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
-    if not has:
-        log.info("no bfloat16 units: products of bfloat16 factors are taken in float32")
-    return has
 
 
 def decode(

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from prunelens.config import PretrainedSaeConfig, Site
 from prunelens.errors import UserError
 from prunelens.sae import sparsify
-from prunelens.sae.formats import GivenSae, own_sae
+from prunelens.sae.formats import GivenSae
+from prunelens.sae.own_folder import own_sae
 
 _OWN_FILE, _SAELENS_FILES = "sae.json", ("cfg.json", "sae_weights.safetensors")
 _SPARSIFY_FILES = (sparsify.CONFIG_FILE, sparsify.WEIGHTS_FILE)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunelens.errors import UserError
-from prunelens.sae.kernels import Buffers
+from prunelens.sae.buffers import Buffers
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.training import TokenActivations
 

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 from prunelens.config import ActivationConfig, SaeConfig, Site
 from prunelens.errors import UserError
 from prunelens.prune.record import ModelRecord, PruningRecord, TextRecord
-from prunelens.sae.formats import PLACE_FILE, NormalisedTopK, own_sae
+from prunelens.sae.formats import NormalisedTopK
+from prunelens.sae.own_folder import PLACE_FILE, own_sae
 
 QUALITY = ("fvu", "fvu_raw", "fvu_dense_var", "l0", "alive", "num_latents", "mean_init_retention")
 QUALITY_FILE = "quality.json"

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunelens.sae import kernels
-from prunelens.sae.kernels import Buffers, SparseLatents
+from prunelens.sae.buffers import Buffers
+from prunelens.sae.kernels import SparseLatents
 
 
 @runtime_checkable

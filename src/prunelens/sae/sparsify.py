@@ -22,7 +22,8 @@ from torch import Tensor
 from prunelens.activations import Statistics
 from prunelens.config import Site
 from prunelens.errors import UserError
-from prunelens.sae.formats import PLACE_FILE, GivenSae, given
+from prunelens.sae.formats import GivenSae, given
+from prunelens.sae.own_folder import PLACE_FILE
 from prunelens.sae.topk import TopKSAE, refuse_other_sizes
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunelens.errors import UserError
 from prunelens.sae import kernels
+from prunelens.sae.buffers import Buffers
 from prunelens.sae.kernels import SparseLatents, Weights
 
 _WEIGHTS_FILE = "sae.safetensors"
@@ -85,7 +86,7 @@ class TopKSAE(nn.Module):
         )
 
     def encode(
-        self, x_hat: Float[Tensor, "tokens d_model"], *, buffers: kernels.Buffers | None = None
+        self, x_hat: Float[Tensor, "tokens d_model"], *, buffers: Buffers | None = None
     ) -> SparseLatents:
         """The k kept latents of every token, in float32.
 
@@ -96,7 +97,7 @@ class TopKSAE(nn.Module):
         )
 
     def encode_sparse(
-        self, x: Float[Tensor, "tokens d_model"], *, buffers: kernels.Buffers | None = None
+        self, x: Float[Tensor, "tokens d_model"], *, buffers: Buffers | None = None
     ) -> SparseLatents:
         """`encode`, under the name that all SAEs have for it (see SparseEncoder)."""
         return self.encode(x, buffers=buffers)

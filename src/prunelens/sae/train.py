@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prunelens.config import SaeConfig
-from prunelens.sae.kernels import Buffers
+from prunelens.sae.buffers import Buffers
 from prunelens.sae.order import TokenOrder
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.training import StepLog, TokenActivations, Training

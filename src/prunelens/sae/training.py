@@ -22,9 +22,9 @@ from torch import Tensor
 
 from prunelens.config import SaeConfig
 from prunelens.errors import UserError
+from prunelens.sae.buffers import Buffers
 from prunelens.sae.checked import load_checked, save_checked
 from prunelens.sae.descent import Descent
-from prunelens.sae.kernels import Buffers
 from prunelens.sae.order import TokenOrder, derived_generator
 from prunelens.sae.resample import restart_dead
 from prunelens.sae.start import fingerprint, starting_sae

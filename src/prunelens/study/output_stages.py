@@ -14,7 +14,8 @@ from prunelens.activations import Statistics
 from prunelens.analyses.causal import Ablations, ablate, nothing_ablated
 from prunelens.analyses.causal_groups import causal_summary, latent_groups
 from prunelens.analyses.transfer import DenseReference, transfer, transfer_verdicts
-from prunelens.sae.formats import GivenSae, own_sae
+from prunelens.sae.formats import GivenSae
+from prunelens.sae.own_folder import own_sae
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.model_stages import load_stage_model, load_windows

@@ -17,7 +17,7 @@ from torch import Tensor
 from prunelens.activations import Activations, Statistics, random_rotation
 from prunelens.config import SaeConfig
 from prunelens.sae.checked import load_checked, save_checked
-from prunelens.sae.formats import PLACE_FILE
+from prunelens.sae.own_folder import PLACE_FILE
 from prunelens.sae.quality import SaeQuality, evaluate_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.train import SaeRequest, TrainedSae, train_saes
