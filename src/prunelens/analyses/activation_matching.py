@@ -111,10 +111,11 @@ def latent_series(
     for start in range(0, len(tokens), BATCH_TOKENS):
         batch = tokens[start : start + BATCH_TOKENS]
         latents = sae.encode(rows.rows(batch), buffers=buffers)
-        fires = latents.values > 0
-        values.append(latents.values[fires].cpu().numpy())
-        indices.append(latents.indices[fires].int().cpu().numpy())
-        per_token.append(fires.sum(1).cpu().numpy())
+        kept, numbers = latents.values.cpu().numpy(), latents.indices.int().cpu().numpy()
+        fires = kept > 0
+        values.append(kept[fires])
+        indices.append(numbers[fires])
+        per_token.append(np.count_nonzero(fires, axis=1))
         if progress:
             progress(start + len(batch))
     ends = np.concatenate([[0], np.cumsum(np.concatenate(per_token))])
