@@ -3,8 +3,9 @@
 usage: python benchmarks/sae_training.py [--threads 2] [--rounds 7] [--steps 1000] [--save]
 
 1. Overhead: `Training.advance` with reading and normalising of its batch from a store on disk,
-   against `Descent.step` on a batch in memory, at the paper's shape and at the demo's; to it comes
-   what a training does now and then (restarts, log points, checkpoints), timed and shared out.
+   against `Descent.step` on the same batches in memory, at the paper's shape and at the demo's; to
+   it comes what a training does now and then (restarts, log points, checkpoints), timed and shared
+   out.
 2. Shared reading: the time of reading one batch, against four SAEs that see the same order.
 3. Memory: the most held while training for 50 steps and for 450, on one and on four times as many
    tokens, as bytes per further step and token. The store is mapped, so what the operating system
@@ -81,25 +82,34 @@ def trainer_overhead(place: pathlib.Path, name: str, rounds: int) -> dict[str, A
     data = random_store(place, 16, SETTINGS[name]["batch_tokens"], D_MODEL[name])
     config = SaeConfig.model_validate({**SETTINGS[name], "steps": 20_000, "dtype": "bfloat16"})
     whole, bare = (Training(data, config, init_seed=0, data_seed=0) for _ in range(2))
-    batch = bare.next_batch()
+    # Both learn from the same batches: what fires, and so what a step costs, changes with that.
+    batches = [data.rows(bare.order.batch(step)) for step in range(1, 17)]
+
+    def step() -> None:
+        bare.step += 1
+        batch = batches[(bare.step - 1) % len(batches)]
+        bare.descent.step(batch, rate=config.learning_rate, number=bare.step)
+
     calls: dict[str, Callable[[], object]] = {
         "trainer": lambda: whole.advance(whole.next_batch()),
-        "step": lambda: bare.descent.step(batch, rate=1e-5, number=100),
+        "step": step,
     }
-    repeats = 100 if name == "demo" else 3
+    repeats = 200 if name == "demo" else 3
     times = take_turns(calls, rounds=rounds, repeats=repeats)
     dead = torch.arange(whole.sae.num_latents) % 10 == 0
     rare: dict[str, Callable[[], object]] = {
-        "log": lambda: whole.advance(batch, log=True),
+        "log": lambda: whole.advance(batches[0], log=True),
         "restart": lambda: whole._restart(dead),
         "checkpoint": lambda: whole.save(place / "checkpoint.safetensors"),
     }
     now_and_then = take_turns(rare, rounds=2)
     steps = config.steps
+    restarts = range(config.resample_interval, round(0.75 * steps), config.resample_interval)
+    checkpoints = range(config.checkpoint_every, steps, config.checkpoint_every)
     shared = (
         100 * (now_and_then["log"].median - times["trainer"].median)
-        + steps // config.resample_interval * now_and_then["restart"].median
-        + steps // config.checkpoint_every * now_and_then["checkpoint"].median
+        + len(restarts) * now_and_then["restart"].median
+        + len(checkpoints) * now_and_then["checkpoint"].median
     ) / steps
     ratio = (times["trainer"].median + shared) / times["step"].median
     return {"milliseconds": {**times, **now_and_then}, "rare_per_step": shared, "ratio": ratio}

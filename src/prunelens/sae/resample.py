@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from prunelens.sae.buffers import Buffers
 from prunelens.sae.topk import TopKSAE
 
 _ENCODER_SCALE = 0.2  # of the living latents' mean encoder norm
@@ -40,7 +41,8 @@ def restart_dead(
     Returns: the latents restarted; fewer than `dead` where too few inputs have any error.
     """
     latents = dead.nonzero().flatten()
-    errors = [_squared_error(sae, rows(batch)) for batch in pool.split(batch_tokens)]
+    buffers = Buffers()
+    errors = [_squared_error(sae, rows(batch), buffers) for batch in pool.split(batch_tokens)]
     chosen = pool[draw_by_weight(torch.cat(errors).cpu(), len(latents), generator=generator)]
     latents = latents[: len(chosen)]
     restarted = torch.zeros_like(dead)
@@ -72,8 +74,9 @@ def draw_by_weight(
 
 
 def _squared_error(
-    sae: TopKSAE, x_hat: Float[Tensor, "tokens d_model"]
+    sae: TopKSAE, x_hat: Float[Tensor, "tokens d_model"], buffers: Buffers
 ) -> Float[Tensor, " tokens"]:
     """Per token; 0 for an input at b_dec, which has no direction to restart at."""
     has_direction = (x_hat != sae.decoder_bias).any(1)
-    return (sae(x_hat) - x_hat).square().sum(1) * has_direction
+    rebuilt = sae.decode(sae.encode(x_hat, buffers=buffers))
+    return (rebuilt - x_hat).square().sum(1) * has_direction

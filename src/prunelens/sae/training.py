@@ -37,6 +37,7 @@ COMPILED_FROM = 2e12
 takes to compile them: a minute's work of one core. It depends on the config alone, because numbers
 do: the loops add in another order.
 """
+_ROWS = 256  # of a weight matrix, looked at at a time
 
 
 @runtime_checkable
@@ -180,8 +181,10 @@ class Training:
 
     def init_retention(self) -> Float[Tensor, " latents"]:
         """Cosine of each decoder row with the row it (re)started from, in float64."""
-        rows, start = self.sae.decoder_weight.detach().double(), self.start.double()
-        return torch.cosine_similarity(rows, start, dim=1)
+        # Some rows at a time: a fresh float64 copy of both matrices costs more than two steps.
+        matrices = (self.sae.decoder_weight.detach(), self.start)
+        pairs = zip(*(matrix.split(_ROWS) for matrix in matrices), strict=True)
+        return torch.cat([torch.cosine_similarity(a.double(), b.double()) for a, b in pairs])
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, not copied."""
