@@ -1,6 +1,7 @@
 """The whole flow at the size of Gemma 3 1B, once with few tokens and once with twice as many.
 
 usage: python benchmarks/real_size.py [--tokens 8192] [--workers 1] [--rounds 1] [--device cpu]
+       python benchmarks/real_size.py --questions persistence
        python benchmarks/real_size.py --device cuda --full
 
 The model has the true architecture (the shape that ships with prunelens) and random weights, the
@@ -10,6 +11,7 @@ fewer conditions and seeds, and every count of tokens scaled down alike. If a st
 in the tokens, doubling them would take up to four times as long. (Costs that do not grow hide a
 part of that; the numbers of latents, seeds and conditions stay as they are.)
 
+With `--questions` only the stages that those need are run, and the report is a file of its own.
 With `--full` it is instead one run of tier A1's size: 1.5 M tokens, 20,000 steps, three seeds, a
 dense and a pruned condition, with the wall clock of every kind of stage. That needs a GPU.
 """
@@ -46,6 +48,7 @@ ROW = 10  # of docs/performance.md
 MOST_GIB, MOST_RATIO = 24.0, 2.2
 WORTH_A_RATIO = 4.0  # seconds of CPU time; below, a ratio of times says nothing
 SECONDS_BETWEEN_SAMPLES = 0.2
+ALL_QUESTIONS = list(get_args(Question))
 PRUNINGS = "[{criterion: wanda, scope: row, sparsities: [0.3]}]"
 
 
@@ -104,8 +107,11 @@ def main() -> None:
         peak = max(ran.peak_gib for size in sizes for ran in runs[size])
         marks = [Mark(ROW, "most memory at one time, GiB", MOST_GIB, "at most", peak)]
         marks += _growth(*(runs[size] for size in sizes))
+    name = "real_size_full" if chosen.full else "real_size"
+    if chosen.questions != ALL_QUESTIONS:
+        name = "_".join([name, *chosen.questions])
     publish(
-        "real_size_full" if chosen.full else "real_size",
+        name,
         settings={
             "model": f"random weights in the shape of {SHAPED_LIKE}",
             "parameters": PARAMETERS,
@@ -140,6 +146,7 @@ def _options() -> argparse.Namespace:
     parser = options(__doc__)
     parser.add_argument("--tokens", type=int, default=8192, help="training tokens of the first run")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--questions", nargs="+", choices=ALL_QUESTIONS, default=ALL_QUESTIONS)
     parser.add_argument("--full", action="store_true", help="tier A1's size; needs a GPU")
     parser.set_defaults(rounds=1)
     chosen = parser.parse_args()
@@ -161,7 +168,7 @@ def _settings(folder: pathlib.Path, tokens: int, chosen: argparse.Namespace) -> 
         "corpus.source": "tokens",
         "corpus.paths": f"[{folder / f'{tokens}.safetensors'}]",
         "perplexity.corpus": "null",
-        "questions": f"[{', '.join(get_args(Question))}]",
+        "questions": f"[{', '.join(chosen.questions)}]",
         "sae.seeds": "[0, 1, 2]",
         "threads_per_stage": str(chosen.threads),
         "keep_activations": "true",  # their stages are to be seen at the end
