@@ -107,11 +107,10 @@ def main() -> None:
         peak = max(ran.peak_gib for size in sizes for ran in runs[size])
         marks = [Mark(ROW, "most memory at one time, GiB", MOST_GIB, "at most", peak)]
         marks += _growth(*(runs[size] for size in sizes))
-    name = "real_size_full" if chosen.full else "real_size"
-    if chosen.questions != ALL_QUESTIONS:
-        name = "_".join([name, *chosen.questions])
+    part = [] if chosen.questions == ALL_QUESTIONS else chosen.questions
     publish(
-        name,
+        "real_size",
+        variant="_".join(["full"] * chosen.full + part),
         settings={
             "model": f"random weights in the shape of {SHAPED_LIKE}",
             "parameters": PARAMETERS,

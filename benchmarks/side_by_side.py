@@ -131,10 +131,15 @@ def publish(
     results: Mapping[str, Any],
     marks: Sequence[Mark],
     save: bool,
+    variant: str = "",
 ) -> None:
-    """Print the report as JSON; with `save`, write it to `benchmarks/results/NAME.json` too."""
+    """Print the report as JSON; with `save`, write it to `benchmarks/results/NAME.json` too.
+
+    Where a script measures in several ways, each `variant` has a file of its own.
+    """
     report = {
         "benchmark": name,
+        **({"variant": variant} if variant else {}),
         "settings": dict(settings),
         "results": results,
         "marks": [{**mark._asdict(), "reached": mark.reached} for mark in marks],
@@ -144,7 +149,9 @@ def publish(
     print(text, end="")
     if save:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+        (RESULTS / f"{'_'.join(filter(None, (name, variant)))}.json").write_text(
+            text, encoding="utf-8"
+        )
 
 
 def _plain(value: Any) -> Any:

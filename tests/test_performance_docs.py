@@ -21,7 +21,9 @@ def test_the_table_is_made_from_the_saved_reports():
     assert tool.with_table(page, REPORTS) == page, "run python tools/write_performance.py"
 
 
-@pytest.mark.parametrize("report", REPORTS, ids=lambda report: report["benchmark"])
+@pytest.mark.parametrize(
+    "report", REPORTS, ids=lambda report: report["benchmark"] + report.get("variant", "")
+)
 def test_a_report_says_where_it_ran_and_judges_by_its_numbers(report):
     assert (ROOT / "benchmarks" / f"{report['benchmark']}.py").is_file()
     assert report["setting"]["commit"] and report["setting"]["versions"]["torch"]

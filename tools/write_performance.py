@@ -54,9 +54,10 @@ def table(found: list[dict[str, Any]]) -> str:
     for row, report, mark in sorted(marks, key=lambda each: (each[0], each[1]["benchmark"])):
         reached = "reached" if mark["reached"] else "**not reached**"
         commit = report["setting"]["commit"] + ("+" if report["setting"]["changed_since"] else "")
+        benchmark = f"`{report['benchmark']}` {report.get('variant', '').replace('_', ' ')}"
         lines.append(
             f"| {row} | {mark['what']} | {mark['direction']} {number(mark['asked'])} |"
-            f" {number(mark['measured'])} | {reached} | `{report['benchmark']}` | {commit} |"
+            f" {number(mark['measured'])} | {reached} | {benchmark.strip()} | {commit} |"
         )
     return "\n".join(lines)
 
