@@ -149,9 +149,8 @@ def publish(
     print(text, end="")
     if save:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{'_'.join(filter(None, (name, variant)))}.json").write_text(
-            text, encoding="utf-8"
-        )
+        file = f"{name}_{variant}.json" if variant else f"{name}.json"
+        (RESULTS / file).write_text(text, encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
