@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from faults.kill import differences, results_of
+from faults.kill import differences, on_a_busy_machine, results_of
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
 from prunelens.report.paper_tables import write_paper_tables
@@ -306,7 +306,7 @@ def test_a_ray_of_this_machine_is_closed_to_others_ends_at_once_and_leaves_nothi
         seconds = time.monotonic() - started
     assert set(listening) == {"127.0.0.1"}
     assert process.returncode == 130
-    assert seconds < 5 * max(1.0, os.getloadavg()[0] / os.cpu_count())  # others may work here too
+    assert seconds < on_a_busy_machine(5.0)
     assert [member for member in family if member.is_running()] == []
     command += ["--address", f"ray://127.0.0.1:{CLIENT_PORT}", "--json"]
     environment |= executor.LOOPBACK

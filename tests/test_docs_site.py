@@ -11,7 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 from typer.main import get_command
 
-from prunelens.cli import app
+from prunelens.cli.app import app
 from prunelens.config import Question
 from prunelens.report.panels import FIGURES
 

@@ -14,7 +14,7 @@ import pytest
 from pyarrow import fs
 from typer.testing import CliRunner
 
-from prunelens.cli import app
+from prunelens.cli.app import app
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
 from prunelens.report.write import run_and_report, write_report

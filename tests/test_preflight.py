@@ -17,7 +17,7 @@ from prunelens import checkpoint
 from prunelens.analyses import persistence as persistence_module
 from prunelens.analyses.survival import Dictionary, control_arms, pruned_arms
 from prunelens.checkpoint import model_shape
-from prunelens.cli import app
+from prunelens.cli.app import app
 from prunelens.cli.plan_view import show_preflight
 from prunelens.config import ModelConfig, SaeConfig, study_from_data
 from prunelens.errors import UserError

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from prunelens.analyses.grades import AUC_MARK, FOLLOWS_RATE, MEASURES, SEPARATES
-from prunelens.cli import app, main
+from prunelens.cli import main
+from prunelens.cli.app import app
 from prunelens.errors import UserError
 from prunelens.report import selftest
 from prunelens.report.selftest import judge, run_selftest, selftest_study, what_to_believe

@@ -155,6 +155,11 @@ def num_artifacts(folder: pathlib.Path) -> int:
     return sum(kind not in ("activations", "damaged", "unfinished") for kind in kinds)
 
 
+def on_a_busy_machine(seconds: float) -> float:
+    """What `seconds` of a machine to oneself may become beside what else runs now."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def wait_for_orphans(session: int, seconds: float = ORPHAN_SECONDS) -> list[str]:
     """The processes of a session whose leader has ended that are there even after so long."""
     deadline = time.monotonic() + seconds

@@ -1,0 +1,63 @@
+"""The commands, and what becomes of a user's mistake: one line and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from prunelens.cli import explorer, export, selftest, steps, studies
+from prunelens.errors import UserError
+
+app = typer.Typer(
+    help="What did pruning do to a model's features, and can you trust the answer?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (
+    studies.demo,
+    studies.run,
+    studies.plan,
+    studies.status,
+    studies.report,
+    studies.predict,
+    explorer.view,
+    steps.prune,
+    steps.match,
+    steps.transfer,
+    export.export,
+    selftest.selftest,
+):
+    app.command()(command)
+
+# The base of typer's usage errors, which typer itself does not export.
+UsageError: Any = typer.BadParameter.__base__
+
+
+def run_app() -> int:
+    """Run the command that `sys.argv` names. Returns: its exit code, 130 after Ctrl-C."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
+    )
+    try:
+        return app(standalone_mode=False) or 0
+    except UserError as error:
+        return _mistake(str(error))
+    except UsageError as error:
+        if not error.format_message():  # no arguments: the help has been shown
+            return 2
+        return _mistake(f"{error.format_message()}; see prunelens --help")
+    except OSError as error:
+        return _mistake(f"{error.filename or 'file'}: {error.strerror or error}; check the path")
+
+
+def _mistake(message: str) -> int:
+    print(f"prunelens: {' '.join(message.split())}", file=sys.stderr)
+    return 2

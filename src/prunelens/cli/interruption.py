@@ -1,0 +1,47 @@
+"""Ctrl-C and SIGTERM, with which batch systems end a job, as one interruption that is not lost."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+AGAIN_AFTER = 0.05  # seconds
+LEFT_ALONE = (signal.SIG_IGN, None)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Inside, both signals raise KeyboardInterrupt. Yields: the numbers of those that came.
+
+    What is raised can come out as something else (from the compiled code of a library that is
+    being imported, say), so read the numbers. And it is dropped where Python cannot raise, as in
+    what a garbage collector or an import's lock calls back: there the signal is sent again.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    def unraisable(dropped: Any) -> None:
+        if received and issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(AGAIN_AFTER, signal.raise_signal, [received[-1]]).start()
+        else:
+            hook(dropped)
+
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Not what is ignored: so a shell starts work in the background. None was not set by Python.
+    handlers = {n: handler for n, handler in handlers.items() if handler not in LEFT_ALONE}
+    try:
+        for number in handlers:
+            signal.signal(number, interrupt)
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = hook
