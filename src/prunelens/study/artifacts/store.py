@@ -32,7 +32,7 @@ from prunelens.study.artifacts.seal import (
     sha256_of,
     unsealed,
 )
-from prunelens.study.artifacts.temporary import is_left, temporary_beside
+from prunelens.study.artifacts.temporary import left_in, remove_folder, temporary_beside
 
 CLAIMS_FILE = ".claims"  # empty; stages are locked on its bytes
 # The disk cannot read it, or what lies in its place is no file.
@@ -226,34 +226,17 @@ class Store:
 
     def delete(self, stage: Stage) -> None:
         """Remove an artifact; it can be made again from its stage."""
-        self._remove(self.folder(stage))
+        remove_folder(self.folder(stage))
         self.forget(stage)
 
     def sweep_temporary(self) -> None:
-        """Remove what killed processes left half-written, but not what one is writing.
-
-        Where the file system has no locks, nobody's claim can be seen: a folder then stays while
-        the process in its name runs, and one of another machine for a day.
-        """
-        for folder in self.root.glob("*/*.tmp"):
-            if folder.parent.is_symlink():  # what it leads to is not ours
-                continue
-            if self.claims.is_free(folder.name.split(".")[0]) and is_left(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+        """Remove what killed processes left half-written, but not what one is writing."""
+        for folder in left_in(self.root, self.claims):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _place_aside(self, stage: Stage) -> pathlib.Path:
         name = f"{stage.name}-{stage.identity[:12]}-{os.urandom(3).hex()}"
         return self.root / "damaged" / name
-
-    def _remove(self, folder: pathlib.Path) -> None:
-        """Rename an artifact's folder before it is emptied, so that a kill leaves no half of it."""
-        if folder.is_symlink():  # what it leads to is not ours
-            folder.unlink()
-            return
-        doomed = temporary_beside(folder)
-        with contextlib.suppress(FileNotFoundError):  # not there, or another has been quicker
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
 
     def _read_meta(self, stage: Stage) -> bytes:
         return (self.folder(stage) / "meta.json").read_bytes()

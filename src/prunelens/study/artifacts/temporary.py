@@ -1,14 +1,19 @@
-"""Names of folders that are being written: no two makers share one, and a dead one's is known."""
+"""Folders that are being written or removed: no two makers share one, and a dead one's is known."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
+import shutil
 import socket
 import time
+from collections.abc import Iterator
 
 import psutil
+
+from prunelens.study.artifacts.claims import Claims
 
 FORGOTTEN_SECONDS = 86_400.0  # age at which what another machine left unfinished is nobody's
 
@@ -19,7 +24,31 @@ def temporary_beside(folder: pathlib.Path) -> pathlib.Path:
     return folder.with_name(f"{folder.name}.{host}-{os.getpid()}-{os.urandom(4).hex()}.tmp")
 
 
-def is_left(folder: pathlib.Path) -> bool:
+def remove_folder(folder: pathlib.Path) -> None:
+    """Rename a folder before it is emptied, so that a kill leaves no half of it under its name."""
+    if folder.is_symlink():  # what it leads to is not ours
+        folder.unlink()
+        return
+    doomed = temporary_beside(folder)
+    with contextlib.suppress(FileNotFoundError):  # not there, or another has been quicker
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def left_in(root: pathlib.Path, claims: Claims) -> Iterator[pathlib.Path]:
+    """What killed processes left half-written below a folder of artifacts.
+
+    Where the file system has no locks, nobody's claim can be seen: a folder then counts as written
+    to while the process in its name runs, and one of another machine for a day.
+    """
+    for folder in root.glob("*/*.tmp"):
+        if folder.parent.is_symlink():  # what it leads to is not ours
+            continue
+        if claims.is_free(folder.name.split(".")[0]) and _is_left(folder):
+            yield folder
+
+
+def _is_left(folder: pathlib.Path) -> bool:
     """Whether whoever wrote to a temporary folder is gone, as far as can be told from here."""
     parts = folder.name.split(".")[1].split("-")
     try:
