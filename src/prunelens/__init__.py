@@ -17,7 +17,8 @@ The public API on one page; importing it loads nothing heavy, names load on firs
     evidence  collect_contexts, read_contexts, token_effects, study_contexts
     explorer  view_study, write_study_explorer
     share     export_hub, export_checkpoint, push_folder, Sharing
-    study     plan_study, preflight, run_and_report, write_report, predict_latents
+    study     plan_study, preflight, run_and_report, write_report, predict_latents, leftovers,
+              clean_study
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from prunelens.sae.quality import evaluate_sae
     from prunelens.sae.topk import TopKSAE
     from prunelens.sae.train import SaeRequest, train_sae, train_saes
+    from prunelens.study.clean import clean_study, leftovers
     from prunelens.study.contexts import study_contexts
     from prunelens.study.exports import export_checkpoint, export_hub
     from prunelens.study.plan import plan_study
@@ -215,6 +217,7 @@ _HOMES = {
         "export_checkpoint",
         "export_hub",
     ),
+    "prunelens.study.clean": ("clean_study", "leftovers"),
     "prunelens.study.plan": ("plan_study",),
     "prunelens.study.contexts": ("study_contexts",),
     "prunelens.study.predict": ("predict_latents",),

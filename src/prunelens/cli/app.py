@@ -26,6 +26,7 @@ for command in (
     studies.status,
     studies.report,
     studies.predict,
+    studies.clean,
     explorer.view,
     steps.prune,
     steps.match,

@@ -1,8 +1,9 @@
-"""Commands about whole studies: demo, run, plan, status, report, predict."""
+"""Commands about whole studies: demo, run, plan, status, report, predict, clean."""
 
 from __future__ import annotations
 
 import pathlib
+import shlex
 from typing import Annotated
 
 import typer
@@ -204,3 +205,30 @@ def predict(
         " The study's pruning methods are pooled. Intervals: 95 %, of the fit, conditions as"
         " clusters."
     )
+
+
+def clean(
+    folder: Folder,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Free it; without, nothing is changed.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what of a study's artifacts the study does not need, or free it."""
+    import pandas as pd
+
+    from prunelens.study.clean import clean_study, leftovers
+
+    found = clean_study(folder) if yes else leftovers(folder)
+    if as_json:
+        print_json({"freed": yes, "leftovers": [leftover._asdict() for leftover in found]})
+        return
+    if found:
+        rows = [(one.path, one.label, one.why, f"{one.num_bytes / 1e6:.1f}") for one in found]
+        print_table(pd.DataFrame(rows, columns=["folder", "made by", "why", "MB"]))
+    folders = "1 folder" if len(found) == 1 else f"{len(found)} folders"
+    total = f"{sum(one.num_bytes for one in found) / 1e6:.1f} MB in {folders}"
+    if yes or not found:
+        print(f"freed {total}" if found else "nothing to free")
+    else:
+        print(f"{total}; free them with: prunelens clean {shlex.quote(str(folder))} --yes")

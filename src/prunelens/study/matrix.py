@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -77,12 +77,17 @@ class Plan:
         return {stage.identity: stage for run in self.runs for stage in run.targets()}
 
 
-def parents_first(targets: Iterable[Stage]) -> Iterator[Stage]:
-    """Every stage that the targets rest on, and they, once; the order of the executor."""
+def parents_first(
+    targets: Iterable[Stage], *, but: Callable[[Stage], bool] = lambda _: False
+) -> Iterator[Stage]:
+    """Every stage that the targets rest on, and they, once; the order of the executor.
+
+    Not those for which `but` holds, nor what only they rest on.
+    """
     seen: set[str] = set()
 
     def walk(stage: Stage) -> Iterator[Stage]:
-        if stage.identity not in seen:
+        if stage.identity not in seen and not but(stage):
             seen.add(stage.identity)
             for parent in stage.parents.values():
                 yield from walk(parent)

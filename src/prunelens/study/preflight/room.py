@@ -28,7 +28,7 @@ def disk_checks(disk: Disk, artifacts: pathlib.Path, *, downloads: float) -> Ite
         artifacts: the folder of its artifacts; what is there already counts as written.
         downloads: bytes of weights still to be fetched.
     """
-    need = max(0.0, disk.peak - _written(artifacts))
+    need = max(0.0, disk.peak - bytes_written(artifacts))
     place, cache = _existing(artifacts), _existing(cache_folder())
     together = place.stat().st_dev == cache.stat().st_dev
     free = shutil.disk_usage(place).free
@@ -92,7 +92,7 @@ def _level(there: float, need: float) -> Level:
     return "warning" if there < PERHAPS_TOO_LITTLE * need else "ok"
 
 
-def _written(artifacts: pathlib.Path) -> float:
+def bytes_written(artifacts: pathlib.Path) -> float:
     """Bytes of the artifacts that are there."""
     return float(sum(path.stat().st_size for path in artifacts.rglob("*") if path.is_file()))
 
