@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -202,3 +203,34 @@ def test_no_right_to_lock_is_no_want_of_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(UserError, match="cannot write to"), alone_in(tmp_path / "out"):
         pass
+
+
+WRITING = """
+import pathlib, sys
+from prunelens.study.folder import _write
+for number in range(300):
+    _write(pathlib.Path(sys.argv[1]), sys.argv[2] * 5000)
+"""
+
+
+def test_a_file_of_the_folder_bears_two_writers(tmp_path):
+    """Where the lock is gone, both tell what the study is before one of them finds out."""
+    path = tmp_path / "runs.csv"
+    dead, live = (tmp_path / f".runs.csv.{part}.tmp" for part in (_owner(2**22 + 1), _owner(1)))
+    dead.write_text("half")
+    live.write_text("half")
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITING, str(path), letter]) for letter in "ab"
+    ]
+    while any(writer.poll() is None for writer in writers):
+        if path.exists():
+            assert path.read_text() in ("a" * 5000, "b" * 5000)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert sorted(tmp_path.iterdir()) == [live, path]
+
+
+def _owner(process):
+    from prunelens.study.artifacts.temporary import temporary_beside
+
+    name = temporary_beside(pathlib.Path("x")).name
+    return name.split(".")[1].replace(f"-{os.getpid()}-", f"-{process}-")

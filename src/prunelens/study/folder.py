@@ -19,6 +19,7 @@ from prunelens.errors import UserError
 from prunelens.study.artifacts.address import artifacts_of, remember_artifacts
 from prunelens.study.artifacts.seal import library_versions
 from prunelens.study.artifacts.store import DamagedArtifactError, Stage, Store
+from prunelens.study.artifacts.temporary import is_left, temporary_beside
 from prunelens.study.matrix import Plan
 from prunelens.study.plan import plan_study
 from prunelens.study.results import method_columns
@@ -134,7 +135,11 @@ def _as_yaml(study: StudyConfig) -> str:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    """Replace a file whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Replace a file whole, also where another process does so at the same time."""
+    hidden = path.with_name(f".{path.name}")
+    temporary = temporary_beside(hidden)
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+    for left in path.parent.glob(f"{hidden.name}.*.tmp"):
+        if is_left(left):
+            left.unlink(missing_ok=True)

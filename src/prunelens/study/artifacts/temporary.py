@@ -1,4 +1,4 @@
-"""Folders that are being written or removed: no two makers share one, and a dead one's is known."""
+"""What is being written or removed: no two makers share a name, and a dead one's is known."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from prunelens.study.artifacts.claims import Claims
 FORGOTTEN_SECONDS = 86_400.0  # age at which what another machine left unfinished is nobody's
 
 
-def temporary_beside(folder: pathlib.Path) -> pathlib.Path:
-    """A name for what is to become `folder`, or was it: no other process of any machine has it."""
+def temporary_beside(path: pathlib.Path) -> pathlib.Path:
+    """A name for what is to become `path`, or was it: no other process of any machine has it."""
     host = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())
-    return folder.with_name(f"{folder.name}.{host}-{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    return path.with_name(f"{path.name}.{host}-{os.getpid()}-{os.urandom(4).hex()}.tmp")
 
 
 def remove_folder(folder: pathlib.Path) -> None:
@@ -44,15 +44,15 @@ def left_in(root: pathlib.Path, claims: Claims) -> Iterator[pathlib.Path]:
     for folder in root.glob("*/*.tmp"):
         if folder.parent.is_symlink():  # what it leads to is not ours
             continue
-        if claims.is_free(folder.name.split(".")[0]) and _is_left(folder):
+        if claims.is_free(folder.name.split(".")[0]) and is_left(folder):
             yield folder
 
 
-def _is_left(folder: pathlib.Path) -> bool:
-    """Whether whoever wrote to a temporary folder is gone, as far as can be told from here."""
-    parts = folder.name.split(".")[1].split("-")
+def is_left(temporary: pathlib.Path) -> bool:
+    """Whether whoever wrote it (a folder or a file) is gone, as far as can be told from here."""
+    parts = temporary.name.split(".")[-2].split("-")
     try:
-        age = time.time() - folder.stat().st_mtime
+        age = time.time() - temporary.stat().st_mtime
         if len(parts) != 3 or not parts[1].isdecimal() or age > FORGOTTEN_SECONDS:
             return True
         host = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())
