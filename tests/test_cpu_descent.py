@@ -204,12 +204,42 @@ def test_a_training_ends_where_that_of_torchs_operators_ends(monkeypatch):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-2)
 
 
+def test_in_bfloat16_it_learns_as_torchs_operators_do():
+    """Not the same roundings (the loops round the error's gradient for the latents' as well)."""
+    x, sae = inputs(256, 32), unit(random_sae(32, 96, 6))
+    losses = []
+    for kind in (CpuDescent, Descent):
+        steps = kind(copied(sae.weights), 6, dtype=torch.bfloat16)
+        losses.append([float(steps.step(x, rate=RATE, number=n).loss) for n in range(1, 41)])
+    assert losses[0][-1] < 0.95 * losses[0][0]
+    np.testing.assert_allclose(*losses, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_beforehand_the_first_step_compiles_nothing(dtype):
+    """In the main thread, which an interruption reaches; so `plan` times steps alone, too."""
+    cpu_descent.compile_loops(dtype)
+    loops = [cpu_kernels.select, cpu_kernels.by_latent, cpu_kernels.errors]
+    loops += [cpu_kernels.step_decoder, cpu_kernels.step_encoder]
+    before = [loop.signatures[:] for loop in loops]
+    weights = copied(unit(random_sae(32, 96, 6)).weights)
+    CpuDescent(weights, 6, dtype=dtype).step(inputs(64, 32), rate=RATE, number=1)
+    assert [loop.signatures for loop in loops] == before and all(before)
+
+
 @pytest.mark.parametrize(("steps", "expected"), [(100, Descent), (10_000_000, CpuDescent)])
 def test_only_a_long_training_compiles(monkeypatch, steps, expected):
     monkeypatch.setattr(training, "COMPILED_FROM", 2e12)
     config = SMALL.model_copy(update={"steps": steps, "batch_tokens": 512})
     made = training.Training(clustered(), config, init_seed=0, data_seed=0)
     assert type(made.descent) is expected
+
+
+def test_only_a_cpu_takes_them():
+    """Another accelerator's memory cannot be read by compiled code, however long the training."""
+    sae = random_sae(32, 96, 6)
+    assert type(training._descent(sae, SMALL, None)) is CpuDescent
+    assert type(training._descent(sae.to("meta"), SMALL, None)) is Descent
 
 
 _NO_PICKLE = """

@@ -8,7 +8,9 @@ import pytest
 
 import prunelens.cli.app
 from prunelens.cli import main
-from prunelens.cli.interruption import interruptible
+from prunelens.errors import UserError
+from prunelens.interruption import AGAIN_AFTER, interruptible, is_interrupted
+from prunelens.study.stages import failure_of
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
@@ -75,7 +77,10 @@ def test_a_library_that_makes_something_else_of_it(number, becomes, monkeypatch,
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 128 + number
-    assert capsys.readouterr().err == "prunelens: stopped; the same command goes on from here\n"
+    *more, last = capsys.readouterr().err.splitlines()
+    assert last == "prunelens: stopped; the same command goes on from here"
+    became = ["prunelens: the interruption came out as RuntimeError: from inside a library"]
+    assert more == (became if becomes == "another error" else [])
 
 
 @pytest.mark.parametrize("code", [0, 1])
@@ -93,3 +98,30 @@ def test_a_defect_is_shown_as_such(monkeypatch):
     monkeypatch.setattr(prunelens.cli.app, "run_app", run_app)
     with pytest.raises(RuntimeError, match="a defect"):
         main()
+
+
+@BOTH
+def test_a_stage_in_which_it_becomes_another_error_has_not_failed(number, tmp_path):
+    """Else the study would go on with the next stage."""
+    for error in (RuntimeError("from inside a library"), UserError("a field is wrong")):
+
+        def make(error=error):
+            try:
+                signal.raise_signal(number)
+            except KeyboardInterrupt:
+                raise error from None
+
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            failure_of(make, tmp_path / "logs" / "x.log")
+        assert not is_interrupted()
+    assert not (tmp_path / "logs").exists()
+
+
+@BOTH
+def test_what_was_to_come_again_does_not_come_after_the_end(number):
+    with interruptible() as received:
+        deaf = Deaf(number)
+        del deaf
+    assert received == [number]
+    time.sleep(4 * AGAIN_AFTER)  # by the handler of the process it would end these tests
+    assert received == [number]

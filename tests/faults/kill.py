@@ -156,8 +156,8 @@ def num_artifacts(folder: pathlib.Path) -> int:
 
 
 def on_a_busy_machine(seconds: float) -> float:
-    """What `seconds` of a machine to oneself may become beside what else runs now."""
-    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    """What `seconds` of a machine to oneself may become beside what else runs now, at most 4x."""
+    return seconds * min(4.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
 
 
 def wait_for_orphans(session: int, seconds: float = ORPHAN_SECONDS) -> list[str]:

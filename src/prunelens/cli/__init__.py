@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import sys
 
-from prunelens.cli.interruption import interruptible
+from prunelens.interruption import interruptible
 
 
 def main() -> None:
     """Entry point; `prunelens.cli.app` has the commands."""
-    code = 0
+    code, became = 0, None
     with interruptible() as received:
         try:
             # Half a second and more, in which a signal may come already.
             from prunelens.cli.app import run_app
 
             code = run_app()
-        except BaseException:
+        except KeyboardInterrupt:
+            code = 130
+        except Exception as error:
             if not received:
                 raise
-            code = 128 + received[0]
+            code, became = 130, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if received and code:
+        if became:
+            print(f"prunelens: the interruption came out as {became}", file=sys.stderr)
         print("prunelens: stopped; the same command goes on from here", file=sys.stderr)
         code = 128 + received[0]
     sys.exit(code)

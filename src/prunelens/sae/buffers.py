@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Buffers:
-    """Large tensors that one training uses again at every step.
+    """Large tensors that are used again at every step, by trainings that take turns as well.
 
     A fresh one costs a page fault per 4 KiB.
     """

@@ -32,14 +32,14 @@ class CpuDescent(Descent):
     """`Descent` by the loops of `cpu_kernels`.
 
     With bfloat16, copies of both weight matrices in it are kept up to date by the update itself;
-    the weights, Adam's moments and all sums are float32.
+    the weights, Adam's moments and the loops' sums are float32. `compile_loops` beforehand spares
+    the first step the compiler.
     """
 
     def __init__(
         self, weights: Weights, k: int, *, dtype: torch.dtype, buffers: Buffers | None = None
     ) -> None:
         super().__init__(weights, k, dtype=dtype, buffers=buffers)
-        _say_that_loops_are_compiled()
         D, device = len(self.weights.decoder_bias), self.weights.decoder_bias.device
         self._copies = None
         if dtype == torch.bfloat16:
@@ -107,7 +107,9 @@ class CpuDescent(Descent):
         given = (indices, values, _factors(rows), bias, x_hat.numpy(), scale, grad)
         shares = _shares(B)
         sums = np.empty((len(shares), D), np.float32)
-        squares = run(lambda share, out: cpu_kernels.errors(*share, *given, out), shares, sums)
+        squares = list(
+            run(lambda share, out: cpu_kernels.errors(*share, *given, out), shares, sums)
+        )
         return sum(squares) / B, grad, sums.sum(0)
 
     def _by_latent(self, indices: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -132,8 +134,16 @@ class CpuDescent(Descent):
 
 
 @functools.cache
-def _say_that_loops_are_compiled() -> None:
-    log.info("the first training step compiles its loops, which takes some seconds")
+def compile_loops(dtype: torch.dtype) -> None:
+    """Have the loops compiled for this precision, which takes seconds, once per process.
+
+    By a step of a tiny SAE in this thread: an interruption would wait for those of a pool.
+    """
+    log.info("the loops of a training step are being compiled, which takes some seconds")
+    matrices, biases = (torch.eye(8), torch.eye(8)), (torch.zeros(8), torch.zeros(8))
+    tiny = CpuDescent(Weights(matrices[0], biases[0], matrices[1], biases[1]), 2, dtype=dtype)
+    with torch.no_grad():
+        tiny._step(torch.ones(4, 8), 1e-3, 1, map)
 
 
 def _factors(rows: Tensor) -> np.ndarray:

@@ -6,8 +6,8 @@ compiles the loops when they are first called, seconds per process: what it coul
 would be pickles.
 
 A factor of a product is a float32 or a bfloat16 (see `cpu_numbers`). Sums are float32. Each
-function works on items first..last-1 of tokens or latents, and no item's result depends on which
-others are in its share.
+function but `by_latent` works on items first..last-1 of tokens or latents, and no item's result
+depends on which others are in its share; what `errors` sums over its tokens does.
 
 Shapes: B tokens, D d_model, F latents, K active latents per token. An entry is one active latent
 of one token; entries stand latent by latent, and in the order of tokens within each.

@@ -1,10 +1,11 @@
 """Sparse encode, decode and gradients of a TopK SAE: the short reference and the fast path.
 
 Only k of the latents of a token are active, so all but the encoder product is sparse. On a CPU the
-fast path is made of PyTorch's own operators: `embedding_bag` sums k decoder rows per token (and,
-over the transposed pattern, tokens per latent, which gives both weight gradients), and its gradient
-with respect to its weights takes the k inner products that the latents' gradients need. Elsewhere
-the dense reference runs. `top_k` looks at group maxima first; it is exact.
+fast path is made of PyTorch's own operators (long trainings take `cpu_descent` instead):
+`embedding_bag` sums k decoder rows per token (and, over the transposed pattern, tokens per latent,
+which gives both weight gradients), and its gradient with respect to its weights takes the k inner
+products that the latents' gradients need. Elsewhere the dense reference runs. `top_k` looks at
+group maxima first; it is exact.
 
 In training the products may be bfloat16: their factors are rounded to it, sums are float32, and
 on a CPU their results are rounded as well.

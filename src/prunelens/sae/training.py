@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 COMPILED_FROM = 2e12
 """Multiplications of a training's encoder from which compiled loops are worth the seconds that it
 takes to compile them: a minute's work of one core. It depends on the config alone, because numbers
-do: the loops add in another order.
+do: the loops add in another order, and in bfloat16 round the error's gradient for the latents' too.
+Whoever changes it gives stage `sae` a new version.
 """
 _ROWS = 256  # of a weight matrix, looked at at a time
 
@@ -238,11 +239,16 @@ def _descent(sae: TopKSAE, config: SaeConfig, buffers: Buffers | None) -> Descen
 
             return CudaDescent(sae.weights, sae.k, dtype=dtype)
         _say_that_triton_is_missing()
-    elif config.steps * config.batch_tokens * sae.encoder_weight.numel() >= COMPILED_FROM:
-        from prunelens.sae.cpu_descent import CpuDescent
+    elif sae.decoder_bias.device.type == "cpu" and _work(sae, config) >= COMPILED_FROM:
+        from prunelens.sae.cpu_descent import CpuDescent, compile_loops
 
+        compile_loops(dtype)
         return CpuDescent(sae.weights, sae.k, dtype=dtype, buffers=buffers)
     return Descent(sae.weights, sae.k, dtype=dtype, buffers=buffers)
+
+
+def _work(sae: TopKSAE, config: SaeConfig) -> int:
+    return config.steps * config.batch_tokens * sae.encoder_weight.numel()
 
 
 @functools.cache

@@ -226,10 +226,12 @@ def _contexts_bytes(shape: ModelShape, study: StudyConfig) -> float:
 def _training_bytes(shape: ModelShape, study: StudyConfig, kind: str, num_saes: int) -> float:
     """Weights, two moments and the decoder's start of each; gradients; the batch's latents.
 
-    A GPU without Triton holds the latents dense: before the top k, after, and their gradients with
-    temporaries.
+    With bfloat16 each may hold both matrices rounded as well, on a CPU without units for it the
+    encoder's in float32. A GPU without Triton holds the latents dense: before the top k, after, and
+    their gradients with temporaries.
     """
     _, num_latents, _ = sae_size(shape, study)
     batch = study.sae.batch_tokens * num_latents * FLOAT
-    held = (3.5 * num_saes + 1) * _sae_bytes(shape, study)
+    rounded = 0.0 if study.sae.dtype == "float32" else 0.75 if kind == "cpu" else 0.5
+    held = ((3.5 + rounded) * num_saes + 1) * _sae_bytes(shape, study)
     return held + batch * (2 if kind == "cpu" else 5)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from prunelens.errors import UserError
+from prunelens.interruption import is_interrupted
 from prunelens.study.arm_stages import ARM_STAGES
 from prunelens.study.artifacts.disk import DiskError, stopped_by_disk
 from prunelens.study.artifacts.store import Stage, Store
@@ -136,19 +137,26 @@ def failure_of(make: Callable[[], None], log_path: pathlib.Path) -> str | None:
 
     The traceback of what is not the user's mistake goes to `log_path`.
     Raises: DiskError where the disk cannot be written to: no other stage would get further.
+        KeyboardInterrupt where `make` has failed after an interruption.
     """
     try:
         with stopped_by_disk(log_path.parent.parent):
             make()
     except DiskError:
         raise
-    except UserError as error:
-        return str(error)
-    except torch.OutOfMemoryError as error:
-        return f"out of memory: {str(error).splitlines()[0]}"
     except Exception as error:  # one run's failure, of any kind, must not stop the others
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        log_path.write_text(traceback.format_exc(), encoding="utf-8")
-        first = (str(error).splitlines() or [""])[0][:200]
-        return f"{type(error).__name__}: {first} (traceback in logs/{log_path.name})"
+        if is_interrupted():  # a library has made something else of it
+            raise KeyboardInterrupt from error
+        return _in_one_line(error, log_path)
     return None
+
+
+def _in_one_line(error: Exception, log_path: pathlib.Path) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    first = (str(error).splitlines() or [""])[0][:200]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {first}"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    log_path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return f"{type(error).__name__}: {first} (traceback in logs/{log_path.name})"

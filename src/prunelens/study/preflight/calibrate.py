@@ -52,7 +52,8 @@ def calibrate(
     """The rate of every kind of work in `cost.KINDS`, for one model of the study.
 
     Takes about `seconds` at most: each kind may use its share of what those before it left, but
-    never less than the smallest piece takes. Threads are those of `study.threads_per_stage`.
+    never less than the smallest piece takes; what is compiled for a training comes on top, once per
+    process, as it does in a study. Threads are those of `study.threads_per_stage`.
     Matching runs on the CPU whatever the device.
     Raises: UserError as `model_shape`.
     """
@@ -60,7 +61,10 @@ def calibrate(
     with _threads(study.threads_per_stage), torch.no_grad():
         rates = {"matching": _matching_rate(study, model, _left(end) / 6)}
         rates["language model"] = _forward_rate(study, model, device, _left(end) / 3)
+        before = time.perf_counter()
         training = _Trainings(study, model, device)
+        training.step(training.sizes[0])  # compiles what it needs
+        end += time.perf_counter() - before
         rates["SAE training"] = _rate(
             training.step, training.flops, training.sizes, 0.8 * _left(end)
         )
