@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prunelens.analyses.persistence import BATCH_TOKENS, FEWEST_FIRINGS, Rows
+from prunelens.analyses.noise import Rows
+from prunelens.analyses.persistence import BATCH_TOKENS, FEWEST_FIRINGS
 from prunelens.match import Matches, match_rates, match_similarities
 from prunelens.sae.buffers import Buffers
 from prunelens.sae.topk import TopKSAE

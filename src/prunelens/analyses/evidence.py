@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 
 from prunelens.analyses.kept_firings import KeptContexts, Sample, Strongest
-from prunelens.analyses.persistence import Rows
+from prunelens.analyses.noise import Rows
 from prunelens.analyses.window_batches import TokenPlaces, WindowBatch, window_batches
 from prunelens.sae.sparse import SparseEncoder
 

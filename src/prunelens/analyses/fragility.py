@@ -29,8 +29,8 @@ from jaxtyping import Float, Int
 
 from prunelens.analyses.measures import latent_measures
 from prunelens.analyses.statistics import (
-    LatentSample,
     RankCorrelations,
+    RankSample,
     exact_spearman,
     holm_adjusted,
     rank_correlations,
@@ -240,7 +240,7 @@ def _latent_columns(
 
 def _samples(
     fates: pd.DataFrame, measures: Sequence[_Measure], seeds: tuple[int, ...]
-) -> list[LatentSample]:
+) -> list[RankSample]:
     x = np.stack([measure.rate for measure in measures], axis=1)
     y = np.stack([measure.value for measure in measures], axis=1)
     given = fates["init_retention"].to_numpy(dtype=float)
@@ -249,7 +249,7 @@ def _samples(
     samples = []
     for s in seeds:
         rows = alive & (fates["seed"].to_numpy() == s)
-        samples.append(LatentSample(x[rows], y[rows], given[rows]))
+        samples.append(RankSample(x[rows], y[rows], given[rows]))
     return samples
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prunelens import planted
 from prunelens.analyses.measures import latent_measures
-from prunelens.analyses.statistics import LatentSample, rank_correlations
+from prunelens.analyses.statistics import RankSample, rank_correlations
 from prunelens.match import unit_rows
 
 TAU = 0.7
@@ -216,7 +216,7 @@ def _rate(
         if not rows.any():  # control arms are there for the first seeds alone
             continue
         x, y = np.stack([rate[rows]] * 2, 1), np.stack([value[rows], truth[rows]], 1)
-        samples.append(LatentSample(x, y, fates["init_retention"].to_numpy(dtype=float)[rows]))
+        samples.append(RankSample(x, y, fates["init_retention"].to_numpy(dtype=float)[rows]))
     if not samples:
         return dict.fromkeys(("rate_rho", "rate_low", "rate_high", "truth_rho"), math.nan)
     found = rank_correlations(samples, seed=seed).raw

@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from prunelens.analyses.noise import isotropic_noise_like, other_token
-from prunelens.analyses.persistence import BATCH_TOKENS, FEWEST_FIRINGS, Rows
+from prunelens.analyses.noise import Rows, isotropic_noise_like, other_token
+from prunelens.analyses.persistence import BATCH_TOKENS, FEWEST_FIRINGS
 from prunelens.sae.kernels import SparseLatents, decode
 from prunelens.sae.pattern import TransposedPattern
 from prunelens.sae.topk import TopKSAE

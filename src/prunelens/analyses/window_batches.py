@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prunelens.analyses.persistence import Rows
+from prunelens.analyses.noise import Rows
 from prunelens.sae.buffers import Buffers
 from prunelens.sae.kernels import SparseLatents
 from prunelens.sae.pattern import order_by_latent

@@ -21,6 +21,9 @@ class ActivationConfig(Frozen):
     """Tokens whose dense norm exceeds this multiple of its median are left out; null: none."""
     statistics_tokens: int = Field(50_000, ge=2)
     """Training tokens from which mean and deviation are computed, in float64."""
+    common_change: Literal["scalar", "diagonal", "low_rank"] = "scalar"
+    """What pruning may do to all activations alike and the noise controls keep (methods §10): a
+    gain, one per dimension, or a gain and a matrix of rank 8; beside it always a shift."""
     storage: Literal["float32", "bfloat16", "float16"] = "float32"
     """The precision on disk."""
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from prunelens.analyses.claims import COLUMNS as CLAIM_COLUMNS
 from prunelens.analyses.grades import COLUMNS as GRADE_COLUMNS
+from prunelens.analyses.noise import COLUMNS as CHANGE_COLUMNS
 from prunelens.csv_table import as_csv
 
 _CONDITION = ["run", "model", "layer", "method", "sparsity"]
@@ -35,6 +36,7 @@ COLUMNS = {
     "survival_corrected": [
         *_CONDITION, "arm", "tau", "corrected", "low", "high", "interval", "reason",
     ],
+    "common_change": [*_CONDITION, *CHANGE_COLUMNS],
     "persistence": [
         *_CONDITION, "seed", "source", "mean_correlation", "mean_jaccard", "share_above_0.7",
         "num_silenced", "num_undefined", "excess_z", "mean_relative",

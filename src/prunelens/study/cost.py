@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from prunelens.analyses.persistence import NOISE_DRAWS
+from prunelens.analyses.persistence import DRAWS
 from prunelens.analyses.scaling import SOURCES
 from prunelens.analyses.survival import COORDINATES
 from prunelens.checkpoint import ModelShape
@@ -177,8 +177,8 @@ def _sae(
 def _persistence(
     _config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
 ) -> Work:
-    """Per SAE: dense, pruned and two noises of several draws, on half the eval split."""
-    encodings = 2 + 2 * NOISE_DRAWS
+    """Per SAE: dense and every draw of what is disturbed, on half the eval split."""
+    encodings = 1 + sum(DRAWS.values())
     tokens = study.corpus.eval_tokens // 2 * encodings * _count(parents, "sae-")
     return Work(encoding_flops(*sae_size(shape, study), tokens))
 

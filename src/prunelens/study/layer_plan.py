@@ -42,6 +42,12 @@ class LayerPlan:
             {"statistics_tokens": model.study.activations.statistics_tokens},
             {"activations": self.activations, "screening": self._dense.screening},
         )
+        if dense is not None:
+            self.common_change = self._stage(
+                "common_change",
+                {"kind": model.study.activations.common_change},
+                self._both_activations(),
+            )
         self.saes: dict[Sae, Stage] = {}
         for sae in self._wanted_saes():
             self.saes[sae] = self._sae(sae)
@@ -61,6 +67,8 @@ class LayerPlan:
             stages["stability"] = self._stage("stability", self._taus(), seeds)
         if "survival" in questions:
             stages |= self._survival()
+        if self._pruning and {"persistence", "identity", "transfer"} & set(questions):
+            stages["common_change"] = self.common_change
         if "persistence" in questions and self._pruning:
             stages["persistence"] = self._stage("persistence", {}, self._paired())
         if "identity" in questions:
@@ -94,15 +102,19 @@ class LayerPlan:
         parents = {_role(own, sae): stage for sae, stage in saes.items()}
         return parents if self._pruning is None else parents | self._dense_saes("dense")
 
-    def _paired(self) -> dict[str, Stage]:
-        """Dense and pruned activations of the same tokens, and the dense SAEs that read both."""
+    def _both_activations(self) -> dict[str, Stage]:
+        """Dense and pruned activations of the same tokens, and what normalises them."""
         return {
             "dense": self._dense.activations,
             "pruned": self.activations,
             "screening": self._dense.screening,
             "statistics": self._dense.statistics,
-            **{f"sae-{s.init_seed}": self._dense.saes[s] for s in self._seeds()},
         }
+
+    def _paired(self) -> dict[str, Stage]:
+        """Both, what they differ by in common, and the dense SAEs that read them."""
+        saes = {f"sae-{s.init_seed}": self._dense.saes[s] for s in self._seeds()}
+        return {**self._both_activations(), "common_change": self.common_change, **saes}
 
     def _identity(self) -> dict[str, Stage]:
         """Is it the same feature? Asked of activations, directions, and the span around them.

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pandas as pd
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from prunelens.activations import Activations, Statistics
 from prunelens.analyses.fates import latent_fates
 from prunelens.analyses.fragility import fragility_tests, quintiles, quintiles_by_seed
+from prunelens.analyses.noise import (
+    KINDS,
+    CommonChange,
+    common_change_table,
+    fit_common_change,
+)
 from prunelens.analyses.persistence import persistence, persistence_summary
 from prunelens.analyses.predictor import fit_predictor
 from prunelens.analyses.scaling import latent_scaling, scaling_summary
 from prunelens.analyses.stability import seed_stability
 from prunelens.analyses.sufficiency import sufficiency, survival_by_step
+from prunelens.corpus import document_groups
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.sae_stages import decoders_by_step
 from prunelens.study.work import Work, read_json, write_json
@@ -27,6 +36,52 @@ def _stability(work: Work) -> None:
         for role, folder in work.parents.items()
     }
     seed_stability(decoders, work.config["taus"]).to_parquet(work.out / "stability.parquet")
+
+
+class Paired(NamedTuple):
+    """Dense and pruned activations of the same tokens, normalised with the dense statistics."""
+
+    dense: Activations
+    pruned: Activations
+    first: Tensor
+    """Rows of the first half of the eval documents."""
+    second: Tensor
+    """Rows of the second half, on which everything is measured."""
+    groups: Tensor
+    """Of every row of `second` its group of documents."""
+
+
+def paired_activations(work: Work) -> Paired:
+    """The parents' activations of eval."""
+    kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
+    statistics = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
+    dense, pruned = (
+        Activations(
+            work.parents[role] / "eval.safetensors",
+            kept=kept,
+            statistics=statistics,
+            device=work.device,
+        )
+        for role in ("dense", "pruned")
+    )
+    second = second_half(work, kept)
+    documents = load_file(work.parents["dense"] / "eval_documents.safetensors")["documents"]
+    first = torch.arange(len(kept) - len(second))
+    return Paired(dense, pruned, first, second, document_groups(documents[kept[second]]))
+
+
+def _common_change(work: Work) -> None:
+    """Fitted on the first half of eval, measured on the second, where all else is measured."""
+    dense, pruned, first, second, _ = paired_activations(work)
+    changes = {kind: fit_common_change(dense, pruned, first, kind=kind) for kind in KINDS}
+    table = common_change_table(dense, pruned, changes, second)
+    table.to_parquet(work.out / "common_change.parquet")
+    changes[work.config["kind"]].save(work.out / "change.safetensors")
+
+
+def load_common_change(work: Work) -> CommonChange:
+    """What the parents say is common to all tokens."""
+    return CommonChange.load(work.parents["common_change"] / "change.safetensors")
 
 
 def _persistence(work: Work) -> None:
@@ -44,18 +99,8 @@ def _by_dense_sae(
     file: str,
 ) -> None:
     """What each dense SAE reads in dense and pruned activations of the second half of eval."""
-    kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
-    dense_statistics = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
-    dense, pruned = (
-        Activations(
-            work.parents[role] / "eval.safetensors",
-            kept=kept,
-            statistics=dense_statistics,
-            device=work.device,
-        )
-        for role in ("dense", "pruned")
-    )
-    tokens = second_half(work, kept)
+    dense, pruned, _, tokens, groups = paired_activations(work)
+    change = load_common_change(work)
     seeds = {
         role: int(role.removeprefix("sae-")) for role in work.parents if role.startswith("sae-")
     }
@@ -64,7 +109,9 @@ def _by_dense_sae(
     for number, (role, seed) in enumerate(seeds.items()):
         sae = TopKSAE.load(work.parents[role]).to(work.device)
         progress = work.share(total, before=number * len(tokens))
-        table = measure(sae, dense, pruned, tokens, seed=seed, progress=progress)
+        table = measure(
+            sae, dense, pruned, tokens, change=change, groups=groups, seed=seed, progress=progress
+        )
         latents.append(table.assign(seed=seed))
         summaries.append(summarise(table).assign(seed=seed))
     pd.concat(latents, ignore_index=True).to_parquet(work.out / "latents.parquet")
@@ -141,6 +188,7 @@ def _predictor(work: Work) -> None:
 
 QUESTION_STAGES: dict[str, Callable[[Work], None]] = {
     "stability": _stability,
+    "common_change": _common_change,
     "persistence": _persistence,
     "scaling": _scaling,
     "sufficiency": _sufficiency,

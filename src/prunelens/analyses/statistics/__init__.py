@@ -4,17 +4,27 @@ scipy, scikit-learn and statsmodels are imported inside the functions that need 
 seconds, and most stages need none of them.
 """
 
+from prunelens.analyses.statistics.estimates import (
+    Estimate,
+    LatentSample,
+    crossed,
+    difference,
+    fisher_z,
+    jackknifed,
+    mean_over,
+    no_estimate,
+    ratio_of_means,
+    t_quantile,
+)
 from prunelens.analyses.statistics.intervals import (
     Interval,
     JackknifeInterval,
     PromptInterval,
     PromptTerm,
-    fisher_z,
     interval_over_prompts,
     interval_over_seeds,
     interval_over_windows,
     jackknife_over_seeds,
-    t_quantile,
 )
 from prunelens.analyses.statistics.prediction import (
     Auc,
@@ -26,8 +36,8 @@ from prunelens.analyses.statistics.prediction import (
 from prunelens.analyses.statistics.ranks import (
     Estimates,
     ExactTest,
-    LatentSample,
     RankCorrelations,
+    RankSample,
     exact_spearman,
     holm_adjusted,
     rank_correlations,
@@ -35,6 +45,7 @@ from prunelens.analyses.statistics.ranks import (
 
 __all__ = [
     "Auc",
+    "Estimate",
     "Estimates",
     "ExactTest",
     "Interval",
@@ -44,8 +55,11 @@ __all__ = [
     "PromptInterval",
     "PromptTerm",
     "RankCorrelations",
+    "RankSample",
     "clustered_auc",
     "clustered_covariance",
+    "crossed",
+    "difference",
     "exact_spearman",
     "fisher_z",
     "fit_logistic",
@@ -54,6 +68,10 @@ __all__ = [
     "interval_over_seeds",
     "interval_over_windows",
     "jackknife_over_seeds",
+    "jackknifed",
+    "mean_over",
+    "no_estimate",
     "rank_correlations",
+    "ratio_of_means",
     "t_quantile",
 ]

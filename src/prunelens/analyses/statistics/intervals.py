@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from prunelens.analyses.statistics.estimates import t_quantile
+
 FEWEST_FOR_BOOTSTRAP = 5  # seeds; below, the honest summary is the range
 FEWEST_PROMPTS = 5
 FEWEST_WINDOWS = 5
@@ -114,13 +116,6 @@ def interval_over_windows(
     return span(values[drawn].mean(1), 2.5, 97.5)
 
 
-def t_quantile(degrees_of_freedom: int) -> float:
-    """97.5 % point of Student's t."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(degrees_of_freedom, 0.975))
-
-
 class PromptTerm(NamedTuple):
     """What one group of latents adds to a contrast: sign times the mean over its latents."""
 
@@ -162,11 +157,6 @@ def interval_over_prompts(
     values = _contrast(terms, weights.astype(float))
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return PromptInterval(mean, float(low), float(high))
-
-
-def fisher_z(correlation: np.ndarray) -> np.ndarray:
-    """atanh of a correlation, which is cut at +-(1 - 1e-6) so that 1 stays finite."""
-    return np.arctanh(np.clip(correlation, -1 + 1e-6, 1 - 1e-6))
 
 
 def span(values: Sequence[float] | np.ndarray, low: float, high: float) -> tuple[float, float]:

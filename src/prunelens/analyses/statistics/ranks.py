@@ -25,7 +25,7 @@ class ExactTest(NamedTuple):
     reason: str
 
 
-class LatentSample(NamedTuple):
+class RankSample(NamedTuple):
     """The latents of one seed, for several measures at once."""
 
     x: Float[np.ndarray, "latents measures"]
@@ -48,7 +48,7 @@ class RankCorrelations(NamedTuple):
 
     raw: Estimates
     partial: Estimates
-    """The same given `LatentSample.given`."""
+    """The same given `RankSample.given`."""
     defined: Bool[np.ndarray, "seeds measures"]
     """Where the raw correlation exists: neither x nor y is constant."""
 
@@ -86,7 +86,7 @@ def holm_adjusted(p: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]
 
 
 def rank_correlations(
-    samples: Sequence[LatentSample], *, seed: int, draws: int = DRAWS
+    samples: Sequence[RankSample], *, seed: int, draws: int = DRAWS
 ) -> RankCorrelations:
     """Within-seed Spearman of x and y, raw and partial given `given`, averaged over seeds.
 
@@ -111,7 +111,7 @@ def rank_correlations(
     return RankCorrelations(raw, partial, ~np.isnan(whole[:, 0]))
 
 
-def _rank_moments(sample: LatentSample) -> Float[np.ndarray, "latents measures 10"]:
+def _rank_moments(sample: RankSample) -> Float[np.ndarray, "latents measures 10"]:
     """Products of every two of (1, x, y, given), in standardised ranks; 0 where y is NaN."""
     known = ~np.isnan(sample.y)
     parts = np.zeros((4, *known.shape))

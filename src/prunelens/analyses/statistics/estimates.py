@@ -1,0 +1,214 @@
+"""A number with its standard error: the one kind of interval that prunelens gives.
+
+What is resampled is left out in turn (documents, seeds, conditions), and Student's t widens the
+error by how few there were. No random draw enters, so an interval is the same on every machine.
+`prunelens selftest` simulates the coverage of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+FEWEST_UNITS = 5  # documents, prompts, windows; left out in turn, fewer say too little
+
+
+class Estimate(NamedTuple):
+    """A value and how far it may be off."""
+
+    value: float
+    error: float
+    """Standard error, of atanh(value) where `scale` is fisher; NaN: there is none."""
+    df: float
+    """Degrees of freedom of the t that goes with it."""
+    resampled: str
+    """What the error accounts for, or why there is none."""
+    least: float = math.nan
+    """The smallest value that leaving one unit out gives."""
+    most: float = math.nan
+    """The largest."""
+    scale: Literal["plain", "fisher"] = "plain"
+    """Where the error is symmetric: at the value, or at Fisher's z of a correlation."""
+
+    @property
+    def low(self) -> float:
+        """Lower end of the 95 % interval; NaN without an error."""
+        return self.bounds()[0]
+
+    @property
+    def high(self) -> float:
+        """Upper end."""
+        return self.bounds()[1]
+
+    def bounds(self) -> tuple[float, float]:
+        """Both ends of the 95 % interval."""
+        half = t_quantile(self.df) * self.error
+        if self.scale == "plain":
+            return self.value - half, self.value + half
+        middle = float(fisher_z(np.array(self.value)))
+        return math.tanh(middle - half), math.tanh(middle + half)
+
+    def p_above(self, limit: float) -> float:
+        """One-sided p of `not above limit`, a point: small where the value is clearly above."""
+        from scipy.special import stdtr
+
+        value, edge = self.value, limit
+        if self.scale == "fisher":
+            value, edge = fisher_z(np.array([self.value, limit]))
+        return float(stdtr(self.df, (edge - value) / self.error)) if self.error > 0 else math.nan
+
+    def p_below(self, limit: float) -> float:
+        """One-sided p of `not below limit`."""
+        return 1 - self.p_above(limit)
+
+
+class LatentSample(NamedTuple):
+    """A statistic of one seed whose latents are a sample as well as the documents."""
+
+    value: float
+    without: Float[np.ndarray, " groups"]
+    """The statistic without each group of documents."""
+    parts: Float[np.ndarray, " latents"]
+    """What each latent adds to the statistic beyond its mean: they sum to 0, and their squares to
+    the variance over latents (linearised)."""
+    parts_without: Float[np.ndarray, "groups latents"]
+    """The same without each group of documents; NaN where the latent does not fire there."""
+
+
+def no_estimate(value: float, why: str) -> Estimate:
+    """A value without an interval, and why."""
+    return Estimate(value, math.nan, math.nan, why)
+
+
+def jackknifed(
+    value: float,
+    without: Float[np.ndarray, " units"],
+    resampled: str,
+    *,
+    added: float = 0.0,
+    added_df: float = math.inf,
+    fewest: int = FEWEST_UNITS,
+    scale: Literal["plain", "fisher"] = "plain",
+) -> Estimate:
+    """The delete-one jackknife of a statistic.
+
+    Args:
+        value: from everything.
+        without: from all but each unit in turn (a group of documents, a seed, a condition).
+        resampled: what the units are.
+        added: variance from another source, independent of the units; with `added_df`.
+        fewest: units below which there is no interval.
+        scale: fisher for a correlation, whose variance is then taken of atanh.
+    Returns: no error with fewer units, an undefined replicate, or replicates that do not differ
+        at all (an interval of zero width would claim a certainty that nobody has).
+    """
+    count = len(without)
+    if count < fewest:
+        return no_estimate(value, f"no interval: {count} {resampled}, fewer than {fewest}")
+    if not math.isfinite(value) or not np.isfinite(without).all():
+        return no_estimate(value, f"no interval: undefined without some of the {resampled}")
+    replicates = fisher_z(without) if scale == "fisher" else without
+    own = (count - 1) / count * float(np.square(replicates - replicates.mean()).sum())
+    variance = own + added
+    if not variance > 0:
+        return no_estimate(value, f"no interval: the same without any of the {resampled}")
+    df = variance**2 / (own**2 / (count - 1) + added**2 / added_df)  # Welch and Satterthwaite
+    ends = float(without.min()), float(without.max())
+    return Estimate(value, math.sqrt(variance), df, resampled, *ends, scale)
+
+
+def ratio_of_means(
+    above: Float[np.ndarray, " latents"],
+    above_without: Float[np.ndarray, "latents groups"],
+    below: Float[np.ndarray, " latents"],
+    below_without: Float[np.ndarray, "latents groups"],
+) -> LatentSample:
+    """Mean of one number over latents, divided by the mean of another; latents with both count.
+
+    Args: `_without`: the numbers without each group of documents; NaN where they are undefined.
+    """
+    known = np.isfinite(above) & np.isfinite(below)
+    a, b = above[known], below[known]
+    a_without, b_without = above_without[known].T, below_without[known].T
+    both = np.isfinite(a_without) & np.isfinite(b_without)
+    a_without, b_without = (np.where(both, part, np.nan) for part in (a_without, b_without))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = float(a.sum() / b.sum())
+        totals = np.nansum(b_without, axis=1, keepdims=True)
+        ratios = np.nansum(a_without, axis=1, keepdims=True) / totals
+        parts, parts_without = (a - ratio * b) / b.sum(), (a_without - ratios * b_without) / totals
+    return LatentSample(ratio, ratios[:, 0], parts, parts_without)
+
+
+def difference(first: LatentSample, second: LatentSample) -> LatentSample:
+    """First minus second, of different latents on the same documents."""
+    return LatentSample(
+        first.value - second.value,
+        first.without - second.without,
+        np.concatenate([first.parts, -second.parts]),
+        np.concatenate([first.parts_without, -second.parts_without], axis=1),
+    )
+
+
+def crossed(samples: Sequence[LatentSample], *, units: str = "documents") -> Estimate:
+    """The mean over seeds of a statistic of latents, measured on documents: both are a sample.
+
+    Leaving out documents, the same ones for all seeds, gives the variance of the mean by what was
+    measured. The latents add what their parts vary beyond that (their own variance minus that by
+    documents, which would count twice). Latents of several seeds may stand for the same features,
+    so their variance is divided by the number of seeds only as far as the seeds are seen to differ.
+    """
+    count = len(samples)
+    values = np.array([sample.value for sample in samples])
+    without = np.mean([sample.without for sample in samples], axis=0)
+    beyond = np.mean([_beyond_documents(sample) for sample in samples])
+    between = float(values.var(ddof=1)) if count > 1 else 0.0
+    shared = beyond - (1 - 1 / count) * between
+    added = float(np.clip(shared, beyond / count, beyond))
+    latents = sum(len(sample.parts) for sample in samples) / count
+    resampled = f"{units} and latents" + (" of every seed" if count > 1 else " of one seed")
+    return jackknifed(
+        float(values.mean()), without, resampled, added=added, added_df=max(latents - 1, 1)
+    )
+
+
+def mean_over(
+    values: Sequence[float], units: str, *, scale: Literal["plain", "fisher"] = "plain"
+) -> Estimate:
+    """The mean of independent values with Student's t: seeds, or conditions, one value each."""
+    known = np.array([value for value in values if math.isfinite(value)])
+    if not len(known):
+        return no_estimate(math.nan, f"no interval: no value of any of the {units}")
+    total = known.sum()
+    without = (total - known) / max(len(known) - 1, 1)
+    return jackknifed(float(known.mean()), without, units, fewest=2, scale=scale)
+
+
+def fisher_z(correlation: np.ndarray) -> np.ndarray:
+    """atanh of a correlation, which is cut at +-(1 - 1e-6) so that 1 stays finite."""
+    return np.arctanh(np.clip(correlation, -1 + 1e-6, 1 - 1e-6))
+
+
+def t_quantile(degrees_of_freedom: float) -> float:
+    """97.5 % point of Student's t."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees_of_freedom, 0.975))
+
+
+def _beyond_documents(sample: LatentSample) -> float:
+    """Variance of the statistic over latents, less what documents explain of it; at least 0."""
+    latents, groups = len(sample.parts), len(sample.parts_without)
+    if latents < 2:
+        return 0.0
+    over_latents = latents / (latents - 1) * float(np.square(sample.parts).sum())
+    known = np.isfinite(sample.parts_without)
+    counts = known.sum(0)
+    means = np.where(known, sample.parts_without, 0).sum(0) / np.maximum(counts, 1)
+    off = np.where(known, sample.parts_without - means, 0)
+    by_documents = (groups - 1) / groups * float(np.square(off).sum())
+    return max(0.0, over_latents - by_documents)
