@@ -1,9 +1,10 @@
 """The paper's eleven claims, judged twice on a study's own tables (methods §7, Claims).
 
 Each claim is a registered set of contrasts, by the paper's protocol and by the controlled one. A
-contrast `holds` or `fails` if its 95 % interval lies wholly on one side of its limit, and is
-`undecided` otherwise. A claim holds if all of its contrasts do, and fails if one does. What is
-believed is the controlled judgement.
+contrast `holds` or `fails` if its 95 % interval, adjusted over the contrasts of its claim, lies
+wholly on one side of its limit, and is `undecided` otherwise, or where it finds something on the
+null. A claim holds if all of its contrasts do, and fails if one does. What is believed is the
+controlled judgement.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from prunelens.analyses import contrasts
 from prunelens.analyses.contrast import Contrast, NotMeasuredError, Tables
+from prunelens.analyses.statistics import Estimate, holm_adjusted
 
 Verdict = Literal["holds", "fails", "undecided"]
+LEVEL = 0.025  # in either direction, so that an interval of 95 % and a verdict agree
 
 COLUMNS = [
     "claim", "paper_protocol", "controlled", "verdict", "why", "statement", "paper_rule",
@@ -33,21 +37,26 @@ class Claim(NamedTuple):
     paper: Callable[[Tables], list[Contrast]]
     controlled_rule: str
     controlled: Callable[[Tables], list[Contrast]]
+    compares_dictionaries: bool = False
+    """Whether the controlled contrasts rest on SAEs of two trainings: then these must be trained
+    enough."""
 
 
 CLAIMS: dict[int, Claim] = {
     1: Claim(
         "Rare latents survive pruning better than frequent ones",
         "survival (shared_init, tau 0.7) of Q1 minus Q5 is above 0",
-        lambda t: contrasts.rare_minus_frequent(t, "shared_init"),
-        "persistence relative to shuffled noise of Q1 minus Q5 is above 0",
-        lambda t: contrasts.rare_minus_frequent(t, "relative_shuffled"),
+        contrasts.rare_minus_frequent_as_published,
+        "persistence relative to shuffled noise (a ratio of group means), Q1 minus Q5, is above 0"
+        " in every condition",
+        contrasts.rare_minus_frequent,
     ),
     2: Claim(
         "Wanda preserves more features than magnitude pruning at equal sparsity",
         "survival (shared_init, tau 0.7), Wanda minus magnitude, is above 0",
         contrasts.wanda_survival,
-        "mean persistence, Wanda minus magnitude, is above 0",
+        "persistence relative to shuffled noise, Wanda minus magnitude, is above 0 at every"
+        " sparsity",
         contrasts.wanda_persistence,
     ),
     3: Claim(
@@ -59,9 +68,10 @@ CLAIMS: dict[int, Claim] = {
     ),
     4: Claim(
         "The dense SAE stays usable on activations pruned by Wanda to 50 %",
-        "its FVU over all positions is below 0.025",
+        "its raw FVU over all positions is below 0.025",
         contrasts.fvu_at_half,
-        "norm-filtered, fvu_dense_var is below 1.25 x dense and CE recovered above dense - 0.02",
+        "norm-filtered, fvu_dense_var and fvu_raw are below 1.25 x dense and CE recovered above"
+        " dense - 0.02, of every SAE",
         contrasts.usable_at_half,
     ),
     5: Claim(
@@ -78,23 +88,26 @@ CLAIMS: dict[int, Claim] = {
         " above 0 between seeds",
         contrasts.seeds_as_published,
         "MNN of other starts beyond chance is below 0.5, and persistence relative to noise by"
-        " quintile correlates above 0 between seeds",
+        " quintile correlates above 0 between seeds on different documents, in every condition",
         contrasts.seeds_controlled,
+        True,
     ),
     7: Claim(
         "Firing rate and sparsity predict survival",
         "AUC in sample on survival (shared_init, tau 0.7) is above 0.5",
-        lambda t: contrasts.predictive(t, "shared_init", "in_sample", "auc"),
-        "ranked by the fit to the other conditions, AUC within each, on persistence above 0.7, is"
-        " above 0.5",
-        lambda t: contrasts.predictive(t, "persistence", "held_out_condition", "auc_within"),
+        contrasts.predictive,
+        "of who persists better than under noise: the coefficient of log firing rate is below 0,"
+        " and the AUC within conditions, by the fit to the others, is above 0.5 and above that of"
+        " the distance from the start",
+        contrasts.predictive_beyond_start,
     ),
     8: Claim(
         "Rare latents (Q1, Q2) are robust up to 40-50 % sparsity",
         "survival (shared_init, tau 0.7) of Q1 and of Q2 is above 0.5 in every such condition",
-        lambda t: contrasts.rare_at_half(t, "shared_init", 0.5),
-        "mean persistence of Q1 and of Q2 is above 0.7 in every such condition",
-        lambda t: contrasts.rare_at_half(t, "persistence", 0.7),
+        contrasts.rare_at_half_as_published,
+        "persistence of Q1 and of Q2 is above what noise of equal size leaves, in every such"
+        " condition",
+        contrasts.rare_at_half,
     ),
     9: Claim(
         "Single ablations have less effect after pruning",
@@ -102,6 +115,7 @@ CLAIMS: dict[int, Claim] = {
         lambda t: contrasts.ablation_after_pruning(t, "paper", "final"),
         "isolated KL where the latent fires, pruned minus dense, is below 0",
         lambda t: contrasts.ablation_after_pruning(t, "isolated", "firing"),
+        True,
     ),
     10: Claim(
         "FVU falls after pruning because activations get simpler",
@@ -109,6 +123,7 @@ CLAIMS: dict[int, Claim] = {
         contrasts.fvu_falls,
         "fvu_dense_var, and the participation ratio of the activations' covariance, both fall",
         contrasts.activations_get_simpler,
+        True,
     ),
     11: Claim(
         "Survival stands at least 18 times above the seed floor",
@@ -117,6 +132,7 @@ CLAIMS: dict[int, Claim] = {
         contrasts.above_seed_floor,
         "survival (shared_start) minus 18 times that of a space with nothing in common is above 0",
         contrasts.above_start_floor,
+        True,
     ),
 }
 
@@ -125,12 +141,17 @@ def judge_claims(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One row per claim, with COLUMNS; `tables` are a study's results by name.
 
     `verdict` is the controlled judgement. What the study did not measure is undecided, and `why`
-    says so.
+    says so; so is a controlled claim whose contrasts compare dictionaries that are not known to be
+    trained enough, and a contrast that finds something on the null.
     """
     rows = []
+    untrained = _not_trained_enough(tables)
     for number, claim in CLAIMS.items():
         paper, paper_why = _judged(claim.paper, tables)
         controlled, controlled_why = _judged(claim.controlled, tables)
+        if claim.compares_dictionaries and untrained and controlled != "undecided":
+            told = f"{untrained}; {controlled_why.decisive}"
+            controlled, controlled_why = "undecided", controlled_why._replace(decisive=told)
         rows.append(
             {
                 "claim": number,
@@ -148,16 +169,49 @@ def judge_claims(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def verdict_of(contrast: Contrast) -> Verdict:
-    """On which side of its limit the contrast's interval lies."""
-    low, high, limit = contrast.low, contrast.high, contrast.limit
+def verdicts_of(contrasts: Sequence[Contrast]) -> list[Verdict]:
+    """On which side of its limit each contrast of one claim lies.
+
+    `holds` and `fails` are shown at 2.5 % each, by one-sided p-values that are adjusted (Holm) over
+    the contrasts, in either direction for itself. A contrast that would fall otherwise without one
+    of the units that its interval leaves out, or that speaks on the null, is undecided.
+    """
+    found: list[Verdict] = ["undecided"] * len(contrasts)
+    verdicts: tuple[Verdict, Verdict] = ("holds", "fails")
+    for verdict, p in zip(verdicts, zip(*map(_p_values, contrasts), strict=True), strict=True):
+        for number, adjusted in enumerate(holm_adjusted(np.array(p))):
+            contrast = contrasts[number]
+            if adjusted <= LEVEL and not contrast.speaks_on_null and _is_steady(contrast, verdict):
+                found[number] = verdict
+    return found
+
+
+def _p_values(contrast: Contrast) -> tuple[float, float]:
+    """Of `it does not hold` and of `it does not fail`; NaN without an interval."""
+    estimate, limit = contrast.estimate, contrast.limit
     if contrast.side == "within":
-        inside, outside = -limit < low and high < limit, low > limit or high < -limit
-    elif contrast.side == "above":
-        inside, outside = low > limit, high < limit
-    else:
-        inside, outside = high < limit, low > limit
-    return "holds" if inside else "fails" if outside else "undecided"  # NaN: neither
+        inside = max(estimate.p_above(-limit), estimate.p_below(limit))
+        return inside, min(estimate.p_above(limit), estimate.p_below(-limit))
+    above, below = estimate.p_above(limit), estimate.p_below(limit)
+    return (above, below) if contrast.side == "above" else (below, above)
+
+
+def _is_steady(contrast: Contrast, verdict: Verdict) -> bool:
+    """Whether the verdict is the same without any one of the units left out in turn."""
+    ends = (contrast.estimate.least, contrast.estimate.most)
+    moved = [contrast.estimate._replace(value=end) for end in ends if not math.isnan(end)]
+    which = 0 if verdict == "holds" else 1
+    return all(_p_values(contrast._replace(estimate=each))[which] <= LEVEL for each in moved)
+
+
+def _not_trained_enough(tables: Tables) -> str:
+    """Why comparisons of dictionaries decide nothing; empty where they may."""
+    rows = tables.get("sufficiency")
+    if rows is None or not (judged := rows["trained_enough"].dropna()).size:
+        return "it is not known whether the SAEs are trained enough to be compared"
+    if not judged.astype(bool).all():
+        return "the SAEs are not trained enough to be compared"
+    return ""
 
 
 class _Why(NamedTuple):
@@ -174,7 +228,7 @@ def _judged(
         found = contrasts_of(tables)
     except NotMeasuredError as reason:
         return "undecided", _Why(f"not measured ({reason})", "")
-    verdicts = [verdict_of(contrast) for contrast in found]
+    verdicts = verdicts_of(found)
     everything = "; ".join(map(_in_words, found))
     for decisive in ("fails", "undecided", "holds"):
         if decisive in verdicts:
@@ -190,10 +244,18 @@ def _decisive(found: Sequence[Contrast], verdicts: Sequence[Verdict], verdict: V
 
 
 def _in_words(contrast: Contrast) -> str:
-    value, low, high = contrast.value, contrast.low, contrast.high
+    estimate, null = contrast.estimate, contrast.null
     limit = f"+-{contrast.limit:.3g}" if contrast.side == "within" else f"{contrast.limit:.3g}"
+    told = f"{contrast.name} = {_numbers(estimate)}, wanted {contrast.side} {limit}"
+    if null is not None:
+        said = (
+            "speaks on the null and decides nothing" if contrast.speaks_on_null else "on the null"
+        )
+        told += f", {said}: {_numbers(null)}"
+    return f"{told} (resampled: {estimate.resampled})"
+
+
+def _numbers(estimate: Estimate) -> str:
+    low, high = estimate.bounds()
     interval = "no interval" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]"
-    return (
-        f"{contrast.name} = {value:.4g} {interval}, wanted {contrast.side} {limit}"
-        f" (resampled: {contrast.resampled})"
-    )
+    return f"{estimate.value:.4g} {interval}"

@@ -1,39 +1,50 @@
 """What a contrast is, and how its rows are read from a study's tables.
 
-Rates and correlations have one value per condition and seed. The conditions are the study's own;
-what varies are the seeds, which are left out in turn (`jackknife_over_seeds`).
+The conditions are the study's own. What varies is said beside every interval: seeds, which are left
+out in turn; documents and latents; windows of text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pandas as pd
 
-from prunelens.analyses.statistics import jackknife_over_seeds
+from prunelens.analyses.statistics import Estimate, jackknife_over_seeds, mean_over
 
 Found = TypeVar("Found")
+Side = Literal["above", "below", "within"]
 Tables = Mapping[str, pd.DataFrame]
 TAU = 0.7
 SITE = ["model", "layer"]
-QUESTIONS = {"fragility_by_seed": "fragility", "perplexity_windows": "perplexity"}  # by table
+QUESTIONS = {  # by table
+    "fragility_by_seed": "fragility",
+    "fragility_contrasts": "fragility",
+    "perplexity_windows": "perplexity",
+}
 LOW_SPARSITY = 0.3  # the paper's "low sparsity", where it compares survival with the seed floor
 SEED_FLOOR = 18  # the lower end of the paper's 18-29
 
 
 class Contrast(NamedTuple):
-    """A number, its 95 % interval, and where it should lie for the claim to be right."""
+    """A number with its interval, and where it should lie for the claim to be right."""
 
     name: str
-    value: float
-    low: float
-    high: float
-    side: Literal["above", "below", "within"]
+    estimate: Estimate
+    side: Side
     """Of `limit`; `within`: between -limit and limit."""
     limit: float
-    resampled: str
-    """What the interval resamples."""
+    null: Estimate | None = None
+    """The same on the null, where nothing is there; None: it reads no pruned activations, or asks
+    for a level that noise reaches too."""
+    nothing: float = 0.0
+    """What the null should give."""
+
+    @property
+    def speaks_on_null(self) -> bool:
+        """Whether it finds something where nothing is: then it may decide nothing."""
+        return self.null is not None and not self.null.low <= self.nothing <= self.null.high
 
 
 class NotMeasuredError(Exception):
@@ -61,7 +72,7 @@ def arm_rows(tables: Tables, arm: str) -> pd.DataFrame:
 
 def quintile_rows(tables: Tables, measure: str) -> pd.DataFrame:
     """Survival by quintile, per run and seed."""
-    rows = rows_of(tables, "fragility_by_seed", measure=measure)
+    rows = rows_of(tables, "fragility_by_seed", measure=measure, source="pruned")
     return rows[rows["tau"].isna() | (rows["tau"] == TAU)]
 
 
@@ -109,23 +120,35 @@ def above_floor(name: str, rates: pd.DataFrame, floor: pd.Series) -> Contrast:
     return over_seeds(name, rates.assign(value=value), "above", 0.0)
 
 
-def over_seeds(
-    name: str, rows: pd.DataFrame, side: Literal["above", "below"], limit: float
-) -> Contrast:
+def over_seeds(name: str, rows: pd.DataFrame, side: Side, limit: float) -> Contrast:
     """The mean of `value` over runs; `seed`, or the pair `seed_a` and `seed_b`, varies."""
     columns = ["seed_a", "seed_b"] if "seed_a" in rows else ["seed"]
     seeds = list(rows[columns].itertuples(index=False, name=None))
     found = jackknife_over_seeds(rows.assign(condition=rows["run"], seeds=seeds))
-    return Contrast(name, found.mean, found.low, found.high, side, limit, found.resampled)
+    return Contrast(name, found, side, limit)
 
 
-def over_conditions(
-    name: str, rows: pd.DataFrame, side: Literal["above", "below"], limit: float
-) -> Contrast:
+def over_conditions(name: str, rows: pd.DataFrame, side: Side, limit: float) -> Contrast:
     """The mean of `value` over runs where no seed enters: the conditions vary."""
-    rows = rows.assign(condition="all", seeds=[(run,) for run in rows["run"]])
-    found = jackknife_over_seeds(rows, unit="conditions")
-    return Contrast(name, found.mean, found.low, found.high, side, limit, found.resampled)
+    return Contrast(name, mean_over(rows["value"], "conditions"), side, limit)
+
+
+def estimate_of(row: NamedTuple | pd.Series, *, value: str = "value") -> Estimate:
+    """What a table keeps of an estimate: value, error, df, resampled and, where they are, least and
+    most."""
+    numbers = {name: getattr(row, name) for name in ("error", "df", "resampled")}
+    ends = {name: getattr(row, name) for name in ("least", "most") if hasattr(row, name)}
+    return Estimate(getattr(row, value), **numbers, **ends)
+
+
+def with_null(rows: pd.DataFrame, keys: list[str]) -> Iterator[tuple[Any, Any | None]]:
+    """Every row of source `pruned` with that of `null` that has the same keys."""
+    nulls = {
+        tuple(getattr(row, key) for key in keys): row
+        for row in rows[rows["source"] == "null"].itertuples()
+    }
+    for row in rows[rows["source"] == "pruned"].itertuples():
+        yield row, nulls.get(tuple(getattr(row, key) for key in keys))
 
 
 def not_empty(found: list[Found], otherwise: str) -> list[Found]:

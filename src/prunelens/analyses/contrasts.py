@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from prunelens.analyses.contrast import (
@@ -16,10 +17,12 @@ from prunelens.analyses.contrast import (
     TAU,
     Contrast,
     NotMeasuredError,
+    Side,
     Tables,
     above_floor,
     arm_rows,
     as_published,
+    estimate_of,
     minus_dense,
     not_empty,
     over_conditions,
@@ -27,27 +30,54 @@ from prunelens.analyses.contrast import (
     quintile_rows,
     rows_of,
     wanda_minus_magnitude,
+    with_null,
 )
-from prunelens.analyses.statistics import exact_spearman, interval_over_windows
+from prunelens.analyses.statistics import (
+    Estimate,
+    exact_spearman,
+    interval_over_windows,
+    jackknifed,
+    no_estimate,
+)
 from prunelens.analyses.verdict import CE_MARGIN, FVU_FACTOR
 
+CONTROLLED = "relative_shuffled"
+QUINTILES = ("Q1", "Q2", "Q3", "Q4", "Q5")
 HALF = 0.5
 NEAR_HALF = (0.4, 0.5)  # "up to 40-50 %"
-USABLE_FVU = 0.025  # the paper's "remarkable" FVU of a transferred SAE
+USABLE = 0.025  # the paper's "remarkable" FVU of a transferred SAE
+WINDOWS = "windows drawn over documents"
+REUSE_LIMITS = {
+    "fvu_dense_var_ratio": FVU_FACTOR,
+    "fvu_raw_ratio": FVU_FACTOR,
+    "ce_drop": CE_MARGIN,
+}
 EQUIVALENCE = 0.1  # of the mean isolated KL
 
 
 # --- survival and persistence ---------------------------------------------------------------------
 
 
-def rare_minus_frequent(tables: Tables, measure: str) -> list[Contrast]:
-    """Claim 1: the rarest quintile minus the most frequent one."""
-    rates = quintile_rows(tables, measure).pivot_table(
+def rare_minus_frequent_as_published(tables: Tables) -> list[Contrast]:
+    """Claim 1 as published: the rarest quintile minus the most frequent one."""
+    rates = quintile_rows(tables, "shared_init").pivot_table(
         index=["run", "seed"], columns="quintile", values="survival_rate"
     )
     rates = rates.reindex(columns=range(1, 6))  # a quintile may have no latent with a value
     difference = (rates[1] - rates[5]).rename("value").reset_index()
-    return [over_seeds(f"Q1 - Q5 of {measure}", difference, "above", 0.0)]
+    return [over_seeds("Q1 - Q5 of shared_init", difference, "above", 0.0)]
+
+
+def rare_minus_frequent(tables: Tables) -> list[Contrast]:
+    """Claim 1, of every condition: beyond what noise of equal size does."""
+    rows = rows_of(tables, "fragility_contrasts", measure=CONTROLLED, group="Q1 - Q5")
+    return [
+        Contrast(
+            f"Q1 - Q5 of {CONTROLLED}, {row.run}",
+            *(estimate_of(row), "above", 0.0, null and estimate_of(null)),
+        )
+        for row, null in with_null(rows, ["run"])
+    ]
 
 
 def wanda_survival(tables: Tables) -> list[Contrast]:
@@ -57,24 +87,59 @@ def wanda_survival(tables: Tables) -> list[Contrast]:
 
 
 def wanda_persistence(tables: Tables) -> list[Contrast]:
-    """Claim 2, without a second dictionary."""
-    rows = rows_of(tables, "persistence", source="pruned")
-    rows = rows.rename(columns={"mean_correlation": "value"})
-    return [over_seeds("persistence, Wanda - magnitude", wanda_minus_magnitude(rows), "above", 0.0)]
+    """Claim 2, at every equal sparsity, without a second dictionary and beyond noise."""
+    rows = rows_of(tables, "fragility_contrasts", measure=CONTROLLED, group="all")
+    found = []
+    for name, part in as_published(rows).groupby([*SITE, "sparsity"], sort=False):
+        by_method = {(row.method, row.source): row for row in part.itertuples()}
+        if not {("wanda", "pruned"), ("magnitude", "pruned")} <= set(by_method):
+            continue
+        pruned, null = (
+            _difference(by_method["wanda", source], by_method["magnitude", source])
+            for source in ("pruned", "null")
+        )
+        title = f"{CONTROLLED}, Wanda - magnitude, {' '.join(map(str, name))}"
+        found.append(Contrast(title, pruned, "above", 0.0, null))
+    return not_empty(found, "no sparsity with both Wanda and magnitude")
 
 
-def rare_at_half(tables: Tables, measure: str, limit: float) -> list[Contrast]:
-    """Claim 8: Q1 and Q2 of every condition at 40 to 50 %."""
-    rates = quintile_rows(tables, measure)
+def _difference(first: Any, second: Any) -> Estimate:
+    """Of two conditions measured on the same documents; what latents add is taken as if the two had
+    none in common, which is on the safe side."""
+    return jackknifed(
+        first.value - second.value,
+        np.asarray(first.without) - np.asarray(second.without),
+        "documents and latents",
+        added=first.beyond + second.beyond,
+    )
+
+
+def rare_at_half_as_published(tables: Tables) -> list[Contrast]:
+    """Claim 8 as published: Q1 and Q2 of every condition at 40 to 50 %."""
+    rates = quintile_rows(tables, "shared_init")
     rates = rates[rates["sparsity"].between(*NEAR_HALF) & (rates["quintile"] <= 2)]
     found = [
         over_seeds(
-            f"Q{quintile} of {measure}, {run}",
+            f"Q{quintile} of shared_init, {run}",
             part.rename(columns={"survival_rate": "value"}),
             "above",
-            limit,
+            0.5,
         )
         for (run, quintile), part in rates.groupby(["run", "quintile"], sort=False)
+    ]
+    return not_empty(found, "no condition at 40 to 50 % sparsity")
+
+
+def rare_at_half(tables: Tables) -> list[Contrast]:
+    """Claim 8: they lose less than noise of equal size would take."""
+    rows = rows_of(tables, "fragility_contrasts", measure=CONTROLLED)
+    rows = rows[rows["sparsity"].between(*NEAR_HALF) & rows["group"].isin(["Q1", "Q2"])]
+    found = [
+        Contrast(
+            f"{row.group} of {CONTROLLED}, {row.run}",
+            *(estimate_of(row), "above", 1.0, null and estimate_of(null), 1.0),
+        )
+        for row, null in with_null(rows, ["run", "group"])
     ]
     return not_empty(found, "no condition at 40 to 50 % sparsity")
 
@@ -110,10 +175,8 @@ def wanda_nll(tables: Tables, window: Literal["shortest", "longest"]) -> list[Co
         by_method = part.pivot_table(index="window", columns="method", values="nll")  # layers agree
         if {"wanda", "magnitude"} <= set(by_method):
             difference = (by_method["wanda"] - by_method["magnitude"]).to_numpy()
-            low, high = interval_over_windows(difference)
             name = f"nats/token, Wanda - magnitude, {model} {sparsity:g}"
-            value = float(difference.mean())
-            found.append(Contrast(name, value, low, high, "below", 0.0, "windows of text"))
+            found.append(Contrast(name, interval_over_windows(difference), "below", 0.0))
     return not_empty(found, "no sparsity with both Wanda and magnitude")
 
 
@@ -121,37 +184,34 @@ def wanda_nll(tables: Tables, window: Literal["shortest", "longest"]) -> list[Co
 
 
 def fvu_at_half(tables: Tables) -> list[Contrast]:
-    """Claim 4 as published."""
+    """Claim 4 as published: the paper's FVU is taken to be of raw activations."""
+    rows = _saes_at_half(tables, "all", "pruned")
+    ours = rows["sae"].str.fullmatch(r"seed \d+")
+    rows = rows.assign(seed=rows["sae"], group=rows["sae"].where(~ours, "our SAEs"))
     return [
-        over_seeds(f"FVU of {name}", part.assign(value=part["fvu"]), "below", USABLE_FVU)
-        for name, part in _saes_at_half(tables, "all")
+        over_seeds(
+            f"raw FVU of {group}, {run}", part.assign(value=part["fvu_raw"]), "below", USABLE
+        )
+        for (run, group), part in rows.groupby(["run", "group"])
     ]
 
 
 def usable_at_half(tables: Tables) -> list[Contrast]:
-    """Claim 4 by the rule of RQ3."""
-    found = []
-    for name, part in _saes_at_half(tables, "norm_filtered"):
-        ratio = part.assign(value=part["fvu_dense_var"] / part["fvu_dense_var_dense"])
-        drop = part.assign(value=part["ce_recovered"] - part["ce_recovered_dense"])
-        found += [
-            over_seeds(f"fvu_dense_var of {name} over dense", ratio, "below", FVU_FACTOR),
-            over_seeds(f"CE recovered of {name} - dense", drop, "above", -CE_MARGIN),
-        ]
-    return found
+    """Claim 4 by the rule of RQ3, of every SAE as it is."""
+    return [
+        Contrast(f"{name} of {row.sae}, {row.run}", _named(row, name, WINDOWS), "below", limit)
+        for row in _saes_at_half(tables, "norm_filtered", "pruned").itertuples()
+        for name, limit in REUSE_LIMITS.items()
+    ]
 
 
-def _saes_at_half(tables: Tables, positions: str) -> list[tuple[str, pd.DataFrame]]:
-    """Plain rows at Wanda 50 %, ours (one per seed) and each pretrained SAE, beside dense ones."""
-    rows = rows_of(tables, "transfer", positions=positions, refit="none")
-    dense = rows[rows["method"] == "dense"].set_index([*SITE, "sae"])
+def _saes_at_half(tables: Tables, positions: str, source: str) -> pd.DataFrame:
+    """Plain rows at Wanda 50 %, ours (one per seed) and each pretrained SAE."""
+    rows = rows_of(tables, "transfer", positions=positions, refit="none", source=source)
     rows = rows[(rows["method"] == "wanda") & (rows["sparsity"] == HALF)]
-    reference = dense[["fvu_dense_var", "ce_recovered"]].add_suffix("_dense")
-    rows = rows.join(reference, on=[*SITE, "sae"])
-    ours = rows["sae"].str.fullmatch(r"seed \d+")
-    rows = rows.assign(seed=rows["sae"], group=rows["sae"].where(~ours, "our SAEs"))
-    found = [(f"{group}, {run}", part) for (run, group), part in rows.groupby(["run", "group"])]
-    return not_empty(found, "no condition Wanda at 50 %")
+    if rows.empty:
+        raise NotMeasuredError("no condition Wanda at 50 %")
+    return rows
 
 
 # --- ablations ------------------------------------------------------------------------------------
@@ -181,10 +241,10 @@ def ablation_after_pruning(tables: Tables, protocol: str, contexts: str) -> list
     return [
         Contrast(
             f"{protocol} KL, pruned - dense, {row.run}",
-            row.kl_mean, row.ci_low, row.ci_high, "below", 0.0, "prompts",
+            *(estimate_of(row, value="kl_mean"), "below", 0.0),
         )
         for row in rows.itertuples()
-    ]  # fmt: skip
+    ]
 
 
 def _equivalence(
@@ -199,9 +259,7 @@ def _equivalence(
     for row in rows.itertuples():
         name = f"{group.replace('_', ' ')}, {row.run} ({row.ablated_in})"
         margin = float(margins.get((row.run, row.ablated_in), math.nan))
-        found.append(
-            Contrast(name, row.kl_mean, row.ci_low, row.ci_high, "within", margin, "prompts")
-        )
+        found.append(Contrast(name, estimate_of(row, value="kl_mean"), "within", margin))
     return not_empty(found, "no ablations")
 
 
@@ -211,51 +269,119 @@ def _equivalence(
 def seeds_as_published(tables: Tables) -> list[Contrast]:
     """Claim 6 as published."""
     rates = rows_of(tables, "stability", method="dense", tau=TAU)
-    return [
-        over_seeds("MNN between dense seeds", rates.assign(value=rates["mnn"]), "below", 0.5),
-        _pattern(tables, "shared_init"),
-    ]
+    stability = over_seeds(
+        "MNN between dense seeds", rates.assign(value=rates["mnn"]), "below", 0.5
+    )
+    rows = []
+    for run, part in quintile_rows(tables, "shared_init").groupby("run"):
+        profiles = part.pivot_table(index="quintile", columns="seed", values="survival_rate")
+        profiles = profiles.reindex(range(1, 6))
+        for a, b in itertools.combinations(profiles.columns, 2):
+            value = exact_spearman(profiles[a].to_numpy(), profiles[b].to_numpy()).rho
+            rows.append({"run": run, "seed_a": a, "seed_b": b, "value": value})
+    found = pd.DataFrame(not_empty(rows, "fewer than two seeds"))
+    name = "correlation of shared_init by quintile between seeds"
+    return [stability, over_seeds(name, found, "above", 0.0)]
 
 
 def seeds_controlled(tables: Tables) -> list[Contrast]:
-    """Claim 6: beyond chance, and in what survives beyond noise."""
+    """Claim 6: beyond chance, and in what survives beyond noise, on documents of their own."""
     rates = arm_rows(tables, "ceiling_cross")
     chance = arm_rows(tables, "chance").groupby(SITE)["mnn"].mean().rename("chance")
     rates = rates.join(chance, on=SITE)
     rates = rates.rename(columns={"init_a": "seed_a", "init_b": "seed_b"})
     rates = rates.assign(value=rates["mnn"] - rates["chance"])
-    return [
-        over_seeds("MNN of other starts - chance", rates, "below", 0.5),
-        _pattern(tables, "relative_shuffled"),
+    agreement = over_seeds("MNN of other starts - chance", rates, "below", 0.5)
+    rows = rows_of(tables, "fragility_contrasts", measure=CONTROLLED)
+    rows = rows[rows["group"].isin(QUINTILES)]
+    found = {key: _pattern(part) for key, part in rows.groupby(["run", "source"], sort=False)}
+    patterns = [
+        Contrast(
+            f"correlation of {CONTROLLED} by quintile between seeds, {run}",
+            *(estimate, "above", 0.0, found.get((run, "null"))),
+        )
+        for (run, source), estimate in found.items()
+        if source == "pruned"
     ]
+    return [agreement, *patterns]
 
 
-def predictive(
-    tables: Tables, target: str, evaluation: str, auc: Literal["auc", "auc_within"]
-) -> list[Contrast]:
-    """Claim 7: the AUC of firing rate and sparsity.
+def _pattern(rows: pd.DataFrame) -> Estimate:
+    """Correlation over quintiles between two seeds that are measured on different documents.
 
-    Pooled over conditions that were held out, an AUC is biased downwards (`clustered_auc`);
+    On the same documents two seeds share what chance does there, and agree where nothing is. The
+    mean over one half of the groups of documents is that of their pseudo-values.
+    """
+    rows = rows.set_index("group").loc[list(QUINTILES)]
+    groups = len(rows["without"].iloc[0])
+    by_seed = np.stack([np.reshape(list(part), (-1, groups)) for part in rows["by_seed"]], axis=1)
+    num_seeds = len(by_seed)
+    if num_seeds < 2:
+        return no_estimate(math.nan, "fewer than two seeds")
+    whole = by_seed.mean(2, keepdims=True)  # within rounding of what leaves nothing out
+    pseudo = whole - (groups - 1) * (by_seed - whole)  # [seeds, quintiles, groups]
+    odd = np.arange(groups) % 2 == 1
+
+    def correlation(kept: np.ndarray) -> float:
+        halves = [pseudo[..., kept & half].mean(2) for half in (odd, ~odd)]
+        pairs = itertools.permutations(range(num_seeds), 2)
+        found = [np.corrcoef(halves[0][a], halves[1][b])[0, 1] for a, b in pairs]
+        return float(np.mean(found))
+
+    every = np.ones(groups, dtype=bool)
+    without = np.array([correlation(every & (np.arange(groups) != g)) for g in range(groups)])
+    return jackknifed(correlation(every), without, "documents", scale="fisher")
+
+
+def predictive(tables: Tables) -> list[Contrast]:
+    """Claim 7 as published: the AUC of firing rate and sparsity in sample."""
+    row = _predictor_row(tables, "shared_init", "in_sample", "pruned")
+    return [Contrast("AUC (in sample, shared_init)", _named(row, "auc"), "above", 0.5)]
+
+
+def predictive_beyond_start(tables: Tables) -> list[Contrast]:
+    """Claim 7: of who survives better than under noise, by the stated sign, and better than by the
+    distance from the start alone.
+
     `auc_within` compares latents of one condition, where only the sign of the fit on firing rate
     enters: whether the other conditions tell which way round it goes.
     """
+    target, held_out = "beyond_noise", "held_out_condition"
+    found = []
+    asked: list[tuple[str, str, str, Side]] = [
+        ("in_sample", "coef_log_rate", "coefficient of log firing rate", "below"),
+        (held_out, "gain", "AUC within conditions - that of the start alone", "above"),
+        (held_out, "auc_within", "AUC within conditions - 0.5", "above"),
+    ]
+    for evaluation, column, name, side in asked:
+        shift = 0.5 if column == "auc_within" else 0.0
+        pruned, null = (
+            _named(_predictor_row(tables, target, evaluation, source), column)
+            for source in ("pruned", "null")
+        )
+        pruned, null = (part.shifted(-shift) for part in (pruned, null))
+        found.append(Contrast(f"{name} ({target})", pruned, side, 0.0, null))
+    return found
+
+
+def _predictor_row(tables: Tables, target: str, evaluation: str, source: str) -> Any:
     rows = rows_of(
         tables, "predictor", target=target, evaluation=evaluation, features="rate_sparsity"
     )
-    rows = rows[rows["tau"].isna() | (rows["tau"] == TAU)]
-    found = []
-    for row in not_empty(list(rows.itertuples()), f"no predictor of {target}"):
-        value = getattr(row, auc)
-        if math.isnan(value):
-            raise NotMeasuredError(str(row.reason))
-        found.append(
-            Contrast(
-                f"{auc} ({evaluation.replace('_', ' ')}, {target})",
-                value, getattr(row, f"{auc}_low"), getattr(row, f"{auc}_high"),
-                "above", 0.5, "conditions",
-            )
-        )  # fmt: skip
-    return found
+    rows = rows[(rows["tau"].isna() | (rows["tau"] == TAU)) & (rows["source"] == source)]
+    (row,) = not_empty(list(rows.itertuples()), f"no predictor of {target} ({source})")
+    return row
+
+
+def _named(row: Any, column: str, resampled: str = "conditions") -> Estimate:
+    """An estimate of a table with several."""
+    if math.isnan(getattr(row, column)):
+        raise NotMeasuredError(str(row.reason))
+    numbers = (getattr(row, f"{column}{tail}") for tail in ("", "_error", "_df"))
+    ends = (getattr(row, f"{column}{tail}") for tail in ("_least", "_most"))
+    value, error, df = numbers
+    least, most = ends
+    return Estimate(value, error, df, resampled, least, most)
 
 
 def fvu_falls(tables: Tables) -> list[Contrast]:
@@ -271,17 +397,3 @@ def activations_get_simpler(tables: Tables) -> list[Contrast]:
         over_seeds("fvu_dense_var, pruned - dense", error, "below", 0.0),
         over_conditions("participation ratio, pruned - dense", ratio, "below", 0.0),
     ]
-
-
-def _pattern(tables: Tables, measure: str) -> Contrast:
-    """Spearman correlation over quintiles between any two seeds, per condition."""
-    rates = quintile_rows(tables, measure)
-    rows = []
-    for run, part in rates.groupby("run"):
-        profiles = part.pivot_table(index="quintile", columns="seed", values="survival_rate")
-        profiles = profiles.reindex(range(1, 6))
-        for a, b in itertools.combinations(profiles.columns, 2):
-            value = exact_spearman(profiles[a].to_numpy(), profiles[b].to_numpy()).rho
-            rows.append({"run": run, "seed_a": a, "seed_b": b, "value": value})
-    found = pd.DataFrame(not_empty(rows, "fewer than two seeds"))
-    return over_seeds(f"correlation of {measure} by quintile between seeds", found, "above", 0.0)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
+
+from prunelens.analyses.persistence import JUDGED, NOISES, relative_error, relative_to_noise
 
 OWN = (
     "firing_rate",
@@ -40,10 +43,11 @@ def latent_fates(
             not asked is None and has no columns.
     Returns: seed, latent, the columns of OWN, alive; match_, cosine_ and mutual_ for every arm
         (NaN where that seed has no such arm), activation_match_, activation_correlation_,
-        activation_mutual_ and subspace_ likewise; scaling, scaling_noise_isotropic and
-        scaling_unpaired; persistence and persistence_jaccard, silenced, and
-        Fisher's z of the correlation with pruned activations and with either noise (persistence_z,
-        persistence_z_noise_isotropic, persistence_z_noise_shuffled).
+        activation_mutual_ and subspace_ likewise; scaling and scaling_ of every other source; the
+        columns of `persistence_by_latent`; of persistence and of every source beside it Fisher's z
+        (persistence_z, persistence_null_z, …); and arrays: persistence_without, of the null and of
+        either noise likewise (the correlation without each group of documents), and
+        persistence_noise_shuffled_draws (of each draw).
     """
     parts = []
     for seed in seeds:
@@ -57,7 +61,7 @@ def latent_fates(
             columns.append(scaling_by_latent(scaling, seed))
         if persistence is not None:
             columns.append(persistence_by_latent(persistence, seed))
-            columns.append(_fisher_z_by_latent(persistence, seed))
+            columns.append(_persistence_beside(persistence, seed))
         table = pd.concat(columns, axis=1)
         table.insert(0, "seed", seed)
         table.insert(len(OWN) + 1, "alive", table["firing_rate"] > 0)
@@ -101,16 +105,21 @@ def scaling_by_latent(scaling: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def persistence_by_latent(persistence: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Correlation with pruned activations and with either noise, overlap and silence, by latent."""
+    """Correlation with everything that disturbs, overlap, silence, and the correlation as a
+    multiple of what either noise leaves, with its standard error, by latent."""
+    by_source = _of_seed(persistence, seed)
     columns = {}
-    for source, part in persistence[persistence["seed"] == seed].groupby("source"):
-        by_latent = part.set_index("latent")
-        name = "persistence" if source == "pruned" else f"persistence_{source}"
-        columns[name] = by_latent["correlation"]
-        if source == "pruned":
-            columns["persistence_jaccard"] = by_latent["jaccard"]
-            columns["silenced"] = by_latent["silenced"]
-    return pd.DataFrame(columns)
+    for source, part in by_source.items():
+        columns[_persistence_name(source)] = part["correlation"]
+    columns["persistence_jaccard"] = by_source["pruned"]["jaccard"]
+    columns["silenced"] = by_source["pruned"]["silenced"]
+    for noise in NOISES:
+        above, below = by_source["pruned"], by_source[f"noise_{noise}"]
+        arrays = [_stacked(part["without"]) for part in (above, below)]
+        relative = relative_to_noise(above["correlation"], below["correlation"])
+        columns[f"relative_{noise}"] = relative
+        columns[f"relative_{noise}_error"] = relative_error(*arrays)
+    return pd.DataFrame(columns, index=by_source["pruned"].index)
 
 
 def _by_arm(
@@ -127,10 +136,28 @@ def _by_arm(
     return pd.DataFrame(columns)
 
 
-def _fisher_z_by_latent(persistence: pd.DataFrame, seed: int) -> pd.DataFrame:
+def _of_seed(persistence: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
+    """The latents of one seed, by source."""
     chosen = persistence[persistence["seed"] == seed]
+    return {str(source): part.set_index("latent") for source, part in chosen.groupby("source")}
+
+
+def _persistence_name(source: str) -> str:
+    return "persistence" if source == "pruned" else f"persistence_{source}"
+
+
+def _persistence_beside(persistence: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """What intervals and tests need beside the correlation."""
     columns = {}
-    for source, part in chosen.groupby("source"):
-        name = "persistence_z" if source == "pruned" else f"persistence_z_{source}"
-        columns[name] = part.set_index("latent")["fisher_z"]
+    for source, part in _of_seed(persistence, seed).items():
+        name = _persistence_name(source)
+        columns[f"{name}_z"] = part["fisher_z"]
+        if source in (*JUDGED, *(f"noise_{noise}" for noise in NOISES)):
+            columns[f"{name}_without"] = part["without"]
+        if source == "noise_shuffled":
+            columns[f"{name}_draws"] = part["draws"]
     return pd.DataFrame(columns)
+
+
+def _stacked(arrays: pd.Series) -> np.ndarray:
+    return np.stack(arrays.to_numpy())

@@ -1,21 +1,14 @@
 """RQ4: are rare features more or less likely to survive than frequent ones?
 
 The paper compares five firing-rate groups of latents by one measure that a shared start inflates.
-Here every measure stands beside it: other arms, persistence, and what persistence loses beyond
-noise of equal size; each also latent by latent, and with `init_retention` held fixed.
+Here every measure stands beside it: other arms, persistence, and persistence as a share of what
+noise of equal size leaves; each also latent by latent, with `init_retention` held fixed, and on the
+null, where noise stands in the place of the pruned activations and firing rate changes nothing.
 
-Both tables start from `fates`: one row per seed and dense latent of ONE condition, with
-    seed, latent
-    firing_rate              on the whole eval set; sorts latents for the arms, as in the paper
-    firing_rate_first_half   sorts latents for persistence, which is measured on the second half,
-                             so that no latent is chosen by the noise that it is judged by
-    init_retention           cosine of the decoder row to its start
-    cosine_<arm>, mutual_<arm>   best match in the arms of MATCHED that the condition has;
-                             NaN where that seed has no such arm (those rows are left out of it)
-    persistence, persistence_z   Pearson correlation and its Fisher z; NaN = undefined; none of the
-                             three for the dense condition
-    persistence_noise_isotropic, persistence_noise_shuffled, and persistence_z_ of both
-    scaling                  see `analyses.scaling`
+All tables start from `fates` (see `analyses.fates`): one row per seed and dense latent of ONE
+condition. `firing_rate` sorts latents for the arms, as in the paper; `firing_rate_first_half` for
+what is measured on the second half, so that no latent is chosen by the noise that it is judged by.
+A seed without an arm (NaN) is left out of it.
 """
 
 from __future__ import annotations
@@ -27,13 +20,16 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from prunelens.analyses.measures import latent_measures
+from prunelens.analyses.measures import Means, latent_measures
 from prunelens.analyses.statistics import (
-    RankCorrelations,
+    LatentSample,
     RankSample,
+    crossed,
+    difference,
     exact_spearman,
     holm_adjusted,
-    rank_correlations,
+    rank_correlation,
+    ratio_of_means,
 )
 
 MATCHED = (  # arms at every tau; of the dense run, what no pruning or a shared start shows
@@ -41,12 +37,20 @@ MATCHED = (  # arms at every tau; of the dense run, what no pruning or a shared 
     *("ceiling_shared", "floor_shared", "ceiling_cross", "chance"),
 )
 UNMATCHED = (
-    *("persistence", "excess_isotropic", "excess_shuffled"),
+    *("persistence", "persistence_undone", "excess_isotropic", "excess_shuffled"),
     *("relative_isotropic", "relative_shuffled", "scaling"),
 )
+CONTRASTED = ("persistence", "relative_isotropic", "relative_shuffled")
+GROUPS = ("Q1", "Q2", "Q3", "Q4", "Q5", "all", "Q1 - Q5")
 NUM_QUINTILES = 5
 SMALLEST_P = 2 / 120  # rho = +-1: two of the 5! orders
-FAMILY = ["model", "layer", "measure", "tau"]  # Holm adjusts over the conditions within one
+FAMILY = [
+    "model",
+    "layer",
+    "measure",
+    "source",
+    "tau",
+]  # Holm adjusts over the conditions within one
 
 
 def quintiles(fates: pd.DataFrame, taus: Sequence[float]) -> pd.DataFrame:
@@ -55,12 +59,15 @@ def quintiles(fates: pd.DataFrame, taus: Sequence[float]) -> pd.DataFrame:
     Alive latents of each seed (firing rate above 0 in the column that sorts) in five groups whose
     sizes differ by one at most, ties by index; group means per seed, then the mean over seeds.
     Args: fates as the module describes; taus for the arms.
-    Returns: measure, tau (NaN for persistence), quintile (1 rare .. 5 frequent), firing_rate and
-        survival_rate (of the latents with a value; NaN without any), num_latents (over all seeds).
+    Returns: measure, source, tau (NaN for persistence), quintile (1 rare .. 5 frequent),
+        firing_rate and survival_rate (of the latents with a value; NaN without any), num_latents
+        (over all seeds), num_dropped (alive ones that have no value latent by latent).
         survival_rate is a share for an arm, for `persistence` a mean correlation, for `excess_*` a
         mean difference in Fisher z (below 0: harm particular to pruning), for `relative_*` the mean
-        share of what noise leaves, for `scaling` the mean multiple of the direction that is there.
-    Source: paper §4.5 and Table 3; methods §7 RQ4.
+        correlation as a share of the mean under noise (a ratio of means, in which latents that
+        noise leaves too little of have their part), for `scaling` the mean multiple of the
+        direction that is there. source: pruned, null, or dense for arms without pruning.
+    Source: paper §4.5 and Table 3; methods §7 RQ4, §10.
     """
     return _over_seeds(fates, _measures(fates, taus))
 
@@ -68,53 +75,83 @@ def quintiles(fates: pd.DataFrame, taus: Sequence[float]) -> pd.DataFrame:
 def quintiles_by_seed(fates: pd.DataFrame, taus: Sequence[float]) -> pd.DataFrame:
     """The group means of every seed, of which `quintiles` is the mean.
 
-    Returns: measure, tau, seed, quintile, firing_rate, survival_rate, num_latents; no row for a
-        seed's quintile in which no latent has a value.
+    Returns: measure, source, tau, seed, quintile, firing_rate, survival_rate, num_latents,
+        num_dropped; no row for a seed's quintile in which no latent has a value.
     """
     measures = _measures(fates, taus)
     return _named(_by_seed(fates, measures).reset_index(), measures)
 
 
-def fragility_tests(
-    fates: pd.DataFrame, taus: Sequence[float], *, seed: int = 0, draws: int = 1000
-) -> pd.DataFrame:
+def fragility_contrasts(fates: pd.DataFrame) -> pd.DataFrame:
+    """The groups of CONTRASTED measures, rarest against most frequent, with their intervals.
+
+    Returns: measure, source, group (Q1 .. Q5, all, Q1 - Q5), value (mean over seeds), low, high,
+        error, df, least, most, resampled (see `Estimate`), num_latents, num_dropped; and for
+        contrasts of contrasts: beyond (the variance that latents add to that by documents),
+        without (the value without each group of documents) and by_seed (the same of every seed, one
+        after the other), which are arrays. Nothing for the dense condition.
+    """
+    rows = []
+    for measure in _measures(fates, ()):
+        if measure.means is None:
+            continue
+        by_seed = [_group_samples(fates, measure, seed) for seed in measure.seeds(fates)]
+        for group in GROUPS if by_seed else ():
+            samples = [groups[group] for groups in by_seed]
+            found = crossed(samples)
+            without = np.stack([sample.without for sample in samples])
+            counted = np.isfinite(measure.means.above) & measure.alive & _in(fates, measure, group)
+            dropped = counted & ~np.isfinite(measure.value)
+            rows.append(
+                {"measure": measure.name, "source": measure.source, "group": group}
+                | {"value": found.value, "low": found.low, "high": found.high}
+                | {name: getattr(found, name) for name in ("error", "df", "least", "most")}
+                | {"resampled": found.resampled, "num_latents": int(counted.sum())}
+                | {"num_dropped": int(dropped.sum()), "beyond": found.added}
+                | {"without": without.mean(0), "by_seed": without.ravel()}
+            )
+    return pd.DataFrame(rows)
+
+
+def fragility_tests(fates: pd.DataFrame, taus: Sequence[float]) -> pd.DataFrame:
     """Rank correlation of firing rate and survival: over quintiles, and latent by latent.
 
-    Returns: measure, tau, then
+    Returns: measure, source, tau, then
         rho, p_exact: Spearman over the five quintiles and its exact two-sided permutation p;
         p_smallest: the smallest p that five quintiles allow, 2/120;
         latent_rho, ci_low, ci_high: mean over seeds of the within-seed Spearman of firing rate and
-            value, with a 95 % bootstrap interval; partial_rho, partial_low, partial_high: the same
-            with init_retention held fixed;
-        num_latents with a value; resampled: what the interval resamples; reason of every NaN.
-    Source: methods §7 RQ4, §8; the bootstrap is described at `rank_correlations`.
+            value, with its 95 % interval; partial_rho, partial_low, partial_high: the same with
+            init_retention held fixed;
+        num_latents with a value; resampled: what the interval rests on; reason of every NaN.
+    Source: methods §7 RQ4, §8; the interval is described at `rank_correlation`.
     """
     measures = _measures(fates, taus)
     groups = _over_seeds(fates, measures)
     tests = []
     for m, (_, group) in zip(measures, groups.groupby(groups.index // NUM_QUINTILES), strict=True):
         exact = exact_spearman(group["firing_rate"].to_numpy(), group["survival_rate"].to_numpy())
-        test = {"measure": m.name, "tau": m.tau, "rho": exact.rho, "p_exact": exact.p}
-        test |= {"p_smallest": SMALLEST_P, "num_latents": int(group["num_latents"].sum())}
-        tests.append(test | {"reason": f"quintiles: {exact.reason}" if exact.reason else ""})
-    by_seeds: dict[tuple[int, ...], list[int]] = {}
-    for i, m in enumerate(measures):
-        by_seeds.setdefault(m.seeds(fates), []).append(i)
-    for seeds, members in by_seeds.items():
-        chosen = [measures[i] for i in members]
-        per_latent = _latent_columns(fates, chosen, seeds, seed, draws)
-        for i, columns in zip(members, per_latent, strict=True):
-            reasons = [tests[i]["reason"], columns.pop("reason")]
-            tests[i] |= columns | {"reason": "; ".join(r for r in reasons if r)}
-    return pd.DataFrame(tests)[[*_TEST_COLUMNS]]
+        test = {"measure": m.name, "source": m.source, "tau": m.tau, "rho": exact.rho}
+        test |= {"p_exact": exact.p, "p_smallest": SMALLEST_P}
+        reasons = [f"quintiles: {exact.reason}" if exact.reason else ""]
+        samples = [_rank_sample(fates, m, seed) for seed in m.seeds(fates)]
+        for partial, names in ((False, _TEST_COLUMNS[6:9]), (True, _TEST_COLUMNS[9:12])):
+            found = rank_correlation(samples, partial=partial)
+            test |= dict(zip(names, (found.value, found.low, found.high), strict=True))
+            if not found.error > 0:  # NaN is not
+                reasons.append(f"{'partial' if partial else 'latents'}: {found.resampled}")
+            elif not partial:
+                test["resampled"] = found.resampled
+        test |= {"num_latents": int(group["num_latents"].sum())}
+        tests.append(test | {"reason": "; ".join(reason for reason in reasons if reason)})
+    return pd.DataFrame(tests).reindex(columns=_TEST_COLUMNS)
 
 
 def holm(tests: pd.DataFrame) -> pd.DataFrame:
     """`fragility_tests` of many conditions with their Holm-adjusted p-values.
 
-    Args: columns model, layer, measure, tau, p_exact, and those that tell conditions apart.
-    Returns: the same rows with p_holm, adjusted within (model, layer, measure, tau) over the
-        conditions that have a p, and p_holm_smallest = min(1, m * 2/120): the smallest adjusted p
+    Args: columns of FAMILY, p_exact, and those that tell conditions apart.
+    Returns: the same rows with p_holm, adjusted within FAMILY over the conditions that have a p,
+        and p_holm_smallest = min(1, m * 2/120): the smallest adjusted p
         that m such conditions allow, so that nobody reads "not significant" as "absent".
     Source: methods §8.
     """
@@ -124,60 +161,88 @@ def holm(tests: pd.DataFrame) -> pd.DataFrame:
     return tests.assign(p_holm=adjusted.astype(float), p_holm_smallest=smallest)
 
 
-_TEST_COLUMNS = (
-    *("measure", "tau", "rho", "p_exact", "p_smallest"),
+_TEST_COLUMNS = [
+    *("measure", "source", "tau", "rho", "p_exact", "p_smallest"),
     *("latent_rho", "ci_low", "ci_high", "partial_rho", "partial_low", "partial_high"),
     *("num_latents", "resampled", "reason"),
-)
+]
 
 
 class _Measure(NamedTuple):
     """One way to say how well each latent survived."""
 
     name: str
+    source: str
     tau: float
     rate: Float[np.ndarray, " rows"]
     """The firing rate that sorts."""
     value: Float[np.ndarray, " rows"]
     """NaN where undefined, and for dead latents."""
+    means: Means | None
+    """Of a measure that is contrasted; what `value` is of a group where it is a ratio."""
+
+    @property
+    def alive(self) -> np.ndarray:
+        """Latents that fire where the rate is counted."""
+        return self.rate > 0
+
+    @property
+    def above(self) -> np.ndarray:
+        """What group values are means of."""
+        if self.means is None:
+            return self.value
+        both = np.isfinite(self.means.above) & np.isfinite(self.means.below) & self.alive
+        return np.where(both, self.means.above, np.nan)
+
+    @property
+    def below(self) -> np.ndarray:
+        """By whose mean the group value is divided."""
+        return np.ones(len(self.value)) if self.means is None else self.means.below
 
     def seeds(self, fates: pd.DataFrame) -> tuple[int, ...]:
         """The seeds in which any latent has a value."""
-        return tuple(sorted(fates.loc[~np.isnan(self.value), "seed"].unique().tolist()))
+        return tuple(sorted(fates.loc[np.isfinite(self.above), "seed"].unique().tolist()))
 
 
 def _measures(fates: pd.DataFrame, taus: Sequence[float]) -> list[_Measure]:
     """The arms that there are at every tau, and what needs no second dictionary."""
-    found = latent_measures(fates)
     measures = []
-    for name in (name for name in (*MATCHED, *UNMATCHED) if name in found):
-        value, mutual, column = found[name]
-        rate = fates[column].to_numpy(dtype=float)
-        for tau in [np.nan] if mutual is None else taus:
-            shown = value
-            if mutual is not None:
-                shown = np.where(np.isnan(value), np.nan, mutual & (value >= tau))
-            defined = np.where(rate > 0, shown, np.nan)
-            measures.append(_Measure(name, float(tau), rate, defined))
+    for source in ("pruned", "null"):
+        found = latent_measures(fates, source)
+        for name in (name for name in (*MATCHED, *UNMATCHED) if name in found):
+            value, mutual, column, means = found[name]
+            rate = fates[column].to_numpy(dtype=float)
+            told = "dense" if name in MATCHED[3:] else source
+            for tau in [np.nan] if mutual is None else taus:
+                shown = value
+                if mutual is not None:
+                    shown = np.where(np.isnan(value), np.nan, mutual & (value >= tau))
+                defined = np.where(rate > 0, shown, np.nan)
+                kept = means if name in CONTRASTED else None
+                measures.append(_Measure(name, told, float(tau), rate, defined, kept))
     return measures
 
 
 def _by_seed(fates: pd.DataFrame, measures: Sequence[_Measure]) -> pd.DataFrame:
-    """Group means by number of the measure, seed and quintile.
+    """Group values by number of the measure, seed and quintile.
 
     One table of all measures below each other: grouping each by itself took five times as long.
     """
-    known = [~np.isnan(measure.value) for measure in measures]
+    known = [np.isfinite(measure.above) for measure in measures]
     seeds = fates["seed"].to_numpy()
     columns = {
         "which": np.repeat(np.arange(len(measures)), [int(rows.sum()) for rows in known]),
         "seed": _below_each_other([seeds] * len(measures), known),
         "quintile": _below_each_other([_quintile_of(fates, m.rate) for m in measures], known),
         "firing_rate": _below_each_other([m.rate for m in measures], known),
-        "survival_rate": _below_each_other([m.value for m in measures], known),
+        "above": _below_each_other([m.above for m in measures], known),
+        "below": _below_each_other([m.below for m in measures], known),
+        "dropped": _below_each_other([np.isnan(m.value) for m in measures], known),
     }
     groups = pd.DataFrame(columns).groupby(["which", "seed", "quintile"])
-    return groups.mean().assign(num_latents=groups.size())
+    found = groups[["firing_rate"]].mean()
+    found["survival_rate"] = groups["above"].mean() / groups["below"].mean()
+    return found.assign(num_latents=groups.size(), num_dropped=groups["dropped"].sum())
 
 
 def _below_each_other(parts: Sequence[np.ndarray], known: Sequence[np.ndarray]) -> np.ndarray:
@@ -192,15 +257,17 @@ def _over_seeds(fates: pd.DataFrame, measures: Sequence[_Measure]) -> pd.DataFra
         [range(len(measures)), range(1, NUM_QUINTILES + 1)], names=["which", "quintile"]
     )
     table = groups[["firing_rate", "survival_rate"]].mean().reindex(every)
-    table["num_latents"] = groups["num_latents"].sum().reindex(every, fill_value=0)
+    for count in ("num_latents", "num_dropped"):
+        table[count] = groups[count].sum().reindex(every, fill_value=0)
     return _named(table.reset_index(), measures)
 
 
 def _named(table: pd.DataFrame, measures: Sequence[_Measure]) -> pd.DataFrame:
-    """The table with measure and tau in place of the measure's number."""
+    """The table with measure, source and tau in place of the measure's number."""
     which = table.pop("which")
-    table.insert(0, "measure", [measures[number].name for number in which])
-    table.insert(1, "tau", [measures[number].tau for number in which])
+    for place, field in enumerate(("name", "source", "tau")):
+        values = [getattr(measures[number], field) for number in which]
+        table.insert(place, "measure" if field == "name" else field, values)
     return table
 
 
@@ -215,49 +282,31 @@ def _quintile_of(fates: pd.DataFrame, rate: Float[np.ndarray, " rows"]) -> Int[n
     return quintile
 
 
-def _latent_columns(
-    fates: pd.DataFrame,
-    measures: Sequence[_Measure],
-    seeds: tuple[int, ...],
-    seed: int,
-    draws: int,
-) -> list[dict]:
-    """The per-latent columns of `fragility_tests` for measures that rest on the same seeds."""
-    if not seeds:
-        nan = dict.fromkeys(_TEST_COLUMNS[5:11], np.nan)
-        return [nan | {"resampled": "", "reason": "no latent has a value"} for _ in measures]
-    found = rank_correlations(_samples(fates, measures, seeds), seed=seed, draws=draws)
-    resampled = "seeds, latents within each" if len(seeds) > 1 else "latents of one seed"
-    rows = []
-    for m in range(len(measures)):
-        raw, partial = (
-            [float(v[m]) for v in estimates] for estimates in (found.raw, found.partial)
-        )
-        row = dict(zip(_TEST_COLUMNS[5:11], raw + partial, strict=True))
-        rows.append(row | {"resampled": resampled, "reason": _why_undefined(found, seeds, m)})
-    return rows
+def _in(fates: pd.DataFrame, measure: _Measure, group: str) -> np.ndarray:
+    """Which rows belong to a group; a contrast has those of both its sides."""
+    if group == "all":
+        return measure.alive
+    numbers = [int(part.removeprefix("Q")) for part in group.split(" - ")]
+    return np.isin(_quintile_of(fates, measure.rate), numbers)
 
 
-def _samples(
-    fates: pd.DataFrame, measures: Sequence[_Measure], seeds: tuple[int, ...]
-) -> list[RankSample]:
-    x = np.stack([measure.rate for measure in measures], axis=1)
-    y = np.stack([measure.value for measure in measures], axis=1)
-    given = fates["init_retention"].to_numpy(dtype=float)
-    alive = (x > 0).any(1)  # the population that is resampled: the same for all measures
-    assert not np.isnan(given[alive]).any(), "init_retention is a cosine of unit vectors"
-    samples = []
-    for s in seeds:
-        rows = alive & (fates["seed"].to_numpy() == s)
-        samples.append(RankSample(x[rows], y[rows], given[rows]))
+def _group_samples(fates: pd.DataFrame, measure: _Measure, seed: int) -> dict[str, LatentSample]:
+    """The groups of one seed."""
+    assert measure.means is not None
+    own = (fates["seed"] == seed).to_numpy()
+    samples = {}
+    for group in GROUPS[:-1]:
+        rows = own & _in(fates, measure, group)
+        samples[group] = ratio_of_means(*(part[rows] for part in measure.means))
+    samples[GROUPS[-1]] = difference(samples["Q1"], samples["Q5"])
     return samples
 
 
-def _why_undefined(found: RankCorrelations, seeds: tuple[int, ...], measure: int) -> str:
-    defined = found.defined[:, measure]
-    if not defined.all():
-        missing = ", ".join(str(s) for s, ok in zip(seeds, defined, strict=True) if not ok)
-        return f"latents: firing rate or value is constant in seed {missing}"
-    if np.isnan(found.partial.value[measure]):
-        return "partial: init_retention is constant or determines firing rate or value"
-    return ""
+def _rank_sample(fates: pd.DataFrame, measure: _Measure, seed: int) -> RankSample:
+    """The latents of one seed that have a value, and without each group of documents."""
+    rows = (fates["seed"] == seed).to_numpy() & np.isfinite(measure.value)
+    without = np.empty((int(rows.sum()), 0))
+    if measure.means is not None:
+        without = measure.means.above_without[rows] / measure.means.below_without[rows]
+    given = fates["init_retention"].to_numpy(dtype=float)[rows]
+    return RankSample(measure.rate[rows], measure.value[rows], without, given)

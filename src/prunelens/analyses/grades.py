@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prunelens import planted
 from prunelens.analyses.measures import latent_measures
-from prunelens.analyses.statistics import RankSample, rank_correlations
+from prunelens.analyses.statistics import RankSample, rank_correlation
 from prunelens.match import unit_rows
 
 TAU = 0.7
@@ -210,21 +210,20 @@ def _amounts(fates: pd.Series, measure: Measure) -> np.ndarray:
 def _rate(
     fates: pd.DataFrame, value: np.ndarray, truth: np.ndarray, rate: np.ndarray, seed: int
 ) -> dict[str, float]:
-    samples = []
+    given = fates["init_retention"].to_numpy(dtype=float)
+    samples: list[list[RankSample]] = [[], []]
     for each in fates["seed"].unique():
         rows = (fates["seed"] == each).to_numpy() & (rate > 0) & ~np.isnan(value)
-        if not rows.any():  # control arms are there for the first seeds alone
-            continue
-        x, y = np.stack([rate[rows]] * 2, 1), np.stack([value[rows], truth[rows]], 1)
-        samples.append(RankSample(x, y, fates["init_retention"].to_numpy(dtype=float)[rows]))
-    if not samples:
-        return dict.fromkeys(("rate_rho", "rate_low", "rate_high", "truth_rho"), math.nan)
-    found = rank_correlations(samples, seed=seed).raw
+        for which, numbers in zip(samples, (value, truth), strict=True):
+            if rows.any():  # control arms are there for the first seeds alone
+                no_groups = np.empty((int(rows.sum()), 0))
+                which.append(RankSample(rate[rows], numbers[rows], no_groups, given[rows]))
+    found, of_truth = map(rank_correlation, samples)
     return {
-        "rate_rho": float(found.value[0]),
-        "rate_low": float(found.low[0]),
-        "rate_high": float(found.high[0]),
-        "truth_rho": float(found.value[1]),
+        "rate_rho": found.value,
+        "rate_low": found.low,
+        "rate_high": found.high,
+        "truth_rho": of_truth.value,
     }
 
 

@@ -5,10 +5,9 @@ target that no shared start inflates, evaluations on conditions and models that 
 seen, and the baseline that knows only how near a latent stayed to its start.
 
 Input: one row per pruned run, seed and alive dense latent, with columns model, condition (the run,
-so model x layer x pruning: no two layers share a name), sparsity, seed, latent, firing_rate (> 0),
-firing_rate_first_half (of the eval documents), init_retention, cosine_shared_init,
-mutual_shared_init, persistence (NaN = undefined). A cluster is a condition; conditions of one model
-share their dense latents, which no interval accounts for.
+so model x layer x pruning: no two layers share a name), sparsity, and those of `analyses.fates`.
+What an interval leaves out are conditions, with their fits: it is about conditions like these, on
+these dense latents.
 """
 
 from __future__ import annotations
@@ -20,11 +19,14 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
+from prunelens.analyses.fragility import NUM_QUINTILES
 from prunelens.analyses.statistics import (
+    Estimate,
     LogisticFit,
     clustered_auc,
-    clustered_covariance,
     fit_logistic,
+    jackknifed,
+    no_estimate,
     t_quantile,
 )
 from prunelens.errors import UserError
@@ -38,7 +40,7 @@ FEATURES = {
 }
 EVALUATIONS = {"in_sample": None, "held_out_condition": "condition", "held_out_model": "model"}
 NUM_BINS = 10
-FEWEST_CONDITIONS = 4  # one more than coefficients, or their clustered covariance is singular
+FEWEST_CONDITIONS = 4  # left out in turn, fewer cannot tell three coefficients apart
 
 
 class PredictorResult(NamedTuple):
@@ -46,47 +48,57 @@ class PredictorResult(NamedTuple):
 
     table: pd.DataFrame
     """target, tau, evaluation, features, then auc, auc_within (pairs of latents of the same
-    condition only), coef_log_rate, coef_sparsity, each with _low and _high; accuracy, base_rate
-    (share of the larger class), standardised_log_rate, standardised_sparsity (per standard
-    deviation), num_rows, num_conditions, reason. Coefficients stand in the rows in_sample /
-    rate_sparsity alone: the others have no such coefficient."""
+    condition only), gain (what auc_within has beyond the fit on init_retention and sparsity),
+    coef_log_rate, coef_sparsity, each with _low, _high, _error, _df, _least and _most (see
+    `Estimate`); accuracy, base_rate (share of the larger class), standardised_log_rate,
+    standardised_sparsity (per standard deviation), num_rows, num_conditions, reason, and source:
+    pruned, or null for the targets that read pruned activations. Coefficients stand in the rows
+    in_sample / rate_sparsity alone: the others have no such coefficient."""
     calibration: pd.DataFrame
     """target, tau, evaluation, features, bin (1..10), predicted, observed (means), num_rows."""
     models: list[dict]
     """Per target and tau what `predict_survival` needs, JSON-able (an undefined value is None)."""
 
 
-def fit_predictor(rows: pd.DataFrame, taus: Sequence[float], *, seed: int = 0) -> PredictorResult:
+def fit_predictor(rows: pd.DataFrame, taus: Sequence[float]) -> PredictorResult:
     """Fit and judge the predictor for every target.
 
-    Targets: `shared_init` at tau (paper); `persistence` > 0.7 (controlled; tau NaN, rows without a
-    persistence left out); `index_mean`, the paper's "survival rate > 0.5" taken literally: mean of
-    the shared_init match over seeds at equal latent index, rows then per (condition, latent).
+    Targets: `shared_init` at tau (paper); `quintile`, the same with a row per quintile and
+    condition of the first seed: whether more than half of it survived (what the paper's accuracies
+    look like: 66, 73 and 79 of 95 rows); `index_mean`, its "survival rate > 0.5" taken literally:
+    mean of the shared_init match over seeds at equal latent index, rows then per (condition,
+    latent); `persistence` > 0.7 (tau NaN, rows without a persistence left out), which noise moves
+    with firing rate; `beyond_noise` (controlled): persistence above the median of the draws of
+    shuffled noise, which on the null is even odds for every latent.
     Evaluations: `in_sample` (paper), `held_out_condition`, `held_out_model`: fitted without one
-    condition or model at a time, predictions pooled. Intervals: coefficients cluster-robust by
-    condition, t with conditions - 1 degrees of freedom; AUC by a bootstrap of conditions with
-    predictions fixed.
-    Args: rows as the module describes; taus of the study, of which 0.6, 0.7 and 0.8 are used; seed
-        of the bootstrap.
+    condition or model at a time, predictions pooled. Intervals leave out conditions in turn, t
+    with conditions - 1 degrees of freedom: coefficients with the fit, AUCs with predictions fixed.
+    Args: rows as the module describes; taus of the study, of which 0.6, 0.7 and 0.8 are used.
     Returns: what cannot be fitted is NaN with a reason, never an exception.
-    Source: paper §4.6; methods §7 Predictor.
+    Source: paper §4.6; methods §7 Predictor, §10.
     """
     assert (rows["firing_rate"] > 0).all(), "dead latents have no log firing rate"
     assert rows["init_retention"].notna().all(), "init_retention is a cosine of unit vectors"
     table, curves, models = [], [], []
-    for target, tau, data in _targets(rows, [tau for tau in TAUS if tau in taus]):
+    for target, source, tau, data in _targets(rows, [tau for tau in TAUS if tau in taus]):
         for evaluation, held_out in EVALUATIONS.items():
-            for features in FEATURES:
+            predicted = {
+                features: _predictions(data, columns, held_out)
+                for features, columns in FEATURES.items()
+            }
+            for features, (scores, reason) in predicted.items():
                 key = {"target": target, "tau": tau, "evaluation": evaluation, "features": features}
-                predicted, reason = _predictions(data, FEATURES[features], held_out)
-                row = key | _scores(data, predicted, reason, seed)
+                row = key | {"source": source} | _scores(data, scores, reason)
+                if features == "rate_sparsity" and not reason:
+                    row |= _gain(data, scores, *predicted["init_retention_sparsity"])
                 if (evaluation, features) == ("in_sample", "rate_sparsity"):
                     fit = _clustered_fit(data)
                     row |= _coefficients(fit, data, row["reason"])
-                    models.append({"target": target, "tau": _json(tau), **_model(fit, data)})
+                    if source == "pruned":
+                        models.append({"target": target, "tau": _json(tau), **_model(fit, data)})
                 table.append(row)
-                if not reason:
-                    curves.append(_calibration(data.y, predicted).assign(**key))
+                if not reason and source == "pruned":
+                    curves.append(_calibration(data.y, scores).assign(**key))
     columns = [
         "target",
         "tau",
@@ -111,9 +123,9 @@ def predict_survival(
         firing_rate: share of tokens on which each latent fires, in [0, 1].
         sparsity: in [0, 1); beyond model["sparsities"] it is an extrapolation.
     Returns: firing_rate, probability, and its 95 % interval low, high: delta method on the linear
-        predictor, cluster-robust covariance, t with conditions - 1 degrees of freedom, then the
-        logistic function. It is the uncertainty of the fit. NaN for dead latents; low and high NaN
-        where the fit has no covariance (model["reason"]).
+        predictor, covariance by leaving out conditions, t with conditions - 1 degrees of freedom,
+        then the logistic function. It is the uncertainty of the fit. NaN for dead latents; low and
+        high NaN where the fit has no covariance (model["reason"]).
     Raises: UserError where nothing was fitted or the sparsity is out of range.
     """
     if not 0 <= sparsity < 1:
@@ -141,12 +153,13 @@ def predict_survival(
     )
 
 
+_TAILS = ("", "_low", "_high", "_error", "_df", "_least", "_most")
+_ESTIMATED = ("auc", "auc_within", "gain", "coef_log_rate", "coef_sparsity")
 _COLUMNS = [
-    *("target", "tau", "evaluation", "features", "auc", "auc_low", "auc_high"),
-    *("auc_within", "auc_within_low", "auc_within_high", "accuracy"),
-    *("base_rate", "coef_log_rate", "coef_log_rate_low", "coef_log_rate_high"),
-    *("coef_sparsity", "coef_sparsity_low", "coef_sparsity_high"),
-    *("standardised_log_rate", "standardised_sparsity", "num_rows", "num_conditions", "reason"),
+    *("target", "tau", "evaluation", "features", "source"),
+    *(f"{name}{tail}" for name in _ESTIMATED for tail in _TAILS),
+    *("accuracy", "base_rate", "standardised_log_rate", "standardised_sparsity"),
+    *("num_rows", "num_conditions", "reason"),
 ]
 
 
@@ -168,26 +181,48 @@ class _Data(NamedTuple):
 
 class _ClusteredFit(NamedTuple):
     fit: LogisticFit
-    covariance: Float[np.ndarray, "3 3"] | None
+    without: Float[np.ndarray, "conditions 3"] | None
+    """The coefficients without each condition."""
     reason: str
-    """Why there is no fit or no covariance."""
+    """Why there is no fit, or no interval."""
 
 
-def _targets(rows: pd.DataFrame, taus: Sequence[float]) -> Iterator[tuple[str, float, _Data]]:
+def _targets(rows: pd.DataFrame, taus: Sequence[float]) -> Iterator[tuple[str, str, float, _Data]]:
+    """Target, source, tau and rows."""
     known = rows[rows["cosine_shared_init"].notna()]
     for tau in taus:
         matched = known["mutual_shared_init"].eq(True) & (known["cosine_shared_init"] >= tau)
-        yield "shared_init", tau, _data(known, matched)
+        yield "shared_init", "pruned", tau, _data(known, matched)
+        quintiles = quintile_rows(known.assign(matched=matched.astype(float)))
+        yield "quintile", "pruned", tau, _data(quintiles, quintiles["matched"] > 0.5)
         by_index = known.assign(matched=matched.astype(float)).groupby(
             ["model", "condition", "latent"]
         )
         columns = ["sparsity", "firing_rate", "init_retention", "matched"]
         means = by_index[columns].mean().reset_index()
-        yield "index_mean", tau, _data(means, means["matched"] > 0.5)
+        yield "index_mean", "pruned", tau, _data(means, means["matched"] > 0.5)
     # Persistence is of the second half: what latents are told apart by must not share its noise.
     first_half = rows.assign(firing_rate=rows["firing_rate_first_half"])
-    known = first_half[first_half["persistence"].notna() & (first_half["firing_rate"] > 0)]
-    yield "persistence", np.nan, _data(known, known["persistence"] > PERSISTENT)
+    for source, column in (("pruned", "persistence"), ("null", "persistence_null")):
+        known = first_half[first_half[column].notna() & (first_half["firing_rate"] > 0)]
+        yield "persistence", source, np.nan, _data(known, known[column] > PERSISTENT)
+        draws = known["persistence_noise_shuffled_draws"]
+        median = np.median(np.stack(draws), axis=1) if len(draws) else np.empty(0)
+        yield "beyond_noise", source, np.nan, _data(known, known[column] > median)
+
+
+def quintile_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row per model, condition and firing-rate quintile of the first seed: means of its latents.
+
+    Args: rows: with `matched`, a number per latent. Quintiles as in `fragility`.
+    """
+    first = rows[rows["seed"] == rows["seed"].min()]
+    groups = first.groupby(["model", "condition"])["firing_rate"]
+    place = groups.rank(method="first") - 1
+    quintile = (place * NUM_QUINTILES // groups.transform("size")).astype(int)
+    columns = ["sparsity", "firing_rate", "init_retention", "matched"]
+    grouped = first.assign(quintile=quintile).groupby(["model", "condition", "quintile"])
+    return grouped[columns].mean().reset_index()
 
 
 def _data(rows: pd.DataFrame, y: pd.Series) -> _Data:
@@ -226,26 +261,36 @@ def _predictions(
     return predicted, ""
 
 
-def _scores(data: _Data, predicted: Float[np.ndarray, " rows"], reason: str, seed: int) -> dict:
+def _scores(data: _Data, predicted: Float[np.ndarray, " rows"], reason: str) -> dict:
     base = float(max(data.y.mean(), 1 - data.y.mean())) if len(data.y) else np.nan
     row = {"base_rate": base, "num_rows": len(data.y), "num_conditions": data.num_conditions}
     if reason:
         return row | {"reason": reason}
-    auc = clustered_auc(data.y, predicted, data.condition, seed=seed)
-    return row | {
-        "auc": auc.value,
-        "auc_low": auc.low,
-        "auc_high": auc.high,
-        "auc_within": auc.within,
-        "auc_within_low": auc.within_low,
-        "auc_within_high": auc.within_high,
-        "accuracy": float(((predicted >= 0.5) == data.y).mean()),
-        "reason": auc.reason,
-    }
+    auc = clustered_auc(data.y, predicted, data.condition)
+    row |= _estimated("auc", auc.pooled) | _estimated("auc_within", auc.within)
+    return row | {"accuracy": float(((predicted >= 0.5) == data.y).mean()), "reason": auc.reason}
+
+
+def _gain(
+    data: _Data,
+    scores: Float[np.ndarray, " rows"],
+    of_start: Float[np.ndarray, " rows"],
+    no_baseline: str,
+) -> dict:
+    """What the AUC within conditions has beyond that of the distance from the start alone."""
+    if no_baseline:
+        return {}
+    return _estimated("gain", clustered_auc(data.y, scores, data.condition, less=of_start).within)
+
+
+def _estimated(name: str, found: Estimate) -> dict[str, float]:
+    """The columns of one estimate."""
+    numbers = (found.value, found.low, found.high, found.error, found.df, found.least, found.most)
+    return {f"{name}{tail}": number for tail, number in zip(_TAILS, numbers, strict=True)}
 
 
 def _clustered_fit(data: _Data) -> _ClusteredFit:
-    """The paper's model on all rows, with its covariance where there are enough conditions."""
+    """The paper's model on all rows, and without each condition where there are enough."""
     x = data.x[FEATURES["rate_sparsity"]]
     fit = fit_logistic(x, data.y)
     if fit.reason:
@@ -253,33 +298,38 @@ def _clustered_fit(data: _Data) -> _ClusteredFit:
     if data.num_conditions < FEWEST_CONDITIONS:
         few = f"{data.num_conditions} conditions; intervals of coefficients need 4 or more"
         return _ClusteredFit(fit, None, few)
-    return _ClusteredFit(fit, clustered_covariance(x, data.y, data.condition, fit), "")
+    kept = [data.condition != condition for condition in np.unique(data.condition)]
+    fits = [fit_logistic(x[rows], data.y[rows]) for rows in kept]
+    reason = next((f"without one condition: {each.reason}" for each in fits if each.reason), "")
+    without = None if reason else np.array([each.coefficients for each in fits])
+    return _ClusteredFit(fit, without, reason)
 
 
 def _coefficients(fit: _ClusteredFit, data: _Data, reason: str) -> dict:
     """The coefficient columns of the table."""
-    width = np.full(3, np.nan)
-    if fit.covariance is not None:
-        width = t_quantile(data.num_conditions - 1) * np.sqrt(np.diag(fit.covariance))
     row: dict = {"reason": "; ".join(dict.fromkeys(r for r in (reason, fit.reason) if r))}
     for i, name in enumerate(FEATURES["rate_sparsity"], start=1):
-        value = fit.fit.coefficients[i]
-        row[f"coef_{name}"] = float(value)
-        row[f"coef_{name}_low"] = float(value - width[i])
-        row[f"coef_{name}_high"] = float(value + width[i])
-        row[f"standardised_{name}"] = float(value * data.x[name].std(ddof=0))
+        value = float(fit.fit.coefficients[i])
+        found = no_estimate(value, fit.reason)
+        if fit.without is not None:
+            found = jackknifed(value, fit.without[:, i], "conditions", fewest=FEWEST_CONDITIONS)
+        row |= _estimated(f"coef_{name}", found)
+        row[f"standardised_{name}"] = value * float(data.x[name].std(ddof=0))
     return row
 
 
 def _model(fit: _ClusteredFit, data: _Data) -> dict:
     names = ("intercept", *FEATURES["rate_sparsity"])
     fitted = not fit.fit.reason
-    sparsity = data.x["sparsity"]
+    sparsity, covariance = data.x["sparsity"], None
+    if fit.without is not None:  # the jackknife's
+        count = len(fit.without)
+        covariance = (count - 1) / count * (count - 1) * np.cov(fit.without.T)
     return {
         "coefficients": dict(zip(names, fit.fit.coefficients.tolist(), strict=True))
         if fitted
         else None,
-        "covariance": None if fit.covariance is None else fit.covariance.tolist(),
+        "covariance": None if covariance is None else covariance.tolist(),
         "num_conditions": data.num_conditions,
         "sparsities": [float(sparsity.min()), float(sparsity.max())] if len(sparsity) else None,
         "reason": fit.reason,

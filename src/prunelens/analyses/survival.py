@@ -17,10 +17,10 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from prunelens.analyses.statistics import interval_over_seeds
+from prunelens.analyses.statistics import jackknifed
 from prunelens.match import Matches, match_dictionaries, match_rates
 
-SMALLEST_DENOMINATOR = 0.02  # below it, corrected survival divides by noise
+SMALLEST_GAP = 0.02  # below it, corrected survival divides by noise
 COORDINATES = ("normalised", "raw")
 CORRECTIONS = {  # corrected arm: (measured arm, its floor, its ceiling)
     "shared": ("shared_start", "floor_shared", "ceiling_shared"),
@@ -148,7 +148,8 @@ def corrected_survival(pruned: pd.DataFrame, controls: pd.DataFrame) -> pd.DataF
     """MNN survival between its floor and its ceiling, per tau (methods §7).
 
     (measured - floor) / (ceiling - floor), from rates averaged over seeds; both tables are
-    `Survival.rates`. NaN, with a reason, where ceiling and floor are closer than 0.02.
+    `Survival.rates`. NaN, with a reason, where ceiling and floor are closer than 0.02. Seeds are
+    left out in turn for the interval; one control seed gives none.
     Returns: columns arm, tau, corrected, low, high, interval, reason.
     """
     rows = []
@@ -163,19 +164,21 @@ def corrected_survival(pruned: pd.DataFrame, controls: pd.DataFrame) -> pd.DataF
             units = sorted(set.intersection(*(set(part) for part in parts)))
             measured, floor, ceiling = (np.array([part[u] for u in units]) for part in parts)
 
-            def ratio(weights: np.ndarray, m=measured, f=floor, c=ceiling) -> float:  # type: ignore[no-untyped-def]
-                span = np.average(c - f, weights=weights)
-                top = np.average(m - f, weights=weights)
-                return float(top / span) if span >= SMALLEST_DENOMINATOR else float("nan")
+            def ratio(kept: np.ndarray, m=measured, f=floor, c=ceiling) -> float:  # type: ignore[no-untyped-def]
+                span = (c - f)[kept].mean() if kept.any() else np.nan
+                return float((m - f)[kept].mean() / span) if span >= SMALLEST_GAP else np.nan
 
-            value = ratio(np.ones(len(units)))
+            value = ratio(np.ones(len(units), dtype=bool))
             reason = ""
             if np.isnan(value):
                 gap = float(np.mean(ceiling - floor))
-                reason = f"{names[2]} - {names[1]} = {gap:.4f} is below {SMALLEST_DENOMINATOR}"
-            spread = interval_over_seeds(units, ratio)
-            low, high = (spread.low, spread.high) if not reason else (np.nan, np.nan)
-            rows.append((arm, tau, value, low, high, spread.kind, reason))
+                reason = f"{names[2]} - {names[1]} = {gap:.4f} is below {SMALLEST_GAP}"
+            seeds = sorted({seed for unit in units for seed in unit})
+            without = [ratio(np.array([seed not in unit for unit in units])) for seed in seeds]
+            found = jackknifed(value, np.array(without), "seeds", fewest=2)
+            kind = "seeds left out, t" if found.error > 0 else ""
+            reason = reason or ("" if kind else found.resampled)
+            rows.append((arm, tau, value, found.low, found.high, kind, reason))
     columns = ["arm", "tau", "corrected", "low", "high", "interval", "reason"]
     return pd.DataFrame(rows, columns=columns)
 

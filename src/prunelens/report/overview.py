@@ -61,12 +61,12 @@ def _survival(tables: Tables) -> pd.DataFrame:
         unknown = corrected[corrected["corrected"].isna()].drop_duplicates("run")
         made["reason"] = made["run"].map(unknown.set_index("run")["reason"])
     persistence = tables.get("persistence", pd.DataFrame())
-    for source in ("pruned", "noise_isotropic", "noise_shuffled") if len(persistence) else ():
+    by_source = dict(iter(persistence.groupby("source"))) if len(persistence) else {}
+    for source, part in by_source.items():
         name = "persistence" if source == "pruned" else source
-        add(name, persistence[persistence["source"] == source], "mean_correlation")
-    for noise in ("isotropic", "shuffled") if len(persistence) else ():
-        part = persistence[persistence["source"] == f"noise_{noise}"]
-        add(f"relative_{noise}", part, "mean_relative")
+        add(name, part, "mean_correlation")
+    for source, tail in (("pruned", ""), ("null", "_null")) if by_source else ():
+        add(f"relative_shuffled{tail}", by_source[source], "relative_shuffled")
     return made
 
 
@@ -178,15 +178,16 @@ def _selftest(grades: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def _predictor(tables: Tables) -> pd.DataFrame:
     """The paper's numbers stand beside a study of one of its models; they pool all three."""
     rows = at_tau(tables["predictor"])
-    columns = ["target", "evaluation", "features", "tau", "auc", "auc_low", "auc_high", "accuracy"]
-    columns += ["base_rate", "coef_log_rate", "coef_sparsity", "num_rows", "reason"]
+    columns = ["target", "source", "evaluation", "features", "tau", "auc", "auc_low", "auc_high"]
+    columns += ["auc_within", "gain", "gain_low", "gain_high", "accuracy", "base_rate"]
+    columns += ["coef_log_rate", "coef_sparsity", "num_rows", "reason"]
     rows = rows[columns].reset_index(drop=True)
     models = {str(m) for t in tables.values() if "model" in t for m in t["model"].unique()}
     if models & set(published("matrix")["model"]):
         theirs = published("predictor")
         found = theirs[theirs["tau"] == PRIMARY_TAU].iloc[0]
         same = (
-            (rows["target"] == "shared_init")
+            (rows["target"] == "quintile")
             & (rows["evaluation"] == "in_sample")
             & (rows["features"] == "rate_sparsity")
         )

@@ -122,11 +122,11 @@ def _transfer(tables: Tables) -> pd.DataFrame:
 def _fragility(tables: Tables) -> pd.DataFrame:
     """Table 3: the two ends, as published, by persistence, and beside noise."""
     rows = at_tau(tables["fragility"])
+    rows = rows[rows["source"] != "null"]
     made = rows[SITE].drop_duplicates("run").reset_index(drop=True)
     for measure, prefix in (
         ("shared_init", ""),
         ("persistence", "persistence_"),
-        ("excess_isotropic", "excess_"),
         ("relative_shuffled", "relative_"),
     ):
         for quintile, end in ((1, "q1_rare"), (5, "q5_frequent")):

@@ -95,10 +95,14 @@ QUESTIONS = (
         " a latent that hardly moved from its start counts as one that survived.",
         "Corrected: 0 is what a shared start shows where no feature is shared, 1 what it shows"
         " where nothing was pruned. Persistence needs no second SAE: the dense SAE reads the"
-        " activations of both models on the same tokens. Beside it stands noise of the same size.",
+        " activations of both models on the same tokens. Beside it stands noise of the same size:"
+        " pruning moves and scales all activations alike (common_change), which harms no feature"
+        " and is kept; the rest of a token's change is another token's. The ratio of the two is"
+        " 1 where pruning does what noise does; on the null, a further draw of that noise in the"
+        " place of the pruned activations, it is 1 but for chance.",
         figures=("fig2_survival",),
         tables=("survival by run",),
-        more=("survival_corrected", "persistence"),
+        more=("survival_corrected", "common_change", "persistence"),
         needs=("survival", "persistence"),
     ),
     Question(
@@ -139,13 +143,14 @@ QUESTIONS = (
         "The living latents of the dense SAE are sorted by firing rate into five groups.",
         "Survival by group, with a shared start. Rare latents are trained least and stay nearest to"
         " their start, which this measure counts as survival.",
-        "Persistence by group, and as a share of what noise of equal size leaves: noise alone"
-        " lowers the correlation of a rare latent more than that of a frequent one. Rank"
-        " correlations over single latents with intervals, also given each latent's distance from"
-        " its start. If the sign turns here, the paper's finding was the start.",
+        "Persistence by group, and its mean as a share of what noise of equal size leaves: noise"
+        " alone lowers the correlation of a rare latent more than that of a frequent one. Dotted,"
+        " the same on the null, where firing rate changes nothing: what is seen there too says"
+        " nothing of pruning. Rank correlations over single latents with intervals, also given each"
+        " latent's distance from its start.",
         figures=("fig4_fragility", "fig5_fragility_by_method"),
         tables=("table3_fragility",),
-        more=("fragility_tests", "fragility"),
+        more=("fragility_contrasts", "fragility_tests", "fragility"),
         needs=("fragility",),
     ),
     Question(
@@ -154,8 +159,9 @@ QUESTIONS = (
         "A logistic model of the logarithm of the firing rate and of the sparsity.",
         "Judged on the data that it was fitted to, with survival under a shared start as the truth."
         " The paper pools its three models.",
-        "Judged on conditions and models that it has not seen, with persistence as the truth, and"
-        " beside what the distance from the start alone predicts.",
+        "Judged on conditions and models that it has not seen; the truth is who persists better"
+        " than under noise, even odds for every latent where nothing is there (source: null)."
+        " Beside it what the distance from the start alone predicts (gain: what is left beyond that).",
         tables=("predictor at 0.7",),
         more=("predictor", "predictor_calibration"),
         needs=("predictor",),
@@ -215,8 +221,10 @@ CAPTIONS = {
     "predictor at 0.7": "Predictor by evaluation; tau 0.7, or none for persistence",
     "stability": "Every pair of seeds",
     "survival_corrected": "Corrected survival",
+    "common_change": "What pruning did to all activations alike, and the share of the rest",
     "persistence": "Persistence of every seed",
     "transfer": "Every SAE, set of positions and refit",
+    "fragility_contrasts": "Groups of latents and their differences, with intervals",
     "fragility_tests": "Rank correlations of firing rate and fate",
     "fragility": "Survival by fifth",
     "predictor": "Every predictor",

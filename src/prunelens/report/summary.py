@@ -43,7 +43,8 @@ def _table(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> Table:
         "corr.\ncross",
         "persist-\nence",
         "equal\nnoise",
-        "share\nof that",
+        "ratio\nto it",
+        "on the\nnull",
         "dense SAE:",
     ):
         table.add_column(name, justify="right")
@@ -93,7 +94,8 @@ def _cells(tables: dict[str, pd.DataFrame], run: str) -> list[str]:
         mean("survival_corrected", "corrected", arm="cross"),
         mean("persistence", "mean_correlation", source="pruned"),
         mean("persistence", "mean_correlation", source="noise_shuffled"),
-        mean("persistence", "mean_relative", source="noise_shuffled"),
+        mean("persistence", "relative_shuffled", source="pruned"),
+        mean("persistence", "relative_shuffled", source="null"),
         _verdicts(rows.get("transfer", empty)),
     ]
 
@@ -126,7 +128,8 @@ def _notes(tables: dict[str, pd.DataFrame]) -> list[str]:
     if "persistence" in tables:
         notes.append(
             "persistence is the correlation of the dense SAE's latents before and after pruning;"
-            " beside it what shuffled noise of equal size leaves, and the mean share of that."
+            " beside it what noise of equal size leaves (around the same common gain), the ratio of"
+            " the two, and that ratio on the null, where nothing is there: 1 but for chance."
         )
     if known := known_of_the_others(tables):
         notes.append(f"training: {known}.")

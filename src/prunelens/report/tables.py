@@ -39,7 +39,9 @@ COLUMNS = {
     "common_change": [*_CONDITION, *CHANGE_COLUMNS],
     "persistence": [
         *_CONDITION, "seed", "source", "mean_correlation", "mean_jaccard", "share_above_0.7",
-        "num_silenced", "num_undefined", "excess_z", "mean_relative",
+        "num_silenced", "num_undefined", "excess_z", "relative_shuffled", "relative_shuffled_low",
+        "relative_shuffled_high", "relative_isotropic", "relative_isotropic_low",
+        "relative_isotropic_high",
     ],
     "activation_matching": [
         *_CONDITION, "arm", "init_a", "order_a", "init_b", "order_b", "tau", "one_way", "mnn",
@@ -64,11 +66,16 @@ COLUMNS = {
     ],
     "fragility": [
         *_CONDITION, "measure", "tau", "quintile", "firing_rate", "survival_rate", "num_latents",
+        "source", "num_dropped",
+    ],
+    "fragility_contrasts": [
+        *_CONDITION, "measure", "source", "group", "value", "low", "high", "error", "df",
+        "num_latents", "num_dropped", "resampled",
     ],
     "fragility_tests": [
         *_CONDITION, "measure", "tau", "rho", "p_exact", "p_holm", "latent_rho", "ci_low",
         "ci_high", "partial_rho", "partial_low", "partial_high", "p_smallest", "p_holm_smallest",
-        "num_latents", "resampled", "reason",
+        "num_latents", "resampled", "reason", "source",
     ],
     "predictor": [
         "run", "tau", "evaluation", "features", "auc", "accuracy", "coef_log_rate",
@@ -76,6 +83,7 @@ COLUMNS = {
         "auc_within_low", "auc_within_high", "base_rate",
         "coef_log_rate_low", "coef_log_rate_high", "coef_sparsity_low", "coef_sparsity_high",
         "standardised_log_rate", "standardised_sparsity", "num_conditions", "reason",
+        "source", "gain", "gain_low", "gain_high",
     ],
     "predictor_calibration": [
         "run", "target", "tau", "evaluation", "features", "bin", "predicted", "observed",

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from prunelens.activations import Activations, Statistics
 from prunelens.analyses.fates import latent_fates
-from prunelens.analyses.fragility import fragility_tests, quintiles, quintiles_by_seed
+from prunelens.analyses.fragility import (
+    fragility_contrasts,
+    fragility_tests,
+    quintiles,
+    quintiles_by_seed,
+)
 from prunelens.analyses.noise import (
     KINDS,
     CommonChange,
@@ -170,6 +175,7 @@ def _fragility(work: Work) -> None:
     taus = work.config["taus"]
     quintiles(found, taus).to_parquet(work.out / "quintiles.parquet")
     quintiles_by_seed(found, taus).to_parquet(work.out / "by_seed.parquet")
+    fragility_contrasts(found).to_parquet(work.out / "contrasts.parquet")
     fragility_tests(found, taus).to_parquet(work.out / "tests.parquet")
 
 

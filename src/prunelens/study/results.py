@@ -212,6 +212,7 @@ _BUILDERS: dict[str, Callable[[Plan, Store], _Rows]] = {
     "transfer": _transfer,
     "fragility": _from_artifact("fragility", "quintiles.parquet"),
     "fragility_by_seed": _from_artifact("fragility", "by_seed.parquet"),
+    "fragility_contrasts": _from_artifact("fragility", "contrasts.parquet"),
     "fragility_tests": _from_artifact("fragility", "tests.parquet"),
     "causal": _from_artifact("causal", "causal.parquet"),
     "latents": _latents,

@@ -33,6 +33,8 @@ class Estimate(NamedTuple):
     """The largest."""
     scale: Literal["plain", "fisher"] = "plain"
     """Where the error is symmetric: at the value, or at Fisher's z of a correlation."""
+    added: float = 0.0
+    """What part of the squared error is not by leaving units out: what latents add."""
 
     @property
     def low(self) -> float:
@@ -51,6 +53,10 @@ class Estimate(NamedTuple):
             return self.value - half, self.value + half
         middle = float(fisher_z(np.array(self.value)))
         return math.tanh(middle - half), math.tanh(middle + half)
+
+    def shifted(self, by: float) -> Estimate:
+        """The same distance further up."""
+        return self._replace(value=self.value + by, least=self.least + by, most=self.most + by)
 
     def p_above(self, limit: float) -> float:
         """One-sided p of `not above limit`, a point: small where the value is clearly above."""
@@ -118,7 +124,7 @@ def jackknifed(
         return no_estimate(value, f"no interval: the same without any of the {resampled}")
     df = variance**2 / (own**2 / (count - 1) + added**2 / added_df)  # Welch and Satterthwaite
     ends = float(without.min()), float(without.max())
-    return Estimate(value, math.sqrt(variance), df, resampled, *ends, scale)
+    return Estimate(value, math.sqrt(variance), df, resampled, *ends, scale, added)
 
 
 def ratio_of_means(
@@ -154,26 +160,40 @@ def difference(first: LatentSample, second: LatentSample) -> LatentSample:
     )
 
 
-def crossed(samples: Sequence[LatentSample], *, units: str = "documents") -> Estimate:
+def crossed(
+    samples: Sequence[LatentSample],
+    *,
+    units: str = "documents",
+    scale: Literal["plain", "fisher"] = "plain",
+) -> Estimate:
     """The mean over seeds of a statistic of latents, measured on documents: both are a sample.
 
     Leaving out documents, the same ones for all seeds, gives the variance of the mean by what was
     measured. The latents add what their parts vary beyond that (their own variance minus that by
     documents, which would count twice). Latents of several seeds may stand for the same features,
     so their variance is divided by the number of seeds only as far as the seeds are seen to differ.
+    A statistic without documents (samples without groups) has its latents alone.
     """
-    count = len(samples)
+    count, groups = len(samples), len(samples[0].without)
     values = np.array([sample.value for sample in samples])
-    without = np.mean([sample.without for sample in samples], axis=0)
-    beyond = np.mean([_beyond_documents(sample) for sample in samples])
+    beyond = float(np.mean([_beyond_documents(sample) for sample in samples]))
     between = float(values.var(ddof=1)) if count > 1 else 0.0
-    shared = beyond - (1 - 1 / count) * between
-    added = float(np.clip(shared, beyond / count, beyond))
-    latents = sum(len(sample.parts) for sample in samples) / count
-    resampled = f"{units} and latents" + (" of every seed" if count > 1 else " of one seed")
-    return jackknifed(
-        float(values.mean()), without, resampled, added=added, added_df=max(latents - 1, 1)
-    )
+    added = float(np.clip(beyond - (1 - 1 / count) * between, beyond / count, beyond))
+    df = max(sum(len(sample.parts) for sample in samples) / count - 1, 1)
+    resampled = "latents" + (" of every seed" if count > 1 else " of one seed")
+    value = float(values.mean())
+    if scale == "fisher":
+        added /= (1 - min(value**2, 1 - 1e-6)) ** 2
+    if groups:
+        without = np.mean([sample.without for sample in samples], axis=0)
+        return jackknifed(
+            value, without, f"{units} and {resampled}", added=added, added_df=df, scale=scale
+        )
+    if not added > 0:  # NaN is not
+        return no_estimate(value, f"no interval: the {resampled} do not differ")
+    least, most = (min(values), max(values)) if count > 1 else (value, value)
+    ends = float(least), float(most)
+    return Estimate(value, math.sqrt(added), df, resampled, *ends, scale, added)
 
 
 def mean_over(
@@ -206,6 +226,8 @@ def _beyond_documents(sample: LatentSample) -> float:
     if latents < 2:
         return 0.0
     over_latents = latents / (latents - 1) * float(np.square(sample.parts).sum())
+    if not groups:
+        return over_latents
     known = np.isfinite(sample.parts_without)
     counts = known.sum(0)
     means = np.where(known, sample.parts_without, 0).sum(0) / np.maximum(counts, 1)

@@ -1,91 +1,37 @@
-"""Intervals over seeds, over windows of text, over prompts."""
+"""Means over seeds, over windows of text, over prompts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from prunelens.analyses.statistics.estimates import t_quantile
+from prunelens.analyses.statistics.estimates import Estimate, jackknifed, no_estimate
 
-FEWEST_FOR_BOOTSTRAP = 5  # seeds; below, the honest summary is the range
 FEWEST_PROMPTS = 5
-FEWEST_WINDOWS = 5
+MOST_STRETCHES = 20  # of neighbouring windows of a text
 DRAWS = 1000
 
 
-class Interval(NamedTuple):
-    """An interval over seeds and what kind it is."""
-
-    low: float
-    high: float
-    kind: Literal["range", "bootstrap"]
-
-
-def interval_over_seeds(
-    units: Sequence[tuple[int, ...]],
-    statistic: Callable[[np.ndarray], float],
-    *,
-    seed: int = 0,
-    draws: int = 1000,
-) -> Interval:
-    """Spread of `statistic` over seeds.
-
-    Args:
-        units: for every observation the seeds that it rests on, e.g. (0,) or a pair (0, 1).
-        statistic: from a weight per observation (not all zero) to the value; NaN is left out.
-        seed: of the bootstrap.
-        draws: bootstrap resamples of the seeds.
-    Returns: with fewer than five distinct seeds the smallest and largest value of a single
-        observation (`range`), else the 2.5 and 97.5 percentiles over resampled seeds, where an
-        observation counts as often as all of its seeds were drawn (`bootstrap`).
-    """
-    seeds = sorted({s for unit in units for s in unit})
-    if len(seeds) < FEWEST_FOR_BOOTSTRAP:
-        values = [statistic(weights) for weights in np.eye(len(units))]
-        return Interval(*span(values, 0, 100), "range")
-    generator = np.random.default_rng(seed)
-    values = []
-    for _ in range(draws):
-        drawn = generator.choice(seeds, len(seeds))
-        counts = {s: int((drawn == s).sum()) for s in seeds}
-        weights = np.array([np.prod([counts[s] for s in unit]) for unit in units], dtype=float)
-        if weights.any():
-            values.append(statistic(weights))
-    return Interval(*span(values, 2.5, 97.5), "bootstrap")
-
-
-class JackknifeInterval(NamedTuple):
-    """A mean over conditions with its interval over seeds."""
-
-    mean: float
-    low: float
-    high: float
-    resampled: str
-    """What the interval accounts for, or why there is none."""
-
-
-def jackknife_over_seeds(rows: pd.DataFrame, *, unit: str = "seeds") -> JackknifeInterval:
-    """Mean over conditions (each the mean of its values), with a 95 % interval over seeds.
+def jackknife_over_seeds(rows: pd.DataFrame) -> Estimate:
+    """Mean over conditions (each the mean of its values), with seeds left out in turn.
 
     The conditions are those of the study, not a sample; what varies are the seeds. Each is left out
-    in turn, with every value that rests on it in any condition, and Student's t with seeds - 1
-    degrees of freedom widens the spread of the pseudo-values: with one value per seed this is the
-    t interval of a mean, with pairs of seeds it is right as well, where treating pairs as
-    independent is not.
+    with every value that rests on it in any condition: with one value per seed this is the t
+    interval of a mean, with pairs of seeds it is right as well, where treating pairs as independent
+    is not.
 
     Args:
         rows: value (NaN is left out), condition, and seeds: a tuple of those the value rests on.
-        unit: what `seeds` holds, for the description.
-    Returns: no interval (NaN) with fewer than two seeds, or where a condition rests on one.
+    Returns: no interval with fewer than two seeds, or where a condition rests on one.
     """
     known = rows[np.isfinite(rows["value"].to_numpy(float))]
     if known.empty:
-        return JackknifeInterval(math.nan, math.nan, math.nan, f"no value to leave {unit} out of")
+        return no_estimate(math.nan, "no value of any seed")
     values, condition = known["value"].to_numpy(float), pd.factorize(known["condition"])[0]
     names = sorted({name for group in known["seeds"] for name in group}, key=str)
     uses = np.array([[name in group for group in known["seeds"]] for name in names])
@@ -95,25 +41,17 @@ def jackknife_over_seeds(rows: pd.DataFrame, *, unit: str = "seeds") -> Jackknif
         with np.errstate(invalid="ignore"):
             return float((np.bincount(condition, weights=kept * values) / counts).mean())
 
-    everything = mean(np.ones(len(values)))
     without = np.array([mean(~used) for used in uses.astype(bool)])
-    if len(names) < 2 or np.isnan(without).any():
-        return JackknifeInterval(everything, math.nan, math.nan, f"too few {unit} to leave one out")
-    pseudo = len(names) * everything - (len(names) - 1) * without
-    half = t_quantile(len(names) - 1) * pseudo.std(ddof=1) / math.sqrt(len(names))
-    resampled = f"{unit}, left out in turn; t"
-    return JackknifeInterval(everything, everything - half, everything + half, resampled)
+    return jackknifed(mean(np.ones(len(values))), without, "seeds", fewest=2)
 
 
-def interval_over_windows(
-    values: Float[np.ndarray, " windows"], *, seed: int = 0, draws: int = 2000
-) -> tuple[float, float]:
-    """95 % percentile bootstrap of a mean over windows of text; NaN with fewer than five."""
-    if len(values) < FEWEST_WINDOWS:
-        return math.nan, math.nan
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(len(values), size=(draws, len(values)))
-    return span(values[drawn].mean(1), 2.5, 97.5)
+def interval_over_windows(values: Float[np.ndarray, " windows"]) -> Estimate:
+    """The mean over windows of text; stretches of neighbouring windows are left out in turn."""
+    stretches = np.array_split(values, min(MOST_STRETCHES, len(values)))
+    total = values.sum()
+    without = [(total - s.sum()) / max(len(values) - len(s), 1) for s in stretches]
+    mean = float(values.mean()) if len(values) else math.nan
+    return jackknifed(mean, np.array(without), "stretches of text")
 
 
 class PromptTerm(NamedTuple):

@@ -1,4 +1,4 @@
-"""Logistic regression with cluster-robust intervals, and the AUC."""
+"""Logistic regression, and the AUC with clusters left out in turn."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from prunelens.analyses.statistics.intervals import DRAWS, span
+from prunelens.analyses.statistics.estimates import Estimate, jackknifed, no_estimate
 
-FEWEST_CLUSTERS = 4  # below, a bootstrap of clusters has hardly any draws to choose from
+FEWEST_CLUSTERS = 4  # conditions; fewer, left out in turn, say too little
 
 
 class LogisticFit(NamedTuple):
@@ -22,15 +22,11 @@ class LogisticFit(NamedTuple):
 
 
 class Auc(NamedTuple):
-    """Area under the ROC curve with 95 % intervals; NaN where `reason` says why."""
+    """Area under the ROC curve, clusters left out in turn; NaN where `reason` says why."""
 
-    value: float
-    low: float
-    high: float
-    within: float
+    pooled: Estimate
+    within: Estimate
     """Of pairs from the same cluster only."""
-    within_low: float
-    within_high: float
     reason: str
 
 
@@ -52,59 +48,42 @@ def fit_logistic(features: pd.DataFrame, y: Bool[np.ndarray, " rows"]) -> Logist
     return LogisticFit(np.append(model.intercept_ - slopes @ centre, slopes), "")
 
 
-def clustered_covariance(
-    features: pd.DataFrame,
-    y: Bool[np.ndarray, " rows"],
-    clusters: Int[np.ndarray, " rows"],
-    fit: LogisticFit,
-) -> Float[np.ndarray, "coefficients coefficients"]:
-    """Cluster-robust covariance of a fit's coefficients, with statsmodels' small-sample factor
-    G/(G-1) (n-1)/(n-k). It has rank G - 1 at most: meaningless unless G clusters exceed k.
-    """
-    from statsmodels.discrete.discrete_model import Logit
-
-    x = np.column_stack([np.ones(len(y)), features.to_numpy(dtype=float)])
-    result = Logit(y.astype(float), x).fit(
-        start_params=fit.coefficients,
-        disp=0,
-        cov_type="cluster",
-        cov_kwds={"groups": clusters},
-    )
-    return np.asarray(result.cov_params())
-
-
 def clustered_auc(
     y: Bool[np.ndarray, " rows"],
     scores: Float[np.ndarray, " rows"],
     clusters: Int[np.ndarray, " rows"],
     *,
-    seed: int,
-    draws: int = DRAWS,
+    less: Float[np.ndarray, " rows"] | None = None,
 ) -> Auc:
     """Chance that a positive row scores above a negative one (ties count half).
 
     `within` compares rows of one cluster only. A pooled AUC also compares clusters, and when each
     was held out in turn, that part is biased downwards: leaving out a cluster of many positives
     lowers the fit's intercept for just that cluster.
-    The intervals resample clusters with replacement, scores fixed. Pairs won are counted once per
-    pair of clusters, so a draw is a weighted sum; draws without any pair are left out.
+    The intervals leave out clusters in turn, scores fixed. Pairs won are counted once per pair of
+    clusters, so leaving one out is a weighted sum.
+    Args: less: other scores of the same rows, whose AUC is taken away: a paired difference.
     """
+    nothing = no_estimate(np.nan, "one class only")
     if not y.any() or y.all():
-        return Auc(np.nan, np.nan, np.nan, np.nan, np.nan, np.nan, "one class only")
+        return Auc(nothing, nothing, "one class only")
     wins, positives, negatives = _pairs_won(y, scores, clusters)
-    drawn = np.random.default_rng(seed).integers(len(positives), size=(draws, len(positives)))
-    weights = (drawn[:, :, None] == np.arange(len(positives))).sum(1).astype(float)
-    weights = np.vstack([np.ones(len(positives)), weights])  # the first row: the data themselves
-    pooled = np.einsum("dp,pn,dn->d", weights, wins, weights, optimize=True)
+    if less is not None:
+        wins = wins - _pairs_won(y, less, clusters)[0]
+    count = len(positives)
+    weights = np.vstack([np.ones(count), 1 - np.eye(count)])  # the first row: the data themselves
     with np.errstate(invalid="ignore"):
+        pooled = np.einsum("dp,pn,dn->d", weights, wins, weights, optimize=True)
         pooled /= (weights @ positives) * (weights @ negatives)
         within = (weights @ np.diag(wins)) / (weights @ (positives * negatives))
     reason = "every condition has one class only" if np.isnan(within[0]) else ""
-    spans = [span(values[1:], 2.5, 97.5) for values in (pooled, within)]
-    if len(positives) < FEWEST_CLUSTERS:
+    if count < FEWEST_CLUSTERS:
         reason = f"an interval of the AUC needs {FEWEST_CLUSTERS} conditions"
-        spans = [(np.nan, np.nan)] * 2
-    return Auc(float(pooled[0]), *spans[0], float(within[0]), *spans[1], reason)
+    of_pooled, of_within = (
+        jackknifed(float(values[0]), values[1:], "conditions", fewest=FEWEST_CLUSTERS)
+        for values in (pooled, within)
+    )
+    return Auc(of_pooled, of_within, reason)
 
 
 def _not_identified(features: pd.DataFrame, y: np.ndarray) -> str:

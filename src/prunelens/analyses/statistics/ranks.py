@@ -1,4 +1,4 @@
-"""Rank correlations: exact over a few groups, bootstrapped over latents and seeds; Holm."""
+"""Rank correlations: exact over a few groups, over latents and documents with intervals; Holm."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from prunelens.analyses.statistics.intervals import DRAWS, span
+from prunelens.analyses.statistics.estimates import Estimate, LatentSample, crossed, no_estimate
 
-_DRAWS_AT_A_TIME = 64  # weights of that many draws are in memory: 9 MB for 18,432 latents
 _DECIMALS = 12  # values that differ by less are ties, not an order made by rounding
 
 
@@ -26,31 +25,14 @@ class ExactTest(NamedTuple):
 
 
 class RankSample(NamedTuple):
-    """The latents of one seed, for several measures at once."""
+    """The latents of one seed."""
 
-    x: Float[np.ndarray, "latents measures"]
-    y: Float[np.ndarray, "latents measures"]
-    """NaN leaves the latent out of that measure."""
+    x: Float[np.ndarray, " latents"]
+    y: Float[np.ndarray, " latents"]
+    y_without: Float[np.ndarray, "latents groups"]
+    """Of a measure of tokens: y without each group of documents; else without a column."""
     given: Float[np.ndarray, " latents"]
     """What the partial correlation holds fixed."""
-
-
-class Estimates(NamedTuple):
-    """Values per measure with their 95 % interval; NaN where undefined."""
-
-    value: Float[np.ndarray, " measures"]
-    low: Float[np.ndarray, " measures"]
-    high: Float[np.ndarray, " measures"]
-
-
-class RankCorrelations(NamedTuple):
-    """Mean over seeds of the within-seed rank correlation of x and y."""
-
-    raw: Estimates
-    partial: Estimates
-    """The same given `RankSample.given`."""
-    defined: Bool[np.ndarray, "seeds measures"]
-    """Where the raw correlation exists: neither x nor y is constant."""
 
 
 def exact_spearman(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> ExactTest:
@@ -85,89 +67,60 @@ def holm_adjusted(p: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]
     return adjusted
 
 
-def rank_correlations(
-    samples: Sequence[RankSample], *, seed: int, draws: int = DRAWS
-) -> RankCorrelations:
-    """Within-seed Spearman of x and y, raw and partial given `given`, averaged over seeds.
+def rank_correlation(samples: Sequence[RankSample], *, partial: bool = False) -> Estimate:
+    """Mean over seeds of the within-seed Spearman correlation of x and y, on Fisher's scale.
 
-    The partial correlation is that of the ranks. The interval is a two-stage bootstrap: seeds with
-    replacement, and within each drawn seed its latents with replacement. Ranks are those of the
-    full seed sample, not of the draw: a draw then needs sums alone (`weights @ moments`, one
-    weight matrix for all measures). Seeds and draws in which x or y never varies are left out.
+    Args:
+        samples: of every seed; no NaN in x, y and given.
+        partial: with `given` held fixed: of what x's and y's ranks have beyond it.
+    Returns: NaN where a seed has fewer than three latents, or x or y never varies (or not beyond
+        `given`). The interval is over latents and, where y is measured on tokens, documents.
     """
-    moments = [_rank_moments(sample) for sample in samples]
-    whole = np.concatenate([_correlations(m.sum(0, keepdims=True)) for m in moments])
-    generator = np.random.default_rng(seed)
-    picks = generator.integers(len(samples), size=(draws, len(samples)))
-    drawn = np.empty((*picks.shape, *whole.shape[1:]))  # [draws, seeds, 2, measures]
-    for s, m in enumerate(moments):
-        drawn[picks == s] = _resampled(m, int((picks == s).sum()), generator)
-    value, means = _mean_of_known(whole, 0), _mean_of_known(drawn, 1)
-    spans = np.array(
-        [[span(column, 2.5, 97.5) for column in kind.T] for kind in means.swapaxes(0, 1)]
-    )
-    spans[np.isnan(value)] = np.nan
-    raw, partial = (Estimates(v, s[:, 0], s[:, 1]) for v, s in zip(value, spans, strict=True))
-    return RankCorrelations(raw, partial, ~np.isnan(whole[:, 0]))
+    found = []
+    for sample in samples:
+        value, parts = _spearman(sample.x, sample.y, sample.given if partial else None)
+        without = [_without(sample, y, partial) for y in sample.y_without.T]
+        lefts = np.array([left for left, _ in without])
+        rest = np.array([part for _, part in without]).reshape(len(without), len(parts))
+        found.append(LatentSample(value, lefts, parts, rest))
+    if not found or not all(np.isfinite(sample.value) for sample in found):
+        return no_estimate(np.nan, "firing rate or value never varies, or too few latents")
+    return crossed(found, scale="fisher")
 
 
-def _rank_moments(sample: RankSample) -> Float[np.ndarray, "latents measures 10"]:
-    """Products of every two of (1, x, y, given), in standardised ranks; 0 where y is NaN."""
-    known = ~np.isnan(sample.y)
-    parts = np.zeros((4, *known.shape))
-    parts[0] = known
-    for m, rows in enumerate(known.T):
-        for part, values in enumerate((sample.x[:, m], sample.y[:, m], sample.given), start=1):
-            parts[part, rows, m] = _standard_ranks(values[rows])
-    pairs = itertools.combinations_with_replacement(parts, 2)
-    return np.stack([a * b for a, b in pairs], axis=-1)
+def _without(
+    sample: RankSample, y: Float[np.ndarray, " latents"], partial: bool
+) -> tuple[float, Float[np.ndarray, " latents"]]:
+    """The correlation without a group of documents; a latent that fires in no other has no part."""
+    known = np.isfinite(y)
+    given = sample.given[known] if partial else None
+    value, parts = _spearman(sample.x[known], y[known], given)
+    spread = np.full(len(y), np.nan)
+    spread[known] = parts
+    return value, spread
 
 
-def _standard_ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+def _spearman(
+    x: Float[np.ndarray, " latents"],
+    y: Float[np.ndarray, " latents"],
+    given: Float[np.ndarray, " latents"] | None,
+) -> tuple[float, Float[np.ndarray, " latents"]]:
+    """The correlation of ranks and what every latent adds to it (its influence, over the number of
+    latents)."""
     from scipy.stats import rankdata
 
-    ranks = rankdata(values) - (len(values) + 1) / 2
-    return ranks / ranks.std() if np.ptp(ranks) > 0 else ranks
+    if len(x) < 3:
+        return np.nan, np.full(len(x), np.nan)
+    u, v = (_standardised(rankdata(np.round(values, _DECIMALS))) for values in (x, y))
+    if given is not None:
+        w = _standardised(rankdata(given))
+        u, v = (_standardised(part - (part @ w / len(w)) * w) for part in (u, v))
+    rho = float(u @ v / len(u))
+    return rho, (u * v - rho * (u**2 + v**2) / 2) / len(u)
 
 
-def _resampled(
-    moments: Float[np.ndarray, "latents measures 10"], count: int, generator: np.random.Generator
-) -> Float[np.ndarray, "draws 2 measures"]:
-    """Correlations of `count` resamples of the latents, a few at a time."""
-    num, flat = len(moments), moments.reshape(len(moments), -1)
-    results = [np.empty((0, 2, moments.shape[1]))]
-    for start in range(0, count, _DRAWS_AT_A_TIME):
-        size = min(_DRAWS_AT_A_TIME, count - start)
-        drawn = generator.integers(num, size=(size, num)) + num * np.arange(size)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=size * num).reshape(size, num)
-        sums = weights.astype(float) @ flat
-        results.append(_correlations(sums.reshape(size, *moments.shape[1:])))
-    return np.concatenate(results)
-
-
-def _correlations(
-    sums: Float[np.ndarray, "draws measures 10"],
-) -> Float[np.ndarray, "draws 2 measures"]:
-    """Raw and partial correlation from sums of products; NaN where something never varies."""
-    n, x, y, z, xx, xy, xz, yy, yz, zz = np.moveaxis(sums, -1, 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        means = {"x": x / n, "y": y / n, "z": z / n}
-
-        def covariance(total: np.ndarray, a: str, b: str) -> np.ndarray:
-            return total / n - means[a] * means[b]
-
-        variances = (covariance(xx, "x", "x"), covariance(yy, "y", "y"), covariance(zz, "z", "z"))
-        sx, sy, sz = (np.sqrt(np.where(v > 1e-9, v, np.nan)) for v in variances)
-        r_xy = covariance(xy, "x", "y") / (sx * sy)
-        r_xz = covariance(xz, "x", "z") / (sx * sz)
-        r_yz = covariance(yz, "y", "z") / (sy * sz)
-        left = (1 - r_xz**2) * (1 - r_yz**2)
-        partial = (r_xy - r_xz * r_yz) / np.sqrt(np.where(left > 1e-9, left, np.nan))
-    return np.stack([r_xy, partial], axis=1)
-
-
-def _mean_of_known(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean over what is not NaN; NaN where nothing is."""
-    known = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(known, values, 0).sum(axis) / known.sum(axis)
+def _standardised(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Mean 0 and deviation 1; NaN where they never vary (but for rounding)."""
+    off = values - values.mean()
+    spread = off.std()
+    return off / spread if spread > 1e-9 * max(1.0, np.abs(values).max()) else off * np.nan

@@ -17,7 +17,6 @@ from prunelens.analyses.fates import (
     persistence_by_latent,
     scaling_by_latent,
 )
-from prunelens.analyses.persistence import relative_to_noise
 from prunelens.config import PretrainedSaeConfig
 from prunelens.study.artifacts.store import Store
 from prunelens.study.matrix import Plan, Run, Sae
@@ -92,8 +91,7 @@ class Source(NamedTuple):
     def fates(self, run: Run) -> pd.DataFrame:
         """What became of each latent of the dense dictionary, by latent.
 
-        The columns of the study's latents.parquet, with relative_shuffled (persistence as a share
-        of what shuffled noise leaves) and causal_effect_pruned (of the latent's match).
+        The columns of the study's latents.parquet, with causal_effect_pruned, of its match.
         """
         if self.given:
             table = self._table(run, self.role, "persistence.parquet")
@@ -145,11 +143,7 @@ _BY_ARM = {"survival": matches_by_latent, "activation_matching": activation_by_l
 
 
 def _persistence(table: pd.DataFrame | None, seed: int) -> pd.DataFrame:
-    if table is None:
-        return pd.DataFrame()
-    found = persistence_by_latent(table, seed)
-    noise = found["persistence_noise_shuffled"]
-    return found.assign(relative_shuffled=relative_to_noise(found["persistence"], noise))
+    return pd.DataFrame() if table is None else persistence_by_latent(table, seed)
 
 
 def _mean_kl(kl: pd.DataFrame | None) -> pd.Series | None:

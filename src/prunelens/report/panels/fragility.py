@@ -60,9 +60,9 @@ def fragility(tables: Tables, site: Site) -> list[Panel]:
             "relative_shuffled",
             "controlled",
             "persistence as a share of what equal noise leaves",
-            "relative to shuffled noise (mean)",
-            (-0.02, 1.02),
-        ),
+            "relative to shuffled noise (ratio of means)",
+            None,
+        )._replace(levels=(Level("nothing beyond noise", 1.0, "#7f7f7f"),)),
     ]
 
 
@@ -106,12 +106,19 @@ def _by_quintile(
     y_range: tuple[float, float] | None,
 ) -> Panel:
     rows = at_tau(rows_of(tables, "fragility", site, measure=measure))
+    points = _quintile_points(
+        rows[rows["source"] != "null"] if len(rows) else rows,
+        with_published=measure == "shared_init",
+    )
+    null = rows[rows["source"] == "null"] if len(rows) else rows
+    for series in _quintile_points(null, with_published=False):
+        points.append(series._replace(name=f"{series.name}, null", line="dotted", hollow=True))
     return Panel(
         "paper" if protocol == "paper" else "controlled",
         title,
         "firing rate, in fifths",
         y_label,
-        _quintile_points(rows, with_published=measure == "shared_init"),
+        points,
         y_range=y_range,
         categories=QUINTILES,
         caption=f"{title.capitalize()}, from the rarest fifth of the latents to the most frequent.",
@@ -157,7 +164,8 @@ def _correlations(rows: pd.DataFrame, columns: tuple[str, str, str], title: str)
     """Rank correlations with their intervals, by measure and condition."""
     points = []
     for name, colour, marker, part in conditions(rows):
-        known = part[part["measure"].isin(list(MEASURES))].dropna(subset=columns[0])
+        known = part[part["measure"].isin(list(MEASURES)) & (part["source"] != "null")]
+        known = known.dropna(subset=columns[0])
         places = [MEASURES[measure] for measure in known["measure"]]
         y, low, high = (list(known[column]) for column in columns)
         points.append(Points(name, places, y, low, high, colour=colour, marker=marker, line="none"))

@@ -21,7 +21,7 @@ def calibration(tables: Tables) -> list[Panel]:
         return []
     views: list[tuple[Protocol, str, str, str]] = [
         ("paper", "shared_init", "in_sample", "in sample, survival with a shared start"),
-        ("controlled", "persistence", "held_out_condition", "conditions held out, persistence"),
+        ("controlled", "beyond_noise", "held_out_condition", "conditions held out, beyond noise"),
     ]
     panels = []
     for protocol, target, evaluation, title in views:

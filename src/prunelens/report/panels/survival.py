@@ -141,6 +141,7 @@ def _persistence(tables: Tables, site: Site) -> Panel:
         "pruned": "solid",
         "noise_isotropic": "dotted",
         "noise_shuffled": "dashed",
+        "undone": "none",
     }
     for source, line in lines.items():
         part = rows[rows["source"] == source] if len(rows) else rows
@@ -156,7 +157,8 @@ def _persistence(tables: Tables, site: Site) -> Panel:
         y_range=(-0.02, 1.02),
         x_ticks=ticks(rows),
         caption="Correlation of each latent's activations before and after pruning, over sparsity,"
-        " beside that for noise of the same size.",
+        " beside that for noise of the same size around the same common change, and after undoing"
+        " that change.",
     )
 
 
