@@ -24,7 +24,7 @@ ALTERNATIONS = 20  # of its gain and its low-rank part; each lowers the squared 
 SMALLEST_GAIN = 0.05  # of the dense scale; a map that leaves less cannot be undone
 COLUMNS = ["kind", "gain", "difference", "share_shift", "share_map", "share_remainder"]
 BATCH_TOKENS = 2048
-NULL_SEED = 1  # of the draw that stands in the place of the pruned activations
+NULL_SEED = 999_999  # beside the seeds of the noise controls, which are 1,000 for each SAE's
 
 
 @runtime_checkable
@@ -42,6 +42,9 @@ class CommonChange(NamedTuple):
     shift: Float64[Tensor, " d_model"]
     matrix: Float64[Tensor, "d_model d_model"] | Float64[Tensor, " d_model"]
     """A; its diagonal alone where it has nothing else."""
+    seed: Int[Tensor, ""]
+    """Of the noise that is drawn around it. Every condition has its own: the same draw in two would
+    make them agree where nothing is."""
 
     def of(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
         """What the change makes of dense activations."""
@@ -78,7 +81,12 @@ class CommonChange(NamedTuple):
 
 
 def fit_common_change(
-    dense: Rows, pruned: Rows, tokens: Int[Tensor, " tokens"], *, kind: Kind = "scalar"
+    dense: Rows,
+    pruned: Rows,
+    tokens: Int[Tensor, " tokens"],
+    *,
+    kind: Kind = "scalar",
+    seed: int = 0,
 ) -> CommonChange:
     """Least squares over some tokens: no m and A of that kind leaves a smaller remainder.
 
@@ -87,6 +95,7 @@ def fit_common_change(
         tokens: the rows that it is fitted on; what follows is measured on others.
         kind: of A. `scalar`: a gain; `diagonal`: one per dimension; `low_rank`: a gain plus a
             matrix of rank 8, each fitted in turn with the other held.
+        seed: of the noise around it.
     Source: methods §10.
     """
     sums = _Sums(dense, pruned, tokens, products=kind == "low_rank")
@@ -96,7 +105,7 @@ def fit_common_change(
         matrix = torch.where(sums.xx > 0, sums.xy / sums.xx, 1.0)
     else:
         matrix = _gain_and_low_rank(sums.products_xx, sums.products_xy)
-    change = CommonChange(torch.zeros_like(sums.mean_x), matrix)
+    change = CommonChange(torch.zeros_like(sums.mean_x), matrix, torch.tensor(seed))
     return change._replace(shift=sums.mean_y - change.of(sums.mean_x[None])[0])
 
 
@@ -147,12 +156,10 @@ class NullRows:
         pruned: Rows,
         change: CommonChange,
         tokens: Int[Tensor, " tokens"],
-        *,
-        seed: int = NULL_SEED,
     ) -> None:
         """`tokens`: the rows that may be asked for; each gets the remainder of another of them."""
         self._dense, self._pruned, self._change = dense, pruned, change
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(change.seed) + NULL_SEED)
         self._partner = torch.full((int(tokens.max()) + 1,), -1)
         self._partner[tokens] = tokens[other_token(len(tokens), generator)]
 

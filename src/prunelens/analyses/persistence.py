@@ -77,7 +77,7 @@ def persistence(
         tokens: the rows to look at.
         change: m and A, fitted on other rows in the same space.
         groups: of every token the group of documents, which are 0 to G - 1.
-        seed: of the noise.
+        seed: of the noise, beside that of the change.
     Returns: one row per source and latent: source, latent, dense_firings, firings, correlation
         (Pearson, over all tokens), fisher_z (of each draw's correlation), jaccard (of the tokens
         fired on), silenced; draws (the correlation of each draw) and without (the correlation
@@ -87,7 +87,8 @@ def persistence(
         undo. Noise rows average three draws.
     Source: methods §7, same-dictionary persistence; §10.
     """
-    generators = [torch.Generator().manual_seed(1000 * seed + draw) for draw in range(NOISE_DRAWS)]
+    first = int(change.seed) + 1000 * seed
+    generators = [torch.Generator().manual_seed(first + draw) for draw in range(NOISE_DRAWS)]
     disturbed = _Disturbed(dense, pruned, tokens, change, generators)
     num_groups = int(groups.max()) + 1
     before = _Before(sae.num_latents, num_groups)

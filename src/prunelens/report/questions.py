@@ -161,7 +161,7 @@ QUESTIONS = (
         " The paper pools its three models.",
         "Judged on conditions and models that it has not seen; the truth is who persists better"
         " than under noise, even odds for every latent where nothing is there (source: null)."
-        " Beside it what the distance from the start alone predicts (gain: what is left beyond that).",
+        " Beside it what the distance from the start alone predicts; gain is what is left beyond.",
         tables=("predictor at 0.7",),
         more=("predictor", "predictor_calibration"),
         needs=("predictor",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -45,7 +46,10 @@ class LayerPlan:
         if dense is not None:
             self.common_change = self._stage(
                 "common_change",
-                {"kind": model.study.activations.common_change},
+                {
+                    "kind": model.study.activations.common_change,
+                    "seed": zlib.crc32(self._name.encode()),
+                },
                 self._both_activations(),
             )
         self.saes: dict[Sae, Stage] = {}

@@ -78,7 +78,10 @@ def paired_activations(work: Work) -> Paired:
 def _common_change(work: Work) -> None:
     """Fitted on the first half of eval, measured on the second, where all else is measured."""
     dense, pruned, first, second, _ = paired_activations(work)
-    changes = {kind: fit_common_change(dense, pruned, first, kind=kind) for kind in KINDS}
+    seed = work.config["seed"]
+    changes = {
+        kind: fit_common_change(dense, pruned, first, kind=kind, seed=seed) for kind in KINDS
+    }
     table = common_change_table(dense, pruned, changes, second)
     table.to_parquet(work.out / "common_change.parquet")
     changes[work.config["kind"]].save(work.out / "change.safetensors")
