@@ -13,18 +13,21 @@ import transformers
 from safetensors.torch import save_file
 
 from prunelens import text
+from prunelens.checkpoint import load_tokenizer
 from prunelens.config import CorpusConfig
 from prunelens.corpus import (
     TokenSplits,
     documents,
     fingerprint,
     joined_stream,
+    split_documents,
     split_tokens,
     stdlib_documents,
     stdlib_held_out,
     windows,
 )
 from prunelens.errors import UserError
+from prunelens.study_file import read_study
 
 WIKITEXT = pathlib.Path(__file__).parents[2] / "shared" / "data" / "wikitext-2"
 Tokenizer = transformers.PreTrainedTokenizerFast
@@ -127,13 +130,17 @@ def test_splits_are_disjoint_by_document_and_in_order(
         split = SPLITS[(u >= 15 / 24) + (u >= 18 / 24) + (u >= 21 / 24)]
         expected[split].append(content)
     for split in SPLITS:
-        ids = tiny_tokenizer("".join(expected[split]), add_special_tokens=False)["input_ids"]
-        stored = getattr(splits, split)
+        stored, starts = getattr(splits, split), getattr(splits, f"{split}_starts").tolist()
         assert stored.dtype == torch.int32
-        assert (
-            tiny_tokenizer.decode(stored)
-            == tiny_tokenizer.decode(ids)[: len(tiny_tokenizer.decode(stored))]
-        )
+        pieces = [stored[a:b].tolist() for a, b in zip(starts, [*starts[1:], None], strict=True)]
+        for number, piece in enumerate(pieces):  # documents in their order, each in one piece
+            ids = tiny_tokenizer(expected[split][number], add_special_tokens=False)["input_ids"]
+            is_last = number == len(pieces) - 1
+            whole = len(ids) if split == "train" else min(len(ids), 300 // 16)
+            assert len(piece) == whole or (is_last and len(piece) < whole)
+            first = max(range(len(ids)), key=lambda n: ids[n : n + len(piece)] == piece)
+            assert ids[first : first + len(piece)] == piece
+            assert split != "train" or first == 0
     monkeypatch.setattr("prunelens.corpus._BATCH_DOCUMENTS", 3)
     again = split_tokens(config, tiny_tokenizer)
     assert all(torch.equal(getattr(splits, s), getattr(again, s)) for s in SPLITS)
@@ -160,6 +167,7 @@ def test_stdlib_evaluates_on_held_out_modules_only(
     held = next(name for name in (f"copy{n}" for n in range(1000)) if stdlib_held_out(name))
     modules.append(text.Document(held, copied))
     monkeypatch.setattr("prunelens.corpus.stdlib_documents", lambda: modules)
+    monkeypatch.setattr("prunelens.corpus._LEAST_DOCUMENTS", 1)  # so that lines stay whole
     config = config_of(pathlib.Path(), train_tokens=3200, eval_tokens=192)
     config = config.model_copy(update={"source": "stdlib"})
     splits = split_tokens(config, tiny_tokenizer)
@@ -171,6 +179,66 @@ def test_stdlib_evaluates_on_held_out_modules_only(
     for part in splits[:2]:
         whole = [line + "\n" for line in tiny_tokenizer.decode(part).split("\n")[:-1]]
         assert set(whole) <= trained
+
+
+@pytest.mark.parametrize("split", SPLITS[1:])
+def test_no_document_dominates_a_measurement(
+    tmp_path: pathlib.Path, tiny_tokenizer: Tokenizer, split: str
+):
+    """Wherever a long file stands, it is a 16th at most, and gives the same tokens."""
+    lines = [line + "\n" for line in lines_of_text(900)]
+    bounds = dict(zip(SPLITS, ((0, 5), (5, 6), (6, 8), (8, 10)), strict=True))[split]
+    longs = ("".join(lines_of_text(500)).upper() + str(number) for number in range(1000))
+    long = next(
+        text_of
+        for text_of in longs
+        if bounds[0]
+        <= int(hashlib.sha256(text_of.encode()).hexdigest(), 16) / 2**256 * 10
+        < bounds[1]
+    )
+    config = config_of(tmp_path / "a.jsonl", document="file", eval_tokens=1280)
+    own = []
+    for place in (0, 60):
+        rows = [json.dumps({"text": content}) for content in (*lines[:place], long, *lines[place:])]
+        (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
+        splits = split_tokens(config, tiny_tokenizer)
+        stream, starts = getattr(splits, split), getattr(splits, f"{split}_starts")
+        pieces = stream.tensor_split(starts[1:])
+        assert max(map(len, pieces)) == len(stream) // 16 and len(pieces) >= 16
+        own.append({tuple(piece.tolist()) for piece in pieces})
+    ids = tiny_tokenizer(long, add_special_tokens=False)["input_ids"]
+    most = len(stream) // 16
+    parts = {tuple(ids[first : first + most]) for first in range(len(ids) - most + 1)}
+    assert len(own[0] & own[1] & parts) == 1
+
+
+def test_a_split_of_few_long_documents_still_fills(
+    tmp_path: pathlib.Path, tiny_tokenizer: Tokenizer
+):
+    """Twenty files for all: with a 16th of each, no part of eval would be full."""
+    lines = lines_of_text(1200)
+    for number in range(20):
+        text_of = "\n".join(lines[60 * number :][:60])
+        (tmp_path / f"{number}.txt").write_text(text_of, encoding="utf-8")
+    equal = {"train_tokens": 640, "calibration_tokens": 640, "eval_tokens": 1280}
+    config = config_of(tmp_path / "*.txt", document="file", **equal)
+    splits = split_tokens(config, tiny_tokenizer)
+    for split in SPLITS[1:]:
+        stream, starts = getattr(splits, split), getattr(splits, f"{split}_starts")
+        lengths = [len(piece) for piece in stream.tensor_split(starts[1:])]
+        assert sum(lengths) == 600 and len(lengths) < 16
+        assert len(set(lengths[:-1])) <= 1  # all are long: they give equally
+
+
+def test_the_demos_text_is_of_many_modules():
+    """Its eval used to be filled by the first files: the longest has 28,427 of 60,000 tokens."""
+    study = read_study("demo")
+    tokenizer = load_tokenizer(study.models[0])
+    splits = split_tokens(study.corpus, tokenizer, only=SPLITS[2:])
+    for split in SPLITS[2:]:
+        stream, starts = getattr(splits, split), getattr(splits, f"{split}_starts")
+        pieces = stream.tensor_split(starts[1:])
+        assert max(map(len, pieces)) == len(stream) // 16 and len(pieces) >= 16
 
 
 def test_windows_open_with_one_bos():
@@ -231,6 +299,8 @@ def test_tokens_need_no_tokenizer(tmp_path: pathlib.Path):
     cut = torch.cat([windows(part, 16, None) for part in splits[:4]])
     assert cut.shape == (160, 16) and len(cut.unique(dim=0)) == 160
     assert (cut[:, 0] % 16 == 1).all()  # rows stay whole
+    assert splits.train_starts.tolist() == list(range(0, 1600, 16))  # each is a document
+    assert split_documents(splits, 16, *SPLITS).tolist() == list(range(160))
     assert torch.equal(joined_stream(config, None)[0], rows.int().flatten())
     rows[:, 0] = 0
     save_file({"tokens": rows}, tmp_path / "t.safetensors")

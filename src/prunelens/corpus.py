@@ -22,6 +22,12 @@ from torch import Tensor
 
 from prunelens.config import CorpusConfig
 from prunelens.errors import UserError
+from prunelens.spread import (
+    DocumentStream,
+    document_groups,
+    spread_over_documents,
+    window_documents,
+)
 from prunelens.text import (
     Document,
     documents,
@@ -36,13 +42,17 @@ from prunelens.text import (
 __all__ = [
     "Document",
     "TokenSplits",
+    "document_groups",
     "documents",
     "fingerprint",
     "joined_stream",
+    "split_documents",
     "split_tokens",
+    "spread_over_documents",
     "stdlib_documents",
     "stdlib_held_out",
     "token_rows",
+    "window_documents",
     "windows",
 ]
 
@@ -52,6 +62,7 @@ _TOKEN_DTYPES = (
 Tokenizer = Any
 """A transformers PreTrainedTokenizerBase; named loosely, because importing transformers is slow."""
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 500_000
+_LEAST_DOCUMENTS = 16  # that a measurement's text is of
 
 
 class TokenSplits(NamedTuple):
@@ -65,6 +76,14 @@ class TokenSplits(NamedTuple):
     """One half of the documents for measurements."""
     eval_second: Int32[Tensor, " tokens"]
     """The other half; shares no document with the first."""
+    train_starts: Int64[Tensor, " documents"]
+    """Where in `train` each of its documents begins; of ready-made tokens a row is one."""
+    calibration_starts: Int64[Tensor, " documents"]
+    """The same of `calibration`."""
+    eval_first_starts: Int64[Tensor, " documents"]
+    """The same of `eval_first`."""
+    eval_second_starts: Int64[Tensor, " documents"]
+    """The same of `eval_second`."""
     bos_token: int | None
     """What opens every window; None: nothing does."""
 
@@ -83,6 +102,11 @@ def split_tokens(
     and the reading ends when all splits are full. Where the windows carry a BOS, BOS ids inside
     the text are dropped, so that no window holds two.
 
+    So that no document stands for all text, it gives calibration and either half of eval at most a
+    16th of their tokens (but a window), in a row from a place that its content decides. Only where
+    the text ends before a split is full do the long ones give more, each up to the least length
+    that fills it. For that they stay in memory, some 16 documents of at most a split each.
+
     Args:
         config: context_tokens, bos and the *_tokens fields (which count the windows' BOS).
         tokenizer: the model's; None is enough for `tokens`.
@@ -96,22 +120,36 @@ def split_tokens(
     encode = (
         _rows_without(bos_token) if config.source == "tokens" else _encoder(tokenizer, bos_token)
     )
-    kept: dict[str, list[Tensor]] = {split: [] for split in quotas}
-    missing = dict(quotas)
+    kept = {s: DocumentStream(quotas[s], _most_of_one(s, quotas[s], config)) for s in quotas}
     for batch in _batches(_assigned(config, quotas)):
-        wanted = [(split, content) for split, content in batch if missing[split]]
+        wanted = [(split, content) for split, content in batch if kept[split].missing]
         for (split, _), ids in zip(wanted, encode([c for _, c in wanted]), strict=True):
-            kept[split].append(ids[: missing[split]].clone())
-            missing[split] -= len(kept[split][-1])
+            kept[split].add(ids)
         if progress:
-            progress(sum(quotas.values()) - sum(missing.values()))
-        if not any(missing.values()):
+            progress(sum(part.quota - part.missing for part in kept.values()))
+        if not any(part.missing for part in kept.values()):
             break
-    if any(missing.values()):
-        raise UserError(_too_little(config, quotas, missing))
-    empty = torch.empty(0, dtype=torch.int32)
-    streams = {s: torch.cat(kept[s]) if s in kept else empty for s in TokenSplits._fields[:4]}
-    return TokenSplits(**streams, bos_token=bos_token)
+    if lacking := {split: part.lacking for split, part in kept.items() if part.lacking}:
+        raise UserError(_too_little(config, quotas, lacking))
+    empty = DocumentStream(0, 0)
+    joined = {s: kept.get(s, empty).joined() for s in TokenSplits._fields[:4]}
+    streams = {split: stream for split, (stream, _) in joined.items()}
+    starts = {f"{split}_starts": begin for split, (_, begin) in joined.items()}
+    return TokenSplits(**streams, **starts, bos_token=bos_token)
+
+
+def split_documents(
+    splits: TokenSplits, context_tokens: int, *names: str
+) -> Int64[Tensor, " windows"]:
+    """The document of each window of some splits, one after the other; no number is in two."""
+    per_window = context_tokens - (splits.bos_token is not None)
+    found, before = [], 0
+    for name in names:
+        starts = getattr(splits, f"{name}_starts")
+        num_windows = len(getattr(splits, name)) // per_window
+        found.append(before + window_documents(starts, num_windows, per_window))
+        before += len(starts)
+    return torch.cat(found)
 
 
 def windows(
@@ -210,12 +248,17 @@ def _quotas(config: CorpusConfig, bos_token: int | None) -> dict[str, int]:
     return {split: count * (width - (bos_token is not None)) for split, count in counts.items()}
 
 
-def _too_little(config: CorpusConfig, quotas: dict[str, int], missing: dict[str, int]) -> str:
+def _most_of_one(split: str, quota: int, config: CorpusConfig) -> int:
+    """Tokens that one document may give a split."""
+    return quota if split == "train" else max(quota // _LEAST_DOCUMENTS, config.context_tokens)
+
+
+def _too_little(config: CorpusConfig, quotas: dict[str, int], lacking: dict[str, int]) -> str:
     """What lacks most, and how far to lower all three fields: the shares stay, so it fits."""
-    worst = max(missing, key=lambda split: missing[split])
+    worst = max(lacking, key=lambda split: lacking[split])
     field = "eval_tokens" if worst.startswith("eval") else f"{worst}_tokens"
-    found = quotas[worst] - missing[worst]
-    scale = 0.97 * min(1 - missing[split] / quotas[split] for split in quotas)
+    found = quotas[worst] - lacking[worst]
+    scale = 0.97 * min(1 - lacking[split] / quotas[split] for split in lacking)
     fields = ("train_tokens", "eval_tokens", "calibration_tokens")
     windows_each = {f: int(getattr(config, f) * scale) // config.context_tokens for f in fields}
     fix = "lower the largest of " + ", ".join(fields)

@@ -25,8 +25,7 @@ from prunelens.analyses.token_effects import token_effects, unembedding
 from prunelens.model import LanguageModel
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
-from prunelens.study.model_stages import load_stage_model, load_windows
-from prunelens.study.output_stages import EVAL
+from prunelens.study.model_stages import EVAL, load_stage_model, load_windows
 from prunelens.study.question_stages import second_half
 from prunelens.study.work import Work
 

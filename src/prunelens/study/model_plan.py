@@ -23,7 +23,7 @@ from prunelens.study.artifacts.store import Source, Stage
 from prunelens.study.cost import progress_cost, stage_work
 
 VERSIONS = {  # raise one when the same config would give other numbers
-    "corpus": 1,
+    "corpus": 2,
     "text": 1,
     "calibration": 2,
     "prune": 2,
@@ -48,7 +48,7 @@ VERSIONS = {  # raise one when the same config would give other numbers
     "evidence": 1,
     "predictor": 2,
     "planted_world": 1,
-    "planted_activations": 1,
+    "planted_activations": 2,
     "grades": 1,
 }
 

@@ -21,13 +21,15 @@ from prunelens.activations import (
     usable_rows,
 )
 from prunelens.config import ActivationConfig
-from prunelens.corpus import TokenSplits, joined_stream, split_tokens, windows
+from prunelens.corpus import TokenSplits, joined_stream, split_documents, split_tokens, windows
 from prunelens.finite import not_finite
 from prunelens.model import LanguageModel, load_model, load_tokenizer
 from prunelens.perplexity import measure_perplexity
 from prunelens.prune.calibrate import input_norms
 from prunelens.study.conditions import load_condition, make_condition
 from prunelens.study.work import Work, read_json, share_of_all, write_json
+
+EVAL = ("eval_first", "eval_second")
 
 
 def _corpus(work: Work) -> None:
@@ -125,8 +127,10 @@ def make_activations(works: Sequence[Work]) -> None:
             save_file({"norms": norms[place]}, work.out / f"{name}_norms.safetensors")
     per_window = context - config.skip_first
     first_half = len(windows(splits.eval_first, context, splits.bos_token)) * per_window
+    documents = split_documents(splits, context, *EVAL).repeat_interleave(per_window).int()
     for work in works:
         write_json(work.out / "rows.json", {"eval_first_rows": first_half})
+        save_file({"documents": documents}, work.out / "eval_documents.safetensors")
 
 
 def _screening(work: Work) -> None:
@@ -207,3 +211,10 @@ def load_windows(work: Work, *splits: str) -> Tensor:
     found = _load_splits(folder)
     context = read_json(folder / "tokens.json")["context_tokens"]
     return torch.cat([windows(getattr(found, s), context, found.bos_token) for s in splits])
+
+
+def load_window_documents(work: Work, *splits: str) -> Tensor:
+    """The document of each window that `load_windows` gives; no number is in two splits."""
+    folder = work.parents["corpus"]
+    context = read_json(folder / "tokens.json")["context_tokens"]
+    return split_documents(_load_splits(folder), context, *splits)

@@ -18,13 +18,12 @@ from prunelens.sae.formats import GivenSae
 from prunelens.sae.own_folder import own_sae
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
-from prunelens.study.model_stages import load_stage_model, load_windows
+from prunelens.study.model_stages import EVAL, load_stage_model, load_windows
 from prunelens.study.work import Work
 
 log = logging.getLogger(__name__)
 
 GIVEN = "given"  # an SAE of others inside its artifact, whose identity has no names
-EVAL = ("eval_first", "eval_second")
 GROUPINGS: tuple[Literal["cosine", "persistence"], ...] = ("cosine", "persistence")
 DEFAULT_NORM_MULTIPLE = 10.0  # `norm_filtered` filters also where the study keeps every token
 SEED = 0  # of groups, contexts, directions and bootstraps

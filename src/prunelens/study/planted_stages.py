@@ -20,6 +20,7 @@ from prunelens.study.work import Work, read_json, write_json
 
 CONDITIONS = ("dense", "pruned")
 TOKEN_SEEDS = {"train": 1, "eval": 2}  # the same for every condition: its tokens are paired
+BLOCKS = 20  # of each half of eval, in the place of documents; all tokens are independent
 PRUNED_NOISE = 1000  # added to a noise seed under pruning: the noise is each condition's own
 
 
@@ -47,7 +48,11 @@ def _activations(work: Work) -> None:
         norms = torch.linalg.vector_norm(rows, dim=1)
         save_file({"norms": norms}, work.out / f"{split}_norms.safetensors")
         work.progress(0.5)
-    write_json(work.out / "rows.json", {"eval_first_rows": work.config["eval_tokens"] // 2})
+    first_half = work.config["eval_tokens"] // 2
+    write_json(work.out / "rows.json", {"eval_first_rows": first_half})
+    halves = (first_half, work.config["eval_tokens"] - first_half)
+    documents = [n * BLOCKS + torch.arange(rows) * BLOCKS // rows for n, rows in enumerate(halves)]
+    save_file({"documents": torch.cat(documents).int()}, work.out / "eval_documents.safetensors")
 
 
 def _grades(work: Work) -> None:
