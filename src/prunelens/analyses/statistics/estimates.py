@@ -171,23 +171,26 @@ def crossed(
     Leaving out documents, the same ones for all seeds, gives the variance of the mean by what was
     measured. The latents add what their parts vary beyond that (their own variance minus that by
     documents, which would count twice). Latents of several seeds may stand for the same features,
-    so their variance is divided by the number of seeds only as far as the seeds are seen to differ.
-    A statistic without documents (samples without groups) has its latents alone.
+    so their variance is divided by the number of seeds only as far as the seeds are seen to differ
+    by more than documents explain. Of few seeds that difference is uncertain; where it comes out
+    below 0 it stands (up to twice the variance), for cutting it at 0 would leave the errors of one
+    sign and make the interval too narrow. A statistic without documents (samples without groups) has its latents alone.
     """
     count, groups = len(samples), len(samples[0].without)
     values = np.array([sample.value for sample in samples])
     beyond = float(np.mean([_beyond_documents(sample) for sample in samples]))
-    between = float(values.var(ddof=1)) if count > 1 else 0.0
-    added = float(np.clip(beyond - (1 - 1 / count) * between, beyond / count, beyond))
+    each = np.stack([sample.without for sample in samples])
+    between = _between_beyond_documents(values, each) if count > 1 else 0.0
+    shared = beyond - (1 - 1 / count) * between
+    added = float(np.clip(shared, beyond / count, 2 * beyond if groups else beyond))
     df = max(sum(len(sample.parts) for sample in samples) / count - 1, 1)
     resampled = "latents" + (" of every seed" if count > 1 else " of one seed")
     value = float(values.mean())
     if scale == "fisher":
         added /= (1 - min(value**2, 1 - 1e-6)) ** 2
     if groups:
-        without = np.mean([sample.without for sample in samples], axis=0)
         return jackknifed(
-            value, without, f"{units} and {resampled}", added=added, added_df=df, scale=scale
+            value, each.mean(0), f"{units} and {resampled}", added=added, added_df=df, scale=scale
         )
     if not added > 0:  # NaN is not
         return no_estimate(value, f"no interval: the {resampled} do not differ")
@@ -218,6 +221,19 @@ def t_quantile(degrees_of_freedom: float) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees_of_freedom, 0.975))
+
+
+def _between_beyond_documents(
+    values: Float[np.ndarray, " seeds"], without: Float[np.ndarray, "seeds groups"]
+) -> float:
+    """Variance between seeds, less what documents explain of their differences; may be below 0."""
+    count, groups = without.shape
+    explained = 0.0
+    if groups:
+        own = without - without.mean(0)
+        off = own - own.mean(1, keepdims=True)
+        explained = (groups - 1) / groups * float(np.square(off).sum()) / (count - 1)
+    return float(values.var(ddof=1)) - explained
 
 
 def _beyond_documents(sample: LatentSample) -> float:
