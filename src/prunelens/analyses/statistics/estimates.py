@@ -174,7 +174,8 @@ def crossed(
     so their variance is divided by the number of seeds only as far as the seeds are seen to differ
     by more than documents explain. Of few seeds that difference is uncertain; where it comes out
     below 0 it stands (up to twice the variance), for cutting it at 0 would leave the errors of one
-    sign and make the interval too narrow. A statistic without documents (samples without groups) has its latents alone.
+    sign and make the interval too narrow. A statistic without documents (samples without groups)
+    has its latents alone.
     """
     count, groups = len(samples), len(samples[0].without)
     values = np.array([sample.value for sample in samples])
