@@ -38,13 +38,16 @@ class Contrast(NamedTuple):
     null: Estimate | None = None
     """The same on the null, where nothing is there; None: it reads no pruned activations, or asks
     for a level that noise reaches too."""
-    nothing: float = 0.0
-    """What the null should give."""
+    nothing: float | None = 0.0
+    """What the null should give; None: the contrast asks for a level, which noise of that size may
+    miss as well, and then it is not pruning that misses it."""
 
     @property
     def speaks_on_null(self) -> bool:
         """Whether it finds something where nothing is: then it may decide nothing."""
-        return self.null is not None and not self.null.low <= self.nothing <= self.null.high
+        if self.null is None or self.nothing is None:
+            return False
+        return not self.null.low <= self.nothing <= self.null.high
 
 
 class NotMeasuredError(Exception):

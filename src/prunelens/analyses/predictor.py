@@ -39,6 +39,7 @@ FEATURES = {
     "init_retention_sparsity": ["init_retention", "sparsity"],
 }
 EVALUATIONS = {"in_sample": None, "held_out_condition": "condition", "held_out_model": "model"}
+STATED = "stated_sign"
 NUM_BINS = 10
 FEWEST_CONDITIONS = 4  # left out in turn, fewer cannot tell three coefficients apart
 
@@ -48,7 +49,7 @@ class PredictorResult(NamedTuple):
 
     table: pd.DataFrame
     """target, tau, evaluation, features, then auc, auc_within (pairs of latents of the same
-    condition only), gain (what auc_within has beyond the fit on init_retention and sparsity),
+    condition only), gain (of stated_sign: what auc_within has beyond that of init_retention),
     coef_log_rate, coef_sparsity, each with _low, _high, _error, _df, _least and _most (see
     `Estimate`); accuracy, base_rate (share of the larger class), standardised_log_rate,
     standardised_sparsity (per standard deviation), num_rows, num_conditions, reason, and source:
@@ -71,7 +72,9 @@ def fit_predictor(rows: pd.DataFrame, taus: Sequence[float]) -> PredictorResult:
     with firing rate; `beyond_noise` (controlled): persistence above the median of the draws of
     shuffled noise, which on the null is even odds for every latent.
     Evaluations: `in_sample` (paper), `held_out_condition`, `held_out_model`: fitted without one
-    condition or model at a time, predictions pooled. Intervals leave out conditions in turn, t
+    condition or model at a time, predictions pooled; `stated_sign`: nothing fitted, the rarer the
+    better, within conditions alone. (What was held out is biased where nothing is: if the others
+    lean one way by chance, it leans the other.) Intervals leave out conditions in turn, t
     with conditions - 1 degrees of freedom: coefficients with the fit, AUCs with predictions fixed.
     Args: rows as the module describes; taus of the study, of which 0.6, 0.7 and 0.8 are used.
     Returns: what cannot be fitted is NaN with a reason, never an exception.
@@ -81,6 +84,7 @@ def fit_predictor(rows: pd.DataFrame, taus: Sequence[float]) -> PredictorResult:
     assert rows["init_retention"].notna().all(), "init_retention is a cosine of unit vectors"
     table, curves, models = [], [], []
     for target, source, tau, data in _targets(rows, [tau for tau in TAUS if tau in taus]):
+        table.append({"target": target, "tau": tau, "source": source} | _by_stated_sign(data))
         for evaluation, held_out in EVALUATIONS.items():
             predicted = {
                 features: _predictions(data, columns, held_out)
@@ -89,8 +93,6 @@ def fit_predictor(rows: pd.DataFrame, taus: Sequence[float]) -> PredictorResult:
             for features, (scores, reason) in predicted.items():
                 key = {"target": target, "tau": tau, "evaluation": evaluation, "features": features}
                 row = key | {"source": source} | _scores(data, scores, reason)
-                if features == "rate_sparsity" and not reason:
-                    row |= _gain(data, scores, *predicted["init_retention_sparsity"])
                 if (evaluation, features) == ("in_sample", "rate_sparsity"):
                     fit = _clustered_fit(data)
                     row |= _coefficients(fit, data, row["reason"])
@@ -271,16 +273,15 @@ def _scores(data: _Data, predicted: Float[np.ndarray, " rows"], reason: str) -> 
     return row | {"accuracy": float(((predicted >= 0.5) == data.y).mean()), "reason": auc.reason}
 
 
-def _gain(
-    data: _Data,
-    scores: Float[np.ndarray, " rows"],
-    of_start: Float[np.ndarray, " rows"],
-    no_baseline: str,
-) -> dict:
-    """What the AUC within conditions has beyond that of the distance from the start alone."""
-    if no_baseline:
-        return {}
-    return _estimated("gain", clustered_auc(data.y, scores, data.condition, less=of_start).within)
+def _by_stated_sign(data: _Data) -> dict:
+    """Nothing is fitted: the rarer, the better it survives, as the paper says; and what that has
+    beyond `the nearer to the start, the better`."""
+    row = {"evaluation": STATED, "features": "rate_sparsity", "num_rows": len(data.y)}
+    rare, near = -data.x["log_rate"].to_numpy(), data.x["init_retention"].to_numpy()
+    found = clustered_auc(data.y, rare, data.condition)
+    beyond = clustered_auc(data.y, rare, data.condition, less=near)
+    row |= _estimated("auc_within", found.within) | _estimated("gain", beyond.within)
+    return row | {"num_conditions": data.num_conditions, "reason": found.reason}
 
 
 def _estimated(name: str, found: Estimate) -> dict[str, float]:

@@ -7,6 +7,7 @@ most stages need neither.
 from prunelens.analyses.statistics.estimates import (
     Estimate,
     LatentSample,
+    Scale,
     crossed,
     difference,
     fisher_z,
@@ -46,6 +47,7 @@ __all__ = [
     "PromptInterval",
     "PromptTerm",
     "RankSample",
+    "Scale",
     "clustered_auc",
     "crossed",
     "difference",

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+Scale = Literal["plain", "fisher", "logit"]
 FEWEST_UNITS = 5  # documents, prompts, windows; left out in turn, fewer say too little
 
 
@@ -22,7 +23,7 @@ class Estimate(NamedTuple):
 
     value: float
     error: float
-    """Standard error, of atanh(value) where `scale` is fisher; NaN: there is none."""
+    """Standard error, on the `scale`; NaN: there is none."""
     df: float
     """Degrees of freedom of the t that goes with it."""
     resampled: str
@@ -31,8 +32,9 @@ class Estimate(NamedTuple):
     """The smallest value that leaving one unit out gives."""
     most: float = math.nan
     """The largest."""
-    scale: Literal["plain", "fisher"] = "plain"
-    """Where the error is symmetric: at the value, or at Fisher's z of a correlation."""
+    scale: Scale = "plain"
+    """Where the error is symmetric: at the value, at Fisher's z of a correlation, at the log odds
+    of a share."""
     added: float = 0.0
     """What part of the squared error is not by leaving units out: what latents add."""
 
@@ -48,11 +50,9 @@ class Estimate(NamedTuple):
 
     def bounds(self) -> tuple[float, float]:
         """Both ends of the 95 % interval."""
-        half = t_quantile(self.df) * self.error
-        if self.scale == "plain":
-            return self.value - half, self.value + half
-        middle = float(fisher_z(np.array(self.value)))
-        return math.tanh(middle - half), math.tanh(middle + half)
+        half, middle = t_quantile(self.df) * self.error, on_scale(self.value, self.scale)
+        low, high = from_scale(np.array([middle - half, middle + half]), self.scale)
+        return float(low), float(high)
 
     def shifted(self, by: float) -> Estimate:
         """The same distance further up."""
@@ -62,9 +62,7 @@ class Estimate(NamedTuple):
         """One-sided p of `not above limit`, a point: small where the value is clearly above."""
         from scipy.special import stdtr
 
-        value, edge = self.value, limit
-        if self.scale == "fisher":
-            value, edge = fisher_z(np.array([self.value, limit]))
+        value, edge = (on_scale(each, self.scale) for each in (self.value, limit))
         return float(stdtr(self.df, (edge - value) / self.error)) if self.error > 0 else math.nan
 
     def p_below(self, limit: float) -> float:
@@ -98,7 +96,7 @@ def jackknifed(
     added: float = 0.0,
     added_df: float = math.inf,
     fewest: int = FEWEST_UNITS,
-    scale: Literal["plain", "fisher"] = "plain",
+    scale: Scale = "plain",
 ) -> Estimate:
     """The delete-one jackknife of a statistic.
 
@@ -108,7 +106,7 @@ def jackknifed(
         resampled: what the units are.
         added: variance from another source, independent of the units; with `added_df`.
         fewest: units below which there is no interval.
-        scale: fisher for a correlation, whose variance is then taken of atanh.
+        scale: fisher for a correlation, logit for a share: the variance is then taken there.
     Returns: no error with fewer units, an undefined replicate, or replicates that do not differ
         at all (an interval of zero width would claim a certainty that nobody has).
     """
@@ -117,7 +115,7 @@ def jackknifed(
         return no_estimate(value, f"no interval: {count} {resampled}, fewer than {fewest}")
     if not math.isfinite(value) or not np.isfinite(without).all():
         return no_estimate(value, f"no interval: undefined without some of the {resampled}")
-    replicates = fisher_z(without) if scale == "fisher" else without
+    replicates = on_scale(without, scale)
     own = (count - 1) / count * float(np.square(replicates - replicates.mean()).sum())
     variance = own + added
     if not variance > 0:
@@ -164,7 +162,7 @@ def crossed(
     samples: Sequence[LatentSample],
     *,
     units: str = "documents",
-    scale: Literal["plain", "fisher"] = "plain",
+    scale: Scale = "plain",
 ) -> Estimate:
     """The mean over seeds of a statistic of latents, measured on documents: both are a sample.
 
@@ -200,9 +198,7 @@ def crossed(
     return Estimate(value, math.sqrt(added), df, resampled, *ends, scale, added)
 
 
-def mean_over(
-    values: Sequence[float], units: str, *, scale: Literal["plain", "fisher"] = "plain"
-) -> Estimate:
+def mean_over(values: Sequence[float], units: str, *, scale: Scale = "plain") -> Estimate:
     """The mean of independent values with Student's t: seeds, or conditions, one value each."""
     known = np.array([value for value in values if math.isfinite(value)])
     if not len(known):
@@ -210,6 +206,22 @@ def mean_over(
     total = known.sum()
     without = (total - known) / max(len(known) - 1, 1)
     return jackknifed(float(known.mean()), without, units, fewest=2, scale=scale)
+
+
+def on_scale(value: np.ndarray | float, scale: Scale) -> np.ndarray:
+    """A value where its error is symmetric; shares are cut so that 0 and 1 stay finite."""
+    if scale == "fisher":
+        return fisher_z(np.asarray(value))
+    if scale == "logit":
+        return 2 * fisher_z(2 * np.asarray(value) - 1)
+    return np.asarray(value)
+
+
+def from_scale(value: np.ndarray, scale: Scale) -> np.ndarray:
+    """Back again."""
+    if scale == "fisher":
+        return np.tanh(value)
+    return (np.tanh(value / 2) + 1) / 2 if scale == "logit" else value
 
 
 def fisher_z(correlation: np.ndarray) -> np.ndarray:

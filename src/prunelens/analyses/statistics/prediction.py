@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from prunelens.analyses.statistics.estimates import Estimate, jackknifed, no_estimate
+from prunelens.analyses.statistics.estimates import Estimate, Scale, jackknifed, no_estimate
 
 FEWEST_CLUSTERS = 4  # conditions; fewer, left out in turn, say too little
 
@@ -79,9 +79,10 @@ def clustered_auc(
     reason = "every condition has one class only" if np.isnan(within[0]) else ""
     if count < FEWEST_CLUSTERS:
         reason = f"an interval of the AUC needs {FEWEST_CLUSTERS} conditions"
+    scale: Scale = "logit" if less is None else "plain"
     of_pooled, of_within = (
-        jackknifed(float(values[0]), values[1:], "conditions", fewest=FEWEST_CLUSTERS)
-        for values in (pooled, within)
+        jackknifed(float(v[0]), v[1:], "conditions", fewest=FEWEST_CLUSTERS, scale=scale)
+        for v in (pooled, within)
     )
     return Auc(of_pooled, of_within, reason)
 
