@@ -217,9 +217,8 @@ def test_windows_and_rows_of_a_study_know_their_documents(
 
 
 def test_blocks_of_the_planted_world_stand_for_documents(tmp_path: pathlib.Path):
-    made = mock.Mock(
-        spec=Work, out=tmp_path, parents={}, config={"train_tokens": 64, "eval_tokens": 4001}
-    )
+    config = {"train_tokens": 64, "eval_tokens": 4001}
+    made = mock.Mock(spec=Work, out=tmp_path, parents={}, config=config, progress=print)
     PLANTED_STAGES["planted_activations"](made)
     rows = load_file(tmp_path / "eval_documents.safetensors")["documents"]
     assert rows.dtype == torch.int32 and rows.tolist() == sorted(rows.tolist())
