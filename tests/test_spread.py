@@ -216,8 +216,8 @@ def test_windows_and_rows_of_a_study_know_their_documents(
         starts = [*splits.eval_first_starts.tolist(), len(splits.eval_first)]
         assert starts[document] <= number * width < starts[document + 1]
     prompts, table = _prompts(work), pd.read_parquet(tmp_path / "prompts.parquet")
-    assert torch.equal(prompts, windows[table["window"].to_numpy()])
-    assert table["document"].tolist() == documents[table["window"].to_numpy()].tolist()
+    assert torch.equal(prompts, windows[table["window"].tolist()])
+    assert table["document"].tolist() == documents[table["window"].tolist()].tolist()
     assert table["document"].nunique() == len(table) == 30  # of as many documents as can be
     rows = load_file(store.at_hand(dense) / "eval_documents.safetensors")["documents"]
     per_window = windows.shape[1] - study.activations.skip_first
