@@ -10,7 +10,7 @@ from prunelens.config import CorpusConfig
 from prunelens.corpus import joined_stream
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel
-from prunelens.perplexity import measure_perplexity, next_token_nll
+from prunelens.perplexity import Perplexity, measure_perplexity, next_token_nll
 
 WIKITEXT = pathlib.Path(__file__).parents[2] / "shared" / "data" / "wikitext-2"
 BOS = 0
@@ -103,6 +103,30 @@ def test_batches_do_not_matter_and_progress_is_told(
     )
     assert single.nll == pytest.approx(whole.nll, rel=1e-6)
     assert told == list(range(10, 101, 10))
+
+
+def test_a_cut_is_drawn_from_all_over_the_text_and_paired(
+    tiny_llama: LanguageModel, tiny_lm: LanguageModel
+):
+    generator = torch.Generator().manual_seed(4)
+    text = torch.randint(1, 128, (1030,), generator=generator, dtype=torch.int32)
+    whole = measure_perplexity(tiny_llama, text, context_tokens=11, bos_token=BOS)
+    assert whole.windows.tolist() == list(range(103))
+
+    def cut(lm: LanguageModel, seed: int = 0) -> Perplexity:
+        return measure_perplexity(
+            lm, text, context_tokens=11, bos_token=BOS, max_tokens=209, seed=seed
+        )
+
+    some = cut(tiny_llama)
+    assert some.num_tokens == 200 and len(some.windows) == 20
+    stretches = [103 * n // 20 for n in range(21)]
+    for window, first, end in zip(some.windows, stretches[:-1], stretches[1:], strict=True):
+        assert first <= int(window) < end
+    torch.testing.assert_close(some.window_nll, whole.window_nll[some.windows])
+    assert some.nll == pytest.approx(float(whole.window_nll[some.windows].mean()))
+    assert torch.equal(cut(tiny_lm).windows, some.windows)  # another model reads the same
+    assert not torch.equal(cut(tiny_llama, seed=1).windows, some.windows)
 
 
 def test_limits(tiny_llama: LanguageModel, stream: torch.Tensor):

@@ -7,6 +7,8 @@ import random
 from collections import Counter
 from unittest import mock
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,7 +25,9 @@ from prunelens.corpus import (
 )
 from prunelens.spread import DocumentStream, one_of_each_stretch
 from prunelens.study.artifacts.store import Store
+from prunelens.study.matrix import parents_first
 from prunelens.study.model_stages import load_window_documents, load_windows
+from prunelens.study.output_stages import _prompts
 from prunelens.study.plan import plan_study
 from prunelens.study.planted_stages import PLANTED_STAGES
 from prunelens.study.stages import make_stages
@@ -197,7 +201,9 @@ def test_windows_and_rows_of_a_study_know_their_documents(
     store = Store(tmp_path / "artifacts")
     for stage in (dense.parents["corpus"], dense):
         make_stages(store, [stage], device="cpu", progress=lambda *_: None)
-    work = mock.Mock(spec=Work, parents={"corpus": store.at_hand(dense.parents["corpus"])})
+    corpus = store.at_hand(dense.parents["corpus"])
+    config = {"prompts": 30}
+    work = mock.Mock(spec=Work, parents={"corpus": corpus}, out=tmp_path, config=config)
     documents = load_window_documents(work, "eval_first", "eval_second")
     windows = load_windows(work, "eval_first", "eval_second")
     splits = split_tokens(study.corpus, load_tokenizer(study.models[0]))
@@ -209,6 +215,10 @@ def test_windows_and_rows_of_a_study_know_their_documents(
     for number, document in enumerate(first.tolist()):
         starts = [*splits.eval_first_starts.tolist(), len(splits.eval_first)]
         assert starts[document] <= number * width < starts[document + 1]
+    prompts, table = _prompts(work), pd.read_parquet(tmp_path / "prompts.parquet")
+    assert torch.equal(prompts, windows[table["window"].tolist()])
+    assert table["document"].tolist() == documents[table["window"].tolist()].tolist()
+    assert table["document"].nunique() == len(table) == 30  # of as many documents as can be
     rows = load_file(store.at_hand(dense) / "eval_documents.safetensors")["documents"]
     per_window = windows.shape[1] - study.activations.skip_first
     assert rows.dtype == torch.int32
@@ -216,12 +226,33 @@ def test_windows_and_rows_of_a_study_know_their_documents(
     assert len(load_file(store.at_hand(dense) / "eval.safetensors")["activations"]) == len(rows)
 
 
+def test_conditions_read_the_same_windows_of_a_cut_text(
+    checkpoint_folder: pathlib.Path, tmp_path: pathlib.Path
+):
+    data = tiny_study(checkpoint_folder, write_text(tmp_path / "text.txt"))
+    data["perplexity"] = {"context_tokens": [16, 32], "max_tokens": 310}
+    dense, magnitude, _ = plan_study(study_from_data(data)).runs
+    store, tables = Store(tmp_path / "artifacts"), []
+    for run in (dense, magnitude):
+        stage = run.stages["perplexity"]
+        for needed in parents_first([stage], but=store.has):
+            make_stages(store, [needed], device="cpu", progress=lambda *_: None)
+        tables.append(pd.read_parquet(store.at_hand(stage) / "windows.parquet"))
+    number = ["context_tokens", "window"]
+    assert tables[0][number].equals(tables[1][number])
+    assert (tables[0]["nll"] != tables[1]["nll"]).all()
+    for context, count in ((16, 20), (32, 10)):
+        drawn = tables[0].loc[tables[0]["context_tokens"] == context, "window"]
+        of_all = 1500 // (context - 1)  # eval is 100 windows of 15 tokens and a BOS
+        ends = [of_all * (n + 1) // count for n in range(count)]
+        assert np.searchsorted(ends, drawn, side="right").tolist() == list(range(count))
+
+
 def test_blocks_of_the_planted_world_stand_for_documents(tmp_path: pathlib.Path):
-    made = mock.Mock(
-        spec=Work, out=tmp_path, parents={}, config={"train_tokens": 64, "eval_tokens": 4001}
-    )
+    config = {"train_tokens": 64, "eval_tokens": 4001}
+    made = mock.Mock(spec=Work, out=tmp_path, parents={}, config=config, progress=print)
     PLANTED_STAGES["planted_activations"](made)
     rows = load_file(tmp_path / "eval_documents.safetensors")["documents"]
     assert rows.dtype == torch.int32 and rows.tolist() == sorted(rows.tolist())
-    assert torch.bincount(rows).tolist() == [100] * 39 + [101]
+    assert sorted(torch.bincount(rows).tolist()) == [100] * 39 + [101]
     assert rows[1999] < rows[2000]  # no block is in both halves

@@ -14,6 +14,7 @@ from torch import Tensor
 from prunelens.corpus import windows
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel, logits
+from prunelens.spread import one_of_each_stretch
 
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**29}  # numbers of four bytes: 16 MB and 2 GB
 SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**28}  # of these, in float32 for their logarithms
@@ -30,8 +31,10 @@ class Perplexity(NamedTuple):
     """Mean negative log likelihood per predicted token, in nats; NaN where the model gives NaN."""
     perplexity: float
     """exp(nll)."""
+    windows: Int[Tensor, " windows"]
+    """Which windows of the text were read, in rising order."""
     window_nll: Float[Tensor, " windows"]
-    """float64: the mean within each window, for paired comparisons of two models."""
+    """float64: the mean within each of them, for paired comparisons of two models."""
 
 
 @torch.no_grad()
@@ -42,18 +45,21 @@ def measure_perplexity(
     context_tokens: int,
     bos_token: int | None,
     max_tokens: int | None = None,
+    seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Perplexity:
     """exp(mean NLL over predicted tokens), in non-overlapping windows.
 
     The BOS is context and never predicted; without one the first token of a window is not
-    predicted. The sum is in float64.
+    predicted. The sum is in float64. The windows depend on the arguments, not on the model.
 
     Args:
         stream: token ids without BOS, as `joined_stream` and `split_tokens` give them.
         context_tokens: tokens per window, cut to the model's maximum.
         bos_token: what opens every window; None: nothing does.
-        max_tokens: predict at most so many tokens (in whole windows); None: all.
+        max_tokens: predict at most so many tokens, in whole windows, of which one is drawn from
+            each of as many equal stretches of the text; None: all.
+        seed: of these draws.
         progress: called with the number of tokens predicted so far.
     Raises: UserError where there is less than one window.
     """
@@ -64,16 +70,16 @@ def measure_perplexity(
             f"perplexity.context_tokens: {context_tokens} is more than the {len(stream)} tokens of"
             " the text; lower it or give more text"
         )
-    if max_tokens is not None:
-        cut = cut[: max_tokens // (context_tokens - 1)]
-        if not len(cut):
-            raise UserError(
-                f"perplexity.max_tokens: {max_tokens} is less than one window of {context_tokens}"
-                f" tokens; raise it to at least {context_tokens - 1}"
-            )
+    most = len(cut) if max_tokens is None else max_tokens // (context_tokens - 1)
+    if not most:
+        raise UserError(
+            f"perplexity.max_tokens: {max_tokens} is less than one window of {context_tokens}"
+            f" tokens; raise it to at least {context_tokens - 1}"
+        )
+    read = one_of_each_stretch(len(cut), most, seed=seed)
     per_batch = LOGITS_AT_ONCE.get(lm.device.type, 2**22) // (context_tokens * lm.vocabulary_size)
     means, num_tokens = [], 0
-    for batch in cut.split(max(1, per_batch)):
+    for batch in cut[read].split(max(1, per_batch)):
         means.append(next_token_nll(logits(lm, batch), batch).double().mean(1).cpu())
         num_tokens += batch[:, 1:].numel()
         if progress:
@@ -82,7 +88,7 @@ def measure_perplexity(
     nll = float(window_nll.mean())
     # math.exp overflows above 709 nats, where the perplexity is as good as infinite.
     perplexity = math.inf if nll > 709 else math.exp(nll)
-    return Perplexity(context_tokens, num_tokens, nll, perplexity, window_nll)
+    return Perplexity(context_tokens, num_tokens, nll, perplexity, read, window_nll)
 
 
 def next_token_nll(

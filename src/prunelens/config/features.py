@@ -113,7 +113,7 @@ class CausalConfig(Frozen):
     """RQ5: what happens to the output when a latent is ablated (methods §7)."""
 
     prompts: int = Field(64, ge=2)
-    """Eval windows that serve as prompts."""
+    """Eval windows that serve as prompts, drawn evenly over documents."""
     group_size: int = Field(100, ge=1)
     """Latents per group (robust, fragile, …); fewer where too few are alive."""
     contexts_per_latent: int = Field(64, ge=1)

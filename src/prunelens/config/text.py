@@ -36,9 +36,9 @@ class CorpusConfig(Frozen):
     train_tokens: int = Field(1_500_000, gt=0)
     """Tokens (in whole windows, BOS included) for training SAEs."""
     eval_tokens: int = Field(300_000, gt=0)
-    """Tokens for every measurement."""
+    """Tokens for every measurement; of a document at most a 16th of either half."""
     calibration_tokens: int = Field(300_000, gt=0)
-    """Tokens for the pruning criteria that need activations."""
+    """Tokens for the pruning criteria that need activations; of a document at most a 16th."""
 
     @model_validator(mode="after")
     def _fields_fit_the_source(self) -> Self:
@@ -57,4 +57,4 @@ class PerplexityConfig(Frozen):
     context_tokens: tuple[int, ...] = Field((256, 2048), min_length=1, max_length=100)
     """Window lengths; one above the model's maximum is cut to it."""
     max_tokens: int | None = Field(None, gt=0)
-    """Score at most so many tokens; null: all."""
+    """Score at most so many tokens, in windows drawn evenly over the text; null: all."""

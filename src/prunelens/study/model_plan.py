@@ -27,7 +27,7 @@ VERSIONS = {  # raise one when the same config would give other numbers
     "text": 1,
     "calibration": 2,
     "prune": 2,
-    "perplexity": 2,
+    "perplexity": 3,
     "activations": 1,
     "screening": 1,
     "statistics": 2,

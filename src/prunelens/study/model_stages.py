@@ -86,14 +86,12 @@ def _perplexity(work: Work) -> None:
                 progress=work.share(total, before=tokens_each * len(rows)),
             )
             if math.isnan(result.nll):  # no number to compare with, and a broken model
-                cut = windows(stream, context, bos)[: len(result.window_nll)]
-                raise not_finite(lm, cut[result.window_nll.isnan()][:1], "its logits")
+                broken = result.windows[result.window_nll.isnan()][:1]
+                raise not_finite(lm, windows(stream, context, bos)[broken], "its logits")
             numbers = result._asdict()
-            nll = numbers.pop("window_nll").numpy()
+            each = {"window": numbers.pop("windows"), "nll": numbers.pop("window_nll")}
             rows[context] = {**numbers, "bos": bos is not None}
-            by_window.append(
-                pd.DataFrame({"context_tokens": context, "window": range(len(nll)), "nll": nll})
-            )
+            by_window.append(pd.DataFrame({"context_tokens": context, **each}))
     pd.DataFrame(rows.values()).to_parquet(work.out / "perplexity.parquet")
     pd.concat(by_window, ignore_index=True).to_parquet(work.out / "windows.parquet")
 

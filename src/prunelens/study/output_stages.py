@@ -14,11 +14,17 @@ from prunelens.activations import Statistics
 from prunelens.analyses.causal import Ablations, ablate, nothing_ablated
 from prunelens.analyses.causal_groups import causal_summary, latent_groups
 from prunelens.analyses.transfer import DenseReference, transfer, transfer_verdicts
+from prunelens.corpus import spread_over_documents
 from prunelens.sae.formats import GivenSae
 from prunelens.sae.own_folder import own_sae
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
-from prunelens.study.model_stages import EVAL, load_stage_model, load_windows
+from prunelens.study.model_stages import (
+    EVAL,
+    load_stage_model,
+    load_window_documents,
+    load_windows,
+)
 from prunelens.study.work import Work
 
 log = logging.getLogger(__name__)
@@ -26,7 +32,7 @@ log = logging.getLogger(__name__)
 GIVEN = "given"  # an SAE of others inside its artifact, whose identity has no names
 GROUPINGS: tuple[Literal["cosine", "persistence"], ...] = ("cosine", "persistence")
 DEFAULT_NORM_MULTIPLE = 10.0  # `norm_filtered` filters also where the study keeps every token
-SEED = 0  # of groups, contexts, directions and bootstraps
+SEED = 0  # of prompts, groups, contexts, directions and bootstraps
 
 
 def _transfer(work: Work) -> None:
@@ -84,12 +90,21 @@ def _causal(work: Work) -> None:
     fates = pd.read_parquet(work.parents["fates"] / "fates.parquet")
     alive = pd.read_parquet(work.parents["pruned_sae"] / "latents.parquet")["firing_rate"] > 0
     groups = _groups(fates, alive, work.config["group_size"])
-    prompts = load_windows(work, *EVAL)[: work.config["prompts"]]
+    prompts = _prompts(work)
     dense = _ablations(work, groups, prompts, "dense", "latent")
     pruned = _ablations(work, groups, prompts, "pruned", "match")
     for grouping, table in groups.items():
         table.to_parquet(work.out / f"groups_{grouping}.parquet")
     causal_summary(groups, dense, pruned, seed=SEED).to_parquet(work.out / "causal.parquet")
+
+
+def _prompts(work: Work) -> Tensor:
+    """Windows as even over the documents of eval as can be; which ones is kept."""
+    documents = load_window_documents(work, *EVAL)
+    drawn = spread_over_documents(documents, seed=SEED)[: work.config["prompts"]]
+    table = pd.DataFrame({"window": drawn, "document": documents[drawn]})
+    table.rename_axis("prompt").reset_index().to_parquet(work.out / "prompts.parquet")
+    return load_windows(work, *EVAL)[drawn]
 
 
 def _groups(fates: pd.DataFrame, alive: pd.Series, group_size: int) -> dict[str, pd.DataFrame]:
