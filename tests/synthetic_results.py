@@ -193,10 +193,10 @@ def _add_pruned(
             | {"interval": "range", "reason": "" if known else "ceiling - floor is below 0.02"}
         )
     for seed, source in itertools.product(
-        range(3), ("pruned", "noise_isotropic", "noise_shuffled")
+        range(3), ("pruned", "null", "noise_isotropic", "noise_shuffled")
     ):
         numbers = {"mean_correlation": 1 - damage / 2}
-        numbers["mean_relative"] = NAN if source == "pruned" else 1 - damage / 4
+        numbers["relative_shuffled"] = {"pruned": 1 - damage / 4, "null": 1.0}.get(source, NAN)
         rows["persistence"].append(run | {"seed": seed, "source": source, **numbers})
     for seed, (source, left) in itertools.product(
         range(3), {"dense": 0, "pruned": damage, "noise_isotropic": 0, "unpaired": 1}.items()
@@ -207,7 +207,7 @@ def _add_pruned(
     for measure, tau in MEASURES:
         for quintile in range(1, 6):
             which = {"measure": measure, "tau": tau, "quintile": quintile}
-            which |= {"firing_rate": 0.01 * quintile}
+            which |= {"firing_rate": 0.01 * quintile, "source": "pruned"}
             rates = [1 - damage - 0.05 * quintile + 0.01 * draw.random() for _ in range(3)]
             rows["fragility_by_seed"] += [
                 run | which | {"seed": seed, "survival_rate": rate, "num_latents": 67}

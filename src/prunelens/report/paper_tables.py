@@ -181,7 +181,9 @@ def _causal(tables: Tables) -> pd.DataFrame:
 def _quality(tables: Tables) -> pd.DataFrame:
     """Table B.1: means over seeds."""
     rows = tables["sae_quality"].groupby(SITE, sort=False)
-    made = rows[["fvu", "fvu_raw", "fvu_dense_var", "l0", "alive", "num_latents"]].mean().reset_index()
+    made = (
+        rows[["fvu", "fvu_raw", "fvu_dense_var", "l0", "alive", "num_latents"]].mean().reset_index()
+    )
     made["seeds"] = rows["seed"].nunique().to_numpy()
     return beside_published(made, "sae_quality")
 

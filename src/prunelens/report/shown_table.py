@@ -35,7 +35,7 @@ class Shown(NamedTuple):
     """Reasons, numbered from 1."""
     file: str | None
     """The CSV that holds it in full, relative to the page."""
-    remark: str = ""
+    assumed: str = ""
     """What differs from the paper, or is assumed of it."""
 
     @property
@@ -50,7 +50,7 @@ def shown(
     *,
     drop: tuple[str, ...] = (),
     file: str | None = None,
-    remark: str = "",
+    assumed: str = "",
 ) -> Shown:
     """The table for reading; columns in `drop`, and those of which nothing is known, are left out.
 
@@ -82,7 +82,7 @@ def shown(
                 cell = cell._replace(note=notes.index(said) + 1)
             cells.append(cell)
         rows.append(cells)
-    return Shown(caption, [_heading(str(name)) for name in kept], rows, notes, file, remark)
+    return Shown(caption, [_heading(str(name)) for name in kept], rows, notes, file, assumed)
 
 
 def number(value: Any) -> str:
