@@ -552,7 +552,7 @@ def test_controlled_fragility_is_relative_to_noise() -> None:
         assert "beyond" not in words
         if name.startswith("fig4"):
             assert panels[2].y_label == "relative to shuffled noise (ratio of means)"
-            assert panels[2].y_range and not panels[2].levels
+            assert panels[2].y_range is None and not panels[2].levels  # it may exceed 1
         else:
             assert "relative to shuffled noise" in words
     rows = TABLES["fragility"]

@@ -250,9 +250,9 @@ ASSUMED = {  # of the paper, or where we differ; the whole list is in docs/metho
     " and all that follows: over seeds. Alive is read as firing at least once on the eval tokens.",
     "table4_causal": "The paper does not say which prompts it took, nor whether latents could"
     " be dead: here windows of the eval documents, and alive latents only.",
-    "tableB1_quality": "fvu is in the normalised space that the SAEs are trained in, fvu_raw in that"
-    " of the activations; the paper does not say which it prints. Optimiser, unit norm of decoder"
-    " rows and the way dead latents restart are assumed too.",
+    "tableB1_quality": "fvu is in the normalised space that the SAEs are trained in, fvu_raw in"
+    " that of the activations; the paper does not say which it prints. Optimiser, unit norm of"
+    " decoder rows and the way dead latents restart are assumed too.",
     "survival by run": "The paper's numbers are set beside those of the first seed: it compares"
     " conditions by its seed 0.",
     "predictor at 0.7": "The paper's accuracies are 66, 73 and 79 of 95 = 19 conditions x 5"
