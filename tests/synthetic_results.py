@@ -193,10 +193,10 @@ def _add_pruned(
             | {"interval": "range", "reason": "" if known else "ceiling - floor is below 0.02"}
         )
     for seed, source in itertools.product(
-        range(3), ("pruned", "noise_isotropic", "noise_shuffled")
+        range(3), ("pruned", "null", "noise_isotropic", "noise_shuffled")
     ):
         numbers = {"mean_correlation": 1 - damage / 2}
-        numbers["mean_relative"] = NAN if source == "pruned" else 1 - damage / 4
+        numbers["relative_shuffled"] = {"pruned": 1 - damage / 4, "null": 1.0}.get(source, NAN)
         rows["persistence"].append(run | {"seed": seed, "source": source, **numbers})
     for seed, (source, left) in itertools.product(
         range(3), {"dense": 0, "pruned": damage, "noise_isotropic": 0, "unpaired": 1}.items()
@@ -206,12 +206,15 @@ def _add_pruned(
         rows["scaling"].append(run | {"seed": seed, "source": source, **numbers})
     for measure, tau in MEASURES:
         for quintile in range(1, 6):
-            rate = 1 - damage - 0.05 * quintile + 0.01 * draw.random()
-            rows["fragility"].append(
-                run
-                | {"measure": measure, "tau": tau, "quintile": quintile, "num_latents": 200}
-                | {"firing_rate": 0.01 * quintile, "survival_rate": rate}
-            )
+            which = {"measure": measure, "tau": tau, "quintile": quintile}
+            which |= {"firing_rate": 0.01 * quintile, "source": "pruned"}
+            rates = [1 - damage - 0.05 * quintile + 0.01 * draw.random() for _ in range(3)]
+            rows["fragility_by_seed"] += [
+                run | which | {"seed": seed, "survival_rate": rate, "num_latents": 67}
+                for seed, rate in enumerate(rates)
+            ]
+            mean = {"survival_rate": sum(rates) / 3, "num_latents": 201}
+            rows["fragility"].append(run | which | mean)
         rho = draw.uniform(-0.8, 0.2)
         rows["fragility_tests"].append(
             run
@@ -245,7 +248,7 @@ def _add_causal(rows: list[dict], run: dict, draw: np.random.Generator) -> None:
 
 
 def _add_study(rows: dict[str, list[dict]], draw: np.random.Generator) -> None:
-    for target, tau in (("shared_init", 0.7), ("persistence", NAN)):
+    for target, tau in (("shared_init", 0.7), ("quintile", 0.7), ("persistence", NAN)):
         for evaluation, features in itertools.product(
             ("in_sample", "held_out_condition", "held_out_model"),
             ("rate_sparsity", "init_retention"),

@@ -139,7 +139,9 @@ def test_settings_of_the_papers_protocol():
         assert study.activations.skip_first == 0
         assert study.activations.max_norm_multiple is None
         assert {grid.scope for grid in study.prunings if grid.criterion == "wanda"} == {"row"}
-        assert {g.scope for g in study.prunings if g.criterion == "magnitude"} <= {"global"}
+        by_magnitude = [grid for grid in study.prunings if grid.criterion == "magnitude"]
+        assert all(grid.scope == "global" and grid.lm_head for grid in by_magnitude)
+        assert bool(by_magnitude) == (name != "paper-a3")
         assert study.models[0].dtype == study.activations.storage == "bfloat16"
         tokens = study.corpus
         assert (tokens.train_tokens, tokens.eval_tokens) == (1_500_000, 300_000)
@@ -253,7 +255,7 @@ def tiny_settings(text, **more):
 TINY = {  # study -> what else is set: layers that tiny models have, fewer seeds and conditions
     "paper-a1": {
         "models.0.layers": "[1]",
-        "prunings": "[{criterion: magnitude, scope: global, sparsities: [0.3], seeds: [0, 1]},"
+        "prunings": "[{criterion: magnitude, scope: global, lm_head: true, sparsities: [0.3]},"
         " {criterion: wanda, scope: row, sparsities: [0.3]}]",
     },
     "paper-a3": {"models.0.layers": "[0, 2]"},
@@ -296,6 +298,9 @@ def test_the_study_files_run_offline_on_tiny_models(
     perplexity = pd.read_csv(tmp_path / "out" / "tables" / "perplexity.csv")
     assert np.isfinite(perplexity["perplexity"]).all()
     assert plan.settings == settings
+    pruned = [run for run in outcome.results if "magnitude" in run.run.name]
+    heads = [run.run.name.endswith("-head") for run in pruned]
+    assert heads == [name in ("paper-a1", "paper-c1")] * len(pruned)  # b1: the blocks alone
     tables = {path.stem for path in (tmp_path / "out" / "tables").iterdir()}
     assert {"transfer", "fragility_tests", "predictor", "causal", "claims", "depth"} <= tables
     quality = pd.read_csv(tmp_path / "out" / "tables" / "tableB1_quality.csv")

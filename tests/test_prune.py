@@ -84,6 +84,43 @@ def test_masks_equal_the_independent_implementation(tiny_lm, windows, dtype, cri
                 assert np.array_equal(matrix, np.where(slow[name], weights[name], 0)), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_head_is_one_more_matrix_and_takes_a_tied_embedding_along(tiny_lm, dtype, scope):
+    """Of the tiny models GPT-2's and Gemma's heads are tied, Llama's is not."""
+    tiny_lm.model.to(dtype)
+    is_tied = tiny_lm.model.config.tie_word_embeddings
+    embedding = tiny_lm.model.get_input_embeddings().weight
+    before = embedding.clone()
+    weights = independent.prunable_weights(tiny_lm.model, lm_head=True)
+    assert len(weights) == len(prunable_matrices(tiny_lm)) + 1 and "lm_head" in weights
+    scores = independent.scores_of(weights, "magnitude")
+    [slow] = independent.masks_of(scores, scope, ["0.3"])
+    config = PruningConfig(criterion="magnitude", scope=scope, sparsity=0.3, lm_head=True)
+    pruned = prune_model(tiny_lm, config)
+    assert_same_masks(pruned.masks, slow)
+    after = independent.prunable_weights(tiny_lm.model, lm_head=True)
+    for name, matrix in after.items():
+        assert np.array_equal(matrix, np.where(slow[name], weights[name], 0)), name
+    if is_tied:
+        assert np.array_equal(embedding.float().numpy(), after["lm_head"])
+    else:
+        assert torch.equal(embedding, before)
+    if scope == "global":
+        total = sum(matrix.size for matrix in weights.values())
+        zeroed = sum(int((~mask).sum()) for mask in pruned.masks.values())
+        assert zeroed == int(Fraction(3, 10) * total)
+
+
+def test_the_head_by_lot(tiny_lm):
+    config = PruningConfig(criterion="random", scope="matrix", sparsity=0.5, lm_head=True)
+    mask = prune_model(tiny_lm, config).masks["lm_head"]
+    lots = [independent.lot(0, "lm_head", index) for index in range(mask.numel())]
+    lowest = sorted(range(mask.numel()), key=lambda index: (lots[index], index))
+    gone = set((~mask).flatten().nonzero().flatten().tolist())
+    assert gone == set(lowest[: mask.numel() // 2])
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_ties_go_to_the_lowest_index_of_the_first_matrix(scope, threads, monkeypatch):
@@ -500,7 +537,49 @@ def test_sequential_is_refused_where_it_means_nothing():
             wanda_config(calibration="sequential", **changes)
 
 
+def test_the_head_is_refused_where_it_cannot_be_pruned(tiny_llama):
+    for criterion, scope in (("wanda", "row"), ("sparsegpt", "matrix"), ("planted", "by_rate")):
+        with pytest.raises(ValueError, match=f"lm_head: true does not go with '{criterion}'"):
+            PruningConfig(criterion=criterion, scope=scope, sparsity=0.5, lm_head=True)
+    head = tiny_llama.model.lm_head
+    tiny_llama.model.lm_head = torch.nn.Embedding.from_pretrained(head.weight)
+    config = PruningConfig(criterion="magnitude", scope="global", sparsity=0.5, lm_head=True)
+    with pytest.raises(UserError, match=r"prunings\.lm_head: true, and tiny-llama has no linear"):
+        prune_model(tiny_llama, config)
+    prune_model(tiny_llama, config.model_copy(update={"lm_head": False}))
+
+
+def test_a_pruning_without_the_head_is_told_as_before():
+    """What stands in identities, records and labels."""
+    config = PruningConfig(criterion="magnitude", scope="global", sparsity=0.5)
+    assert "lm_head" not in config.model_dump(mode="json") and "head" not in config.label
+    other = PruningConfig(**config.model_dump(), lm_head=True)
+    assert other.model_dump(mode="json")["lm_head"] is True
+    assert PruningConfig.model_validate(other.model_dump(mode="json")) == other != config
+    assert other.label == "magnitude-global-0.50-head"
+
+
 # Files
+
+
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_masks_of_the_head_prune_a_fresh_model_and_its_checkpoint(
+    tiny_lm, windows, tmp_path, lm_head
+):
+    fresh = copy.deepcopy(tiny_lm)
+    config = PruningConfig(criterion="magnitude", scope="global", sparsity=0.4, lm_head=lm_head)
+    pruned = prune_model(tiny_lm, config)
+    assert ("lm_head" in pruned.masks) == lm_head
+    save_masks(pruned.masks, tmp_path / "masks.safetensors")
+    apply_masks(fresh, load_masks(tmp_path / "masks.safetensors"))
+    assert all(torch.equal(t, tiny_lm.model.state_dict()[n]) for n, t in state_of(fresh).items())
+    save_checkpoint(tiny_lm, tmp_path / "pruned")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "pruned", dtype=torch.float32
+    ).eval()
+    loaded.set_attn_implementation(tiny_lm.model.config._attn_implementation)
+    with torch.no_grad():
+        assert torch.equal(loaded(windows).logits, tiny_lm.model(windows).logits)
 
 
 def test_masks_survive_the_disk_and_prune_a_fresh_model(tiny_lm, windows, tmp_path):

@@ -30,6 +30,7 @@ from prunelens.report.panels import FIGURES
 from prunelens.report.panels.panel import Panel, Points, Site, sites
 from prunelens.report.paper_tables import paper_tables, write_paper_tables
 from prunelens.report.published import beside_published
+from prunelens.report.questions import ASSUMED, CAPTIONS
 from prunelens.report.shown_table import number, shown
 from prunelens.report.sufficiency import known_of_the_others, not_enough, training_verdicts
 from prunelens.report.summary import summary
@@ -133,6 +134,8 @@ def test_published_numbers_stand_only_where_model_method_and_sparsity_agree() ->
         ("wanda-matrix-0.30", False),
         ("wanda-row-0.30-sequential", False),
         ("magnitude-global-0.30", True),
+        ("magnitude-global-0.30-head", True),
+        ("wanda-row-0.30-head", False),
         ("magnitude-row-0.30", False),
     ],
 )
@@ -170,8 +173,8 @@ def test_tables_hold_the_studys_own_numbers() -> None:
     part = rows[(rows["run"] == run) & (rows["measure"] == "shared_init") & (rows["tau"] == 0.7)]
     rates = part.set_index("quintile")["survival_rate"]
     found = made["table3_fragility"].set_index("run").loc[run]
-    assert found["q1_rare"] == rates[1]
-    assert found["ratio"] == pytest.approx(rates[1] / rates[5])
+    assert found["mean_q1_rare"] == rates[1]
+    assert found["mean_ratio"] == pytest.approx(rates[1] / rates[5])
     depth = made["depth"].set_index("run").loc[run]
     survival = TABLES["survival"]
     mine = [
@@ -183,6 +186,48 @@ def test_tables_hold_the_studys_own_numbers() -> None:
     assert depth["emerging"] == pytest.approx(1 - sum(mine) / 3)
     assert set(made["depth"]["layer"]) == {6, 12, 0}  # 0: of the planted world
     assert made["tableA1_matrix"]["seeds"].unique().tolist() == [3]
+
+
+def test_table_3_and_figure_2_are_of_the_first_seed_with_means_beside() -> None:
+    """The seeds of a study need not begin with 0, nor be in order."""
+    tables = {**TABLES, "survival": TABLES["survival"].copy()}
+    by_seed = tables["fragility_by_seed"]
+    tables["fragility_by_seed"] = by_seed.assign(seed=7 - by_seed["seed"])
+    first = by_seed[(by_seed["seed"] == 2) & (by_seed["run"] == OTHER)]
+    first = first[(first["measure"] == "shared_init") & (first["tau"] == 0.7)]
+    ends = first.set_index("quintile")["survival_rate"]
+    found = paper_tables(tables, STUDY)["table3_fragility"].set_index("run").loc[OTHER]
+    assert (found["q1_rare"], found["q5_frequent"]) == (ends[1], ends[5])
+    assert found["ratio"] == pytest.approx(ends[1] / ends[5])
+    assert found["q1_rare"] != found["mean_q1_rare"]
+
+    rates = tables["survival"]
+    rates["init_a"] = rates["init_a"].map({0: 3, 1: 9, 2: 1})  # the third is the lowest
+    chosen = (rates["run"] == OTHER) & (rates["arm"] == "shared_init") & (rates["tau"] == 0.7)
+    rates.loc[chosen, "mnn"] = rates.loc[chosen, "init_a"].map({3: 0.2, 9: 0.3, 1: 0.7})
+    panel = FIGURES["fig2_survival"].panels(tables, Site("gemma-3-1b", 12))[0]
+    lines = {points.name: points for points in panel.points}
+    ours, mean = lines["wanda-row, first seed"], lines["wanda-row, mean of seeds"]
+    assert (ours.x[-1], ours.y[-1], ours.low, ours.line) == (0.5, 0.7, None, "solid")
+    assert mean.low and mean.high
+    assert (mean.y[-1], mean.low[-1], mean.high[-1]) == pytest.approx((0.4, 0.2, 0.7))
+    row = overviews(tables)["survival by run"].set_index("run").loc[OTHER]
+    assert (row["mnn, first seed"], row["mnn, mean of seeds"]) == pytest.approx((0.7, 0.4))
+    tables["survival"] = rates[rates["init_a"] == 1]
+    (panel, *_) = FIGURES["fig2_survival"].panels(tables, Site("gemma-3-1b", 12))
+    assert {"wanda-row", "magnitude-global"} <= {points.name for points in panel.points}
+    assert not [points.name for points in panel.points if "mean" in points.name]
+
+
+def test_the_papers_fvu_of_official_saes_stands_beside_the_raw_one() -> None:
+    tables = {**TABLES, "transfer": TABLES["transfer"].assign(fvu=0.9, fvu_raw=0.4)}
+    table = paper_tables(tables, STUDY)["table2_transfer"]
+    columns = list(table.columns)
+    assert columns.index("fvu_raw") + 1 == columns.index("fvu")
+    assert set(table["fvu_raw"]) == {0.4} and set(table["fvu"]) == {0.9}
+    panel = FIGURES["fig3_transfer"].panels(tables, Site("gemma-3-1b", 12))[0]
+    assert {y for points in panel.points if not points.hollow for y in points.y} == {0.4}
+    assert [points.name for points in panel.points if points.hollow]
 
 
 def test_every_paper_table_begins_with_run_and_stale_ones_go(tmp_path: pathlib.Path) -> None:
@@ -299,6 +344,15 @@ def test_unknown_numbers_say_why(made: Page) -> None:
     assert "ceiling - floor is below 0.02" in titles
     assert "ceiling - floor is below 0.02" in made.text  # on paper and phones there is no title
     assert "one model only" in made.text
+
+
+def test_what_is_assumed_of_the_paper_stands_under_its_tables(made: Page) -> None:
+    assert set(ASSUMED) <= set(CAPTIONS)
+    for name, words in ASSUMED.items():
+        assert made.text.count(words) == 1, name
+        assert made.text.index(CAPTIONS[name]) < made.text.index(words)
+    asked = shown(pd.DataFrame({"run": ["a"]}), "caption")
+    assert asked.assumed == ""
 
 
 def test_nothing_is_loaded_and_only_our_scripts_run(made: Page) -> None:
@@ -497,8 +551,8 @@ def test_controlled_fragility_is_relative_to_noise() -> None:
         words = " ".join(str(x) for panel in panels for points in panel.points for x in points.x)
         assert "beyond" not in words
         if name.startswith("fig4"):
-            assert panels[2].y_label == "relative to shuffled noise (mean)"
-            assert panels[2].y_range and not panels[2].levels
+            assert panels[2].y_label == "relative to shuffled noise (ratio of means)"
+            assert panels[2].y_range is None and not panels[2].levels  # it may exceed 1
         else:
             assert "relative to shuffled noise" in words
     rows = TABLES["fragility"]

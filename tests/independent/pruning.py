@@ -10,12 +10,16 @@ import numpy as np
 IN_A_BLOCK = re.compile(r"(^|\.)(layers|h)\.\d+\.")
 
 
-def prunable_weights(model):
-    """name -> float32 array [output, input], found by class name, in named_modules order."""
+def prunable_weights(model, lm_head=False):
+    """name -> float32 array [output, input], found by class name, in named_modules order.
+
+    With `lm_head` also what is called so, wherever else its weight is used.
+    """
     weights = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if kind in ("Linear", "Conv1D") and IN_A_BLOCK.search(name):
+        wanted = IN_A_BLOCK.search(name) or (lm_head and name == "lm_head")
+        if kind in ("Linear", "Conv1D") and wanted:
             array = module.weight.detach().float().numpy().copy()
             weights[name] = array.transpose() if kind == "Conv1D" else array
     return weights

@@ -82,6 +82,7 @@ def single_step(
     corpus: dict[str, Any] | None = None,
     pattern: str = "unstructured",
     random_seed: int | None = None,
+    lm_head: bool = False,
 ) -> SingleStep:
     """One model and one pruning, checked as those of a study are."""
     if not 0 <= sparsity < 1:
@@ -97,6 +98,7 @@ def single_step(
         "scope": scope or usual,
         "pattern": pattern,
         "random_seed": random_seed,
+        "lm_head": lm_head,
         "sparsities": [sparsity],
     }
     if calibration is not None:

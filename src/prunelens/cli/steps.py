@@ -49,6 +49,13 @@ def prune(
         str | None, typer.Option(help="wanda's norms: dense or sequential; default dense")
     ] = None,
     random_seed: RandomSeed = None,
+    lm_head: Annotated[
+        bool,
+        typer.Option(
+            "--lm-head",
+            help="magnitude, random: the output head too, with the embedding that is tied to it.",
+        ),
+    ] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Calibration text: corpus.source=files …")
     ] = None,
@@ -82,6 +89,7 @@ def prune(
         settings,
         pattern=pattern,
         random_seed=random_seed,
+        lm_head=lm_head,
     )
     pruned = prune_checkpoint(
         study.models[0],

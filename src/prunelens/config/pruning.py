@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self, TypeAlias
@@ -15,6 +16,7 @@ from prunelens.config.names import Place, refuse_as_name
 
 PLANTED_SCOPES = ("independent", "by_rate")
 CALIBRATED = ("wanda", "sparsegpt")  # criteria that read the inputs of every matrix
+READS_WEIGHTS_ALONE = ("magnitude", "random")
 CHECKPOINT = "checkpoint"  # what tables call the method of a condition that is a checkpoint
 _READ_BY_YAML = {124: "2:4", 248: "4:8"}  # YAML 1.1 takes 2:4 without quotes for minutes:seconds
 
@@ -44,6 +46,12 @@ class _Pruning(Frozen):
     """
     random_seed: int | None = Field(None, ge=0)
     """Of criterion `random`, which has 0 where none is given; null with the others."""
+    lm_head: bool = Field(False, exclude_if=operator.not_)
+    """Whether the output head may be pruned beside the linear layers of the decoder blocks.
+
+    Where the head is tied to the token embedding, that loses the same weights. For `magnitude` and
+    `random`; the others would need the head's inputs. Named in run names (`-head`).
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -88,6 +96,15 @@ class _Pruning(Frozen):
             raise ValueError(
                 f"scope: {self.scope!r} does not go with pattern {self.pattern!r}, where"
                 f" {self.group[1]} neighbours in a row compete; use row"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _head_fits(self) -> Self:
+        if self.lm_head and self.criterion not in READS_WEIGHTS_ALONE:
+            raise ValueError(
+                f"lm_head: true does not go with {self.criterion!r}, which would need the head's"
+                " inputs; use magnitude or random, or leave it out"
             )
         return self
 
@@ -157,13 +174,15 @@ class PruningConfig(_Pruning):
     def label(self) -> str:
         """As in run names: `wanda-row-0.30`, `magnitude-row-2of4-0.50`, `random-row-0.50-seed1`.
 
-        Sequential calibration is named where there is a choice.
+        Sequential calibration is named where there is a choice; `magnitude-global-0.30-head`.
         """
         decimals = max(2, len(str(self.sparsity).partition(".")[2]))
         group = "-{}of{}".format(*self.group) if self.group else ""
         tail = f"-seed{self.random_seed}" if self.random_seed is not None else ""
         if self.calibration == "sequential" and self.criterion != "sparsegpt":
             tail += "-sequential"
+        if self.lm_head:
+            tail += "-head"
         return f"{self.criterion}-{self.scope}{group}-{self.sparsity:.{decimals}f}{tail}"
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunelens.config import PruningConfig
 from prunelens.errors import UserError
@@ -16,7 +16,7 @@ from prunelens.model import LanguageModel
 from prunelens.offload import make_editable
 from prunelens.prune import calibrate, sparsegpt
 from prunelens.prune.masks import PackedMasks
-from prunelens.prune.matrices import as_matrix, matrix_shape, prunable_matrices
+from prunelens.prune.matrices import as_matrix, head_names, matrix_shape, prunable_matrices
 from prunelens.prune.scores import INTEGERS, Scored
 from prunelens.prune.selection import Kept, select
 
@@ -65,6 +65,9 @@ def prune_model(
 ) -> Pruned:
     """Zero weights of `lm` in place (methods §3); `sparsegpt` also changes the others.
 
+    With `lm_head` the output head's too; one that is tied is the token embedding, which loses the
+    same weights.
+
     Weights are scored, chosen and zeroed a block of rows at a time, so that the memory taken
     beside the model and the masks (one bit per weight) is a few MiB, however large the model;
     what block by block calibration takes is told by `norms_upwards` and `products_upwards`.
@@ -81,8 +84,9 @@ def prune_model(
         are NaN or infinite, where a pattern divides no row, and as `prunable_matrices`.
     """
     _check(pruning, calibration, input_norms)
-    shapes = {n: matrix_shape(module) for n, module in prunable_matrices(lm).items()}
-    make_editable(lm.model, list(shapes))
+    matrices = prunable_matrices(lm, lm_head=pruning.lm_head)
+    shapes = {name: matrix_shape(module) for name, module in matrices.items()}
+    _make_editable(lm, matrices)
     masks, num_zeroed = PackedMasks(), dict.fromkeys(shapes, 0)
     updates = pruning.criterion == "sparsegpt"
     if updates:
@@ -105,7 +109,7 @@ def apply_masks(lm: LanguageModel, masks: Mapping[str, Bool[Tensor, "_output _in
 
     Raises: UserError, before any change, where names or shapes are not those of the model.
     """
-    matrices = prunable_matrices(lm)
+    matrices = prunable_matrices(lm, lm_head=not masks.keys().isdisjoint(head_names(lm)))
     if odd := sorted(set(masks) ^ set(matrices)):
         whose = "the masks" if odd[0] in masks else lm.label
         raise UserError(
@@ -119,10 +123,17 @@ def apply_masks(lm: LanguageModel, masks: Mapping[str, Bool[Tensor, "_output _in
                 f"masks: {name} has shape {list(mask.shape)}, the model's is {list(shape)};"
                 " use masks of this model"
             )
-    make_editable(lm.model, list(matrices))
+    _make_editable(lm, matrices)
     for name, mask in masks.items():
         weight = as_matrix(matrices[name])
         _zero(weight, mask.to(weight.device))
+
+
+def _make_editable(lm: LanguageModel, matrices: Mapping[str, nn.Module]) -> None:
+    """The matrices, and the embedding that is one weight with a head among them."""
+    head = head_names(lm)
+    tied = [] if matrices.keys().isdisjoint(head) else head[1:]
+    make_editable(lm.model, [*matrices, *tied])
 
 
 def _check(
@@ -158,7 +169,8 @@ def _scored(
     progress: Callable[[int], None] | None,
 ) -> Iterator[dict[str, Scored]]:
     """The matrices that are masked together, then those of the next block, if any."""
-    weights = {name: as_matrix(module) for name, module in prunable_matrices(lm).items()}
+    matrices = prunable_matrices(lm, lm_head=pruning.lm_head)
+    weights = {name: as_matrix(module) for name, module in matrices.items()}
     if pruning.criterion == "magnitude":
         dtypes = {weight.dtype for weight in weights.values()}
         [dtype] = dtypes if len(dtypes) == 1 and dtypes <= _NARROW else {torch.float32}

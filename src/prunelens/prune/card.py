@@ -23,8 +23,8 @@ def checkpoint_card(record: PruningRecord, sharing: Sharing) -> str:
     body = [
         f"# {escaped(sharing.base_model or model.title)}, pruned: {pruning.label}",
         f"{model_in_words(model, sharing)}, of which {pruning.criterion} pruning has set"
-        f" {record.achieved_sparsity:.2%} of the weights of the linear layers in its decoder"
-        f" blocks to zero{_others(record)}. Zeroed weights are stored as zeros: the files are as"
+        f" {record.achieved_sparsity:.2%} of the weights of {_prunable(record)}"
+        f" to zero{_others(record)}. Zeroed weights are stored as zeros: the files are as"
         " large as the dense model's, and no special code is needed.",
         "## How to load",
         cards.code(
@@ -66,6 +66,7 @@ def recipe_rows(record: PruningRecord) -> dict[str, str]:
     }[pruning.scope]
     return {
         "criterion": pruning.criterion,
+        "prunable weights": _prunable(record),
         "weights that compete (scope)": f"{scope} ({pruning.scope})",
         "pattern": pruning.pattern,
         "sparsity asked for": f"{pruning.sparsity:g}",
@@ -138,6 +139,13 @@ def data_sets(*texts: TextRecord | None) -> list[str]:
 def closing(sharing: Sharing) -> str:
     """License, and who made the files."""
     return f"{cards.license_line(sharing)} Made by prunelens {cards.version()}."
+
+
+def _prunable(record: PruningRecord) -> str:
+    blocks = "the linear layers in its decoder blocks"
+    if not record.pruning.lm_head:
+        return blocks
+    return f"{blocks} and of its output head (and so of a token embedding that is tied to it)"
 
 
 def _others(record: PruningRecord) -> str:

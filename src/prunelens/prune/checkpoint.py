@@ -8,6 +8,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -16,9 +17,13 @@ from prunelens.cards import CARD_FILE, RECORD_FILE, Sharing, version
 from prunelens.checkpoint import without_progress_bars
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel
+from prunelens.offload import any_offloaded
 from prunelens.prune.card import checkpoint_card
 from prunelens.prune.masks import MASKS_FILE, masks_sha256, save_masks
 from prunelens.prune.record import PruningRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def save_checkpoint(
@@ -45,8 +50,19 @@ def save_checkpoint(
     """
     with writing_checkpoint(folder) as partial:
         with without_progress_bars():
-            lm.model.save_pretrained(partial)
+            lm.model.save_pretrained(partial, state_dict=_written_once(lm.model))
         save_beside_weights(lm, partial, record=record, masks=masks, sharing=sharing)
+
+
+def _written_once(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """The state without second names of tied weights; None where transformers sees to that itself.
+
+    Those that are offloaded it writes twice, or refuses where both names have one storage.
+    """
+    if not any_offloaded(model):
+        return None
+    state, ties = model.state_dict(), model.all_tied_weights_keys
+    return {name: tensor for name, tensor in state.items() if name not in ties}
 
 
 @contextlib.contextmanager

@@ -11,29 +11,40 @@ from prunelens.model import LanguageModel
 from prunelens.offload import is_offloaded, weight_of
 
 
-def prunable_matrices(lm: LanguageModel) -> dict[str, nn.Module]:
+def prunable_matrices(lm: LanguageModel, *, lm_head: bool = False) -> dict[str, nn.Module]:
     """`linear_matrices` whose weights can be edited.
 
-    Raises: UserError as `linear_matrices`, or where a weight is quantised or offloaded.
+    Raises: UserError as `linear_matrices`, or where a weight is quantised.
     """
-    found = linear_matrices(lm)
+    found = linear_matrices(lm, lm_head=lm_head)
     for name, module in found.items():
         assert isinstance(module, nn.Linear | Conv1D)
         _check_editable(name, module)
     return found
 
 
-def linear_matrices(lm: LanguageModel) -> dict[str, nn.Module]:
+def linear_matrices(lm: LanguageModel, *, lm_head: bool = False) -> dict[str, nn.Module]:
     """Every nn.Linear and Conv1D inside the decoder blocks (methods §3), by full name.
 
     The order is that of `model.named_modules()`, which is the order of ties. Embeddings and the
     output head lie outside the blocks. Two modules that share one weight count once, under the
     first name; a weight shared with an embedding or the head does not count.
+
+    Args:
+        lm: the model.
+        lm_head: whether the output head counts too; tied to the embedding, its weight is the same.
     Raises: UserError where the blocks hold no such module, or the stacked experts of a mixture,
-        which are no linear layers.
+        which are no linear layers; where the head is asked for and is none.
     """
     inside = {id(module) for block in lm.blocks for module in block.modules()}
-    outside = (lm.model.get_input_embeddings(), lm.model.get_output_embeddings())
+    outside = [lm.model.get_input_embeddings(), lm.model.get_output_embeddings()]
+    if lm_head:
+        if not head_names(lm):
+            raise UserError(
+                f"prunings.lm_head: true, and {lm.label} has no linear output head; leave it out"
+            )
+        inside.add(id(outside[1]))
+        outside.clear()
     ties = getattr(lm.model, "all_tied_weights_keys", {})
     names = {module: name for name, module in lm.model.named_modules()}
 
@@ -58,6 +69,19 @@ def linear_matrices(lm: LanguageModel) -> dict[str, nn.Module]:
             f"pruning: the blocks of {lm.label} hold no nn.Linear or Conv1D; nothing can be pruned"
         )
     return found
+
+
+def head_names(lm: LanguageModel) -> list[str]:
+    """The output head's name, then the token embedding's where both are one weight.
+
+    Empty where the head is no linear layer.
+    """
+    if not isinstance(lm.model.get_output_embeddings(), nn.Linear):
+        return []
+    names = {module: name for name, module in lm.model.named_modules()}
+    head = names[lm.model.get_output_embeddings()]
+    is_tied = f"{head}.weight" in getattr(lm.model, "all_tied_weights_keys", {})
+    return [head, names[lm.model.get_input_embeddings()]] if is_tied else [head]
 
 
 def as_matrix(module: nn.Module) -> Float[Tensor, "output input"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from prunelens.paper import published
-from prunelens.report.panels.panel import PRIMARY_TAU, Tables, at_tau
+from prunelens.report.panels.panel import PRIMARY_TAU, Tables, at_tau, of_first_seed
 from prunelens.report.panels.selftest import world_of
 from prunelens.report.published import beside_published
 from prunelens.report.sufficiency import training_verdicts, verdict_words
@@ -48,8 +48,9 @@ def _survival(tables: Tables) -> pd.DataFrame:
         made[name] = made["run"].map(part.groupby("run")[column].mean())
 
     shared = pruned[pruned["arm"] == "shared_init"]
-    add("mnn", shared, "mnn")
-    made = beside_published(made, "survival").rename(columns={"mnn": "survival (mnn)"})
+    add("mnn", of_first_seed(shared, "init_a"), "mnn")
+    made = beside_published(made, "survival").rename(columns={"mnn": "mnn, first seed"})
+    add("mnn, mean of seeds", shared, "mnn")
     add("emerging", shared.assign(emerging=1 - shared["one_way_reverse"]), "emerging")
     for arm in ("shared_start", "cross_init"):
         add(arm, pruned[pruned["arm"] == arm], "mnn")

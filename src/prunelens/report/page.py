@@ -25,7 +25,7 @@ from prunelens.report.panels import FIGURES
 from prunelens.report.panels.overall import calibration, depth
 from prunelens.report.panels.panel import Panel, Tables, sites
 from prunelens.report.paper_tables import DEPTH, MATRIX, paper_tables
-from prunelens.report.questions import CAPTIONS, QUESTIONS, Question
+from prunelens.report.questions import ASSUMED, CAPTIONS, QUESTIONS, Question
 from prunelens.report.shown_table import Shown, number, shown
 from prunelens.report.sufficiency import not_enough
 
@@ -176,7 +176,8 @@ def _shown(name: str, table: pd.DataFrame) -> Shown:
         table = table.head(MOST_ROWS)
     if "run" in table and (table["run"] == WHOLE_STUDY).all():
         table = table.drop(columns="run")
-    return shown(table, caption, drop=drop, file=None if " " in name else _file(name))
+    file = None if " " in name else _file(name)
+    return shown(table, caption, drop=drop, file=file, assumed=ASSUMED.get(name, ""))
 
 
 def _says_something(section: Section) -> bool:

@@ -16,7 +16,7 @@ from prunelens.config import StudyConfig
 from prunelens.csv_table import as_csv
 from prunelens.paper import published
 from prunelens.report.panels.causal import published_pairs
-from prunelens.report.panels.panel import Tables, at_tau
+from prunelens.report.panels.panel import Tables, at_tau, of_first_seed
 from prunelens.report.panels.transfer import OWN
 from prunelens.report.published import beside_published, condition_of
 from prunelens.report.tables import write_if_changed
@@ -102,12 +102,15 @@ def _perplexity(tables: Tables) -> pd.DataFrame:
 
 
 def _transfer(tables: Tables) -> pd.DataFrame:
-    """Table 2; the paper's numbers are those of the official SAEs, so not beside our own."""
+    """Table 2; the paper's FVU is read as fvu_raw, the space that official SAEs are made for.
+
+    Its numbers are those of the official SAEs, so they do not stand beside our own.
+    """
     rows = tables["transfer"]
     keys = [*SITE, "sae"]
     plain = rows[(rows["refit"] == "none") | rows["refit"].isna()]
     every = plain[(plain["positions"] == "all") | plain["positions"].isna()]
-    made = every[[*keys, "fvu", "l0", "ce_recovered", "reason"]].reset_index(drop=True)
+    made = every[[*keys, "fvu_raw", "fvu", "l0", "ce_recovered", "reason"]].reset_index(drop=True)
     kept = plain[plain["positions"] == "norm_filtered"].set_index(["run", "sae"])
     wanted = ["fvu_dense_var", "l0", "ce_recovered", "verdict"]
     made = made.join(kept[wanted].add_suffix("_filtered"), on=["run", "sae"])
@@ -120,20 +123,23 @@ def _transfer(tables: Tables) -> pd.DataFrame:
 
 
 def _fragility(tables: Tables) -> pd.DataFrame:
-    """Table 3: the two ends, as published, by persistence, and beside noise."""
+    """Table 3: the two ends as published, by the first seed; means, persistence, beside noise."""
     rows = at_tau(tables["fragility"])
     rows = rows[rows["source"] != "null"]
+    first = of_first_seed(at_tau(tables.get("fragility_by_seed", pd.DataFrame())))
     made = rows[SITE].drop_duplicates("run").reset_index(drop=True)
-    for measure, prefix in (
-        ("shared_init", ""),
-        ("persistence", "persistence_"),
-        ("relative_shuffled", "relative_"),
+    for measure, prefix, part in (
+        ("shared_init", "", first),
+        ("shared_init", "mean_", rows),
+        ("persistence", "persistence_", rows),
+        ("relative_shuffled", "relative_", rows),
     ):
+        of_measure = part[part["measure"] == measure] if len(part) else part
         for quintile, end in ((1, "q1_rare"), (5, "q5_frequent")):
-            part = rows[(rows["measure"] == measure) & (rows["quintile"] == quintile)]
-            made[f"{prefix}{end}"] = made["run"].map(_mean(part, "survival_rate"))
+            ends = of_measure[of_measure["quintile"] == quintile] if len(part) else part
+            made[f"{prefix}{end}"] = made["run"].map(_mean(ends, "survival_rate"))
         if measure == "shared_init":
-            made["ratio"] = _ratio(made["q1_rare"], made["q5_frequent"])
+            made[f"{prefix}ratio"] = _ratio(made[f"{prefix}q1_rare"], made[f"{prefix}q5_frequent"])
     tests = _where(tables, "fragility_tests", measure="shared_init")
     for column in ("rho", "p_exact", "p_holm"):
         made[column] = made["run"].map(_mean(tests, column))
@@ -175,7 +181,9 @@ def _causal(tables: Tables) -> pd.DataFrame:
 def _quality(tables: Tables) -> pd.DataFrame:
     """Table B.1: means over seeds."""
     rows = tables["sae_quality"].groupby(SITE, sort=False)
-    made = rows[["fvu", "fvu_dense_var", "l0", "alive", "num_latents"]].mean().reset_index()
+    made = (
+        rows[["fvu", "fvu_raw", "fvu_dense_var", "l0", "alive", "num_latents"]].mean().reset_index()
+    )
     made["seeds"] = rows["seed"].nunique().to_numpy()
     return beside_published(made, "sae_quality")
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from prunelens.paper import published
 
-AGREEING = r"dense|magnitude-global-[0-9.]+|wanda-row-[0-9.]+"  # how the paper prunes
+AGREEING = r"dense|magnitude-global-[0-9.]+(-head)?|wanda-row-[0-9.]+"  # how the paper prunes
 DECIMALS = 6  # sparsities that agree so far are the same
 LAYER = "paper_layer"
 KEYS = ["model", "method", "sparsity"]
@@ -18,7 +18,8 @@ def beside_published(rows: pd.DataFrame, table: str) -> pd.DataFrame:
     """The rows with the columns of the paper's table, each named `paper_*`; NaN where none agrees.
 
     A row agrees in model, method and sparsity, where the method includes the scope (magnitude:
-    global; Wanda: row) and the calibration on the dense model, as the run's name says.
+    global; Wanda: row) and the calibration on the dense model, as the run's name says. Magnitude
+    agrees with the output head and without it: the paper leaves that open.
     `paper_layer` is the layer that the paper's number was measured at.
 
     Args:

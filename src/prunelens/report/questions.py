@@ -238,3 +238,23 @@ CAPTIONS = {
     "survival_by_step": "Survival by training step, every pair",
     "selftest": "Every grade",
 }
+
+ASSUMED = {  # of the paper, or where we differ; the whole list is in docs/methods.md
+    "table1_perplexity": "Left open by the paper: whether windows open with the BOS (its dense"
+    " numbers of Gemma look as if they did not), and whether global magnitude takes weights of the"
+    " output head, with the embedding that is tied to it (runs named -head) or not.",
+    "table2_transfer": "The paper does not say in which space its FVU is. Official SAEs read raw"
+    " activations, so its numbers are set beside fvu_raw; fvu divides errors and variance by the"
+    " dense deviations.",
+    "table3_fragility": "By the first seed, as the paper compares conditions by its seed 0; mean_*"
+    " and all that follows: over seeds. Alive is read as firing at least once on the eval tokens.",
+    "table4_causal": "The paper does not say which prompts it took, nor whether latents could"
+    " be dead: here windows of the eval documents, and alive latents only.",
+    "tableB1_quality": "fvu is in the normalised space that the SAEs are trained in, fvu_raw in"
+    " that of the activations; the paper does not say which it prints. Optimiser, unit norm of"
+    " decoder rows and the way dead latents restart are assumed too.",
+    "survival by run": "The paper's numbers are set beside those of the first seed: it compares"
+    " conditions by its seed 0.",
+    "predictor at 0.7": "The paper's accuracies are 66, 73 and 79 of 95 = 19 conditions x 5"
+    " quintiles, so its numbers are set beside target quintile, a row per condition and quintile.",
+}

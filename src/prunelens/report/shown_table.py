@@ -35,6 +35,8 @@ class Shown(NamedTuple):
     """Reasons, numbered from 1."""
     file: str | None
     """The CSV that holds it in full, relative to the page."""
+    assumed: str = ""
+    """What differs from the paper, or is assumed of it."""
 
     @property
     def long(self) -> bool:
@@ -43,7 +45,12 @@ class Shown(NamedTuple):
 
 
 def shown(
-    table: pd.DataFrame, caption: str, *, drop: tuple[str, ...] = (), file: str | None = None
+    table: pd.DataFrame,
+    caption: str,
+    *,
+    drop: tuple[str, ...] = (),
+    file: str | None = None,
+    assumed: str = "",
 ) -> Shown:
     """The table for reading; columns in `drop`, and those of which nothing is known, are left out.
 
@@ -75,7 +82,7 @@ def shown(
                 cell = cell._replace(note=notes.index(said) + 1)
             cells.append(cell)
         rows.append(cells)
-    return Shown(caption, [_heading(str(name)) for name in kept], rows, notes, file)
+    return Shown(caption, [_heading(str(name)) for name in kept], rows, notes, file, assumed)
 
 
 def number(value: Any) -> str:

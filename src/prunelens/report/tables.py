@@ -72,6 +72,10 @@ COLUMNS = {
         *_CONDITION, "measure", "source", "group", "value", "low", "high", "error", "df",
         "num_latents", "num_dropped", "resampled",
     ],
+    "fragility_by_seed": [
+        *_CONDITION, "seed", "measure", "tau", "quintile", "firing_rate", "survival_rate",
+        "num_latents", "source", "num_dropped",
+    ],
     "fragility_tests": [
         *_CONDITION, "measure", "tau", "rho", "p_exact", "p_holm", "latent_rho", "ci_low",
         "ci_high", "partial_rho", "partial_low", "partial_high", "p_smallest", "p_holm_smallest",

@@ -138,7 +138,8 @@ def _prune(
     """
     pruning = config.get("pruning")
     if pruning is None or pruning["calibration"] != "sequential":
-        return Work(10.0 * shape.linear_weights)  # scores, and counting; or a comparison
+        head = bool(pruning and pruning.get("lm_head")) * shape.d_model * shape.vocabulary_size
+        return Work(10.0 * (shape.linear_weights + head))  # scores, and counting; or a comparison
     once = _calibration(config, parents, shape, study)
     products = once.flops if pruning["criterion"] == "sparsegpt" else 0.0
     return Work(2 * once.flops + products, 2 * once.forward_tokens)

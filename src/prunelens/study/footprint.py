@@ -10,7 +10,7 @@ import torch
 
 from prunelens.activations import STORAGE
 from prunelens.checkpoint import ModelShape, is_here
-from prunelens.config import CheckpointConfig, ModelConfig, StudyConfig
+from prunelens.config import CheckpointConfig, ModelConfig, PruningConfig, StudyConfig
 from prunelens.model import forward_tokens
 from prunelens.perplexity import LOGITS_AT_ONCE, SCORES_AT_ONCE
 from prunelens.study.artifacts.store import Stage
@@ -102,6 +102,8 @@ def disk_use(
     stores = all_stores if study.keep_activations else together
     saes = sum(sae[label] * (n + early[label] / 2) for label, n in counts["sae"].items())
     masks = pruned * sum(shape.linear_weights for shape in shapes.values()) / 8
+    heads = sum(c.lm_head for c in study.conditions() if isinstance(c, PruningConfig))
+    masks += heads * sum(shape.d_model * shape.vocabulary_size for shape in shapes.values()) / 8
     masks += sum(_changed_weights(shapes[model.label], model, study) for model in study.models)
     contexts = sum(
         _contexts_bytes(shapes[label], study) * n for label, n in counts["evidence"].items()

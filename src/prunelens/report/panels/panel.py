@@ -118,6 +118,13 @@ def at_tau(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["tau"].isna() | (rows["tau"] == PRIMARY_TAU)] if len(rows) else rows
 
 
+def of_first_seed(rows: pd.DataFrame, column: str = "seed") -> pd.DataFrame:
+    """The rows of each run's lowest seed: the paper compares conditions by its seed 0."""
+    if not len(rows):
+        return rows
+    return rows[rows[column] == rows.groupby("run")[column].transform("min")]
+
+
 def over_sparsity(
     rows: pd.DataFrame,
     column: str,

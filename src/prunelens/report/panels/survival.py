@@ -17,6 +17,7 @@ from prunelens.report.panels.panel import (
     at_tau,
     colour_of,
     families,
+    of_first_seed,
     over_sparsity,
     published_points,
     rows_of,
@@ -78,7 +79,7 @@ def seed_stability(tables: Tables, site: Site) -> list[Panel]:
 
 
 def survival(tables: Tables, site: Site) -> list[Panel]:
-    """Paper's Figure 2; corrected for the start; and without any second dictionary."""
+    """Paper's Figure 2 by its seed 0; corrected for the start; and without a second dictionary."""
     rows = at_tau(rows_of(tables, "survival", site, coordinates="normalised"))
     published = rows[rows["arm"] == "shared_init"] if len(rows) else rows
     paper = Panel(
@@ -86,15 +87,27 @@ def survival(tables: Tables, site: Site) -> list[Panel]:
         "survival, and what it is without pruning or features",
         "sparsity",
         f"MNN rate to dense, tau {PRIMARY_TAU}",
-        over_sparsity(published, "mnn", spread="range")
-        + published_points(published, "survival", "mnn"),
+        _first_seed_and_mean(published) + published_points(published, "survival", "mnn"),
         levels_of(rows, "mnn", FROM_RANDOM),
         y_range=(-0.02, 1.02),
         x_ticks=ticks(published),
-        caption="Share of dense features found again after pruning, over sparsity, with the same"
-        " share where nothing was pruned and where there is no feature in common.",
+        caption="Share of dense features found again after pruning, over sparsity: of the first"
+        " seed (solid; the paper takes seed 0) and the mean over seeds with their range (dotted),"
+        " with the same share where nothing was pruned and where there is no feature in common.",
     )
     return [paper, _corrected(tables, site), _persistence(tables, site)]
+
+
+def _first_seed_and_mean(rows: pd.DataFrame) -> list[Points]:
+    """MNN of the first seed as a line; beside it the mean over seeds, where there are several."""
+    if not len(rows):
+        return []
+    first = over_sparsity(of_first_seed(rows, "init_a"), "mnn", spread="range")
+    alone = [series._replace(low=None, high=None) for series in first]
+    if rows["init_a"].nunique() == 1:
+        return alone
+    means = over_sparsity(rows, "mnn", spread="range", suffix="mean of seeds", line="dotted")
+    return [s._replace(name=f"{s.name}, first seed") for s in alone] + means
 
 
 def levels_of(rows: pd.DataFrame, column: str, arms: Sequence[str]) -> tuple[Level, ...]:

@@ -32,10 +32,10 @@ def transfer(tables: Tables, site: Site) -> list[Panel]:
     kept = plain[plain["positions"] == "norm_filtered"] if len(plain) else plain
     paper = Panel(
         "paper",
-        "FVU over all positions",
+        "FVU over all positions, raw space",
         "sparsity",
-        "FVU",
-        _by_sae(every, "fvu", words=False) + published_points(every, "transfer", "fvu"),
+        "FVU (fvu_raw)",
+        _by_sae(every, "fvu_raw", words=False) + published_points(every, "transfer", "fvu"),
         x_ticks=ticks(every),
         caption="Unexplained variance of SAEs of the dense model on pruned activations. Hollow:"
         " the paper's numbers, of the official SAEs.",
