@@ -5,6 +5,7 @@ most stages need neither.
 """
 
 from prunelens.analyses.statistics.estimates import (
+    FEWEST_UNITS,
     Estimate,
     LatentSample,
     crossed,
@@ -38,6 +39,7 @@ from prunelens.analyses.statistics.ranks import (
 )
 
 __all__ = [
+    "FEWEST_UNITS",
     "Auc",
     "Estimate",
     "ExactTest",
