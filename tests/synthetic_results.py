@@ -110,7 +110,10 @@ def _add_run(rows: dict[str, list[dict]], run: dict, draw: np.random.Generator) 
                 row = run | {"arm": arm, "coordinates": "normalised", "tau": tau, **starts}
                 row |= {"one_way": rate, "mnn": rate, "greedy": rate, "one_way_reverse": rate / 2}
                 rows["survival"].append(row)
-                rows["activation_matching"].append(row | {"mnn": 0.9 * rate})
+                read = "dense" if run["method"] == "dense" else "pruned"
+                rows["activation_matching"].append(row | {"mnn": 0.9 * rate, "source": read})
+                if arm in ("shared_init", "cross_init"):
+                    rows["activation_matching"].append(row | {"mnn": 0.95 * rate, "source": "null"})
                 if tau == TAUS[0]:
                     rows["subspace"].append(row | {"overlap": 0.3 + 0.6 * rate})
     _add_transfer(rows["transfer"], run, damage, draw)
@@ -198,9 +201,8 @@ def _add_pruned(
         numbers = {"mean_correlation": 1 - damage / 2}
         numbers["relative_shuffled"] = {"pruned": 1 - damage / 4, "null": 1.0}.get(source, NAN)
         rows["persistence"].append(run | {"seed": seed, "source": source, **numbers})
-    for seed, (source, left) in itertools.product(
-        range(3), {"dense": 0, "pruned": damage, "noise_isotropic": 0, "unpaired": 1}.items()
-    ):
+    lost = {"dense": 0, "pruned": damage, "null": 0.1, "noise_isotropic": 0, "unpaired": 1}
+    for seed, (source, left) in itertools.product(range(3), lost.items()):
         numbers = {"mean_scaling": 1 - left, "median_scaling": 0.9 * (1 - left)}
         numbers |= {"share_above_half_median": 1 - left / 4, "num_undefined": seed}
         rows["scaling"].append(run | {"seed": seed, "source": source, **numbers})

@@ -20,8 +20,16 @@ from prunelens.analyses.activation_matching import (
     latent_series,
     match_activations,
 )
-from prunelens.analyses.noise import isotropic_noise_like, other_token
+from prunelens.analyses.noise import (
+    NULL_SEED,
+    CommonChange,
+    NullRows,
+    fit_common_change,
+    isotropic_noise_like,
+    other_token,
+)
 from prunelens.analyses.scaling import latent_scaling, scaling_summary
+from prunelens.analyses.statistics import mean_over
 from prunelens.analyses.subspace import subspace_overlaps
 from prunelens.analyses.survival import Comparison, Dictionary
 from prunelens.match import match_rates
@@ -79,7 +87,7 @@ def latents_of(sae, x):
 
 
 def sparse_strengths(tokens, latents, *, rate=0.2, seed=0):
-    """Positive where a latent fires, which each does on its own."""
+    """Positive where a latent fires, which each does on its own at its `rate`."""
     generator = torch.Generator().manual_seed(seed)
     fires = torch.rand(tokens, latents, generator=generator) < rate
     return fires * (0.5 + torch.rand(tokens, latents, generator=generator))
@@ -142,7 +150,7 @@ def test_activation_matching_equals_brute_force(two_series):
     (a, b), (za, zb) = two_series
     c = identity.correlations(za, zb)
     assert (a.firings < 10).any(), "the test wants a latent that fires too rarely"
-    result = activation_matching([ActivationComparison("any", 0, 1, 2, 3, a, b)], TAUS)
+    result = activation_matching([ActivationComparison("any", "null", 0, 1, 2, 3, a, b)], TAUS)
     for row in result.rates.itertuples():
         assert row.one_way == matching.one_way(c, row.tau)
         assert row.mnn == matching.mnn(c, row.tau)
@@ -151,11 +159,11 @@ def test_activation_matching_equals_brute_force(two_series):
     known = a.firings >= 10
     np.testing.assert_allclose(result.latents["correlation"][known], c.max(1)[known], atol=1e-6)
     np.testing.assert_array_equal(result.latents["match"][known], c.argmax(1)[known])
-    seeds = ["arm", "init_a", "order_a", "init_b", "order_b"]
+    seeds = ["arm", "source", "init_a", "order_a", "init_b", "order_b"]
     assert list(result.rates) == [*seeds, "tau", "one_way", "mnn", "greedy", "one_way_reverse"]
     assert list(result.latents) == [*seeds, "latent", "match", "correlation", "mutual"]
     for table in result:
-        assert table[seeds].drop_duplicates().to_numpy().tolist() == [["any", 0, 1, 2, 3]]
+        assert table[seeds].drop_duplicates().to_numpy().tolist() == [["any", "null", 0, 1, 2, 3]]
 
 
 def test_activation_matching_is_the_same_in_any_blocks_and_from_the_other_side(
@@ -211,7 +219,8 @@ def test_latents_that_fire_alike_match_wherever_they_point():
     right = latent_series(b, Rows(x @ turn), tokens)
     right = right._replace(values=right.values * scale.numpy().T)
     right = activation_module._with_moments(right.values.tocsr())
-    result = activation_matching([ActivationComparison("turned", 0, 0, 0, 0, left, right)], TAUS)
+    comparison = ActivationComparison("turned", "pruned", 0, 0, 0, 0, left, right)
+    result = activation_matching([comparison], TAUS)
     known = result.latents[left.correlates]
     assert len(known) > 30
     np.testing.assert_allclose(known["correlation"], 1.0, atol=1e-5)
@@ -240,7 +249,8 @@ def test_a_latent_that_is_dead_rare_or_constant_has_no_correlation():
     sae = sae_of(torch.eye(4), torch.zeros(4), torch.eye(4), 4)
     series = latent_series(sae, Rows(z), torch.arange(200))
     assert series.correlates.tolist() == [False, False, False, True]
-    result = activation_matching([ActivationComparison("a", 0, 0, 0, 0, series, series)], TAUS)
+    comparison = ActivationComparison("a", "dense", 0, 0, 0, 0, series, series)
+    result = activation_matching([comparison], TAUS)
     latents = result.latents
     assert latents["correlation"].isna().tolist() == [True, True, True, False]
     assert latents["match"].isna().tolist() == [True, True, True, False]
@@ -255,7 +265,8 @@ def test_no_match_is_named_where_the_best_is_a_latent_that_cannot_be_matched():
     two[100:150, 1] = 1.0  # fires only where neither of A does
     sae = sae_of(torch.eye(2), torch.zeros(2), torch.eye(2), 2)
     a, b = (latent_series(sae, Rows(z), torch.arange(200)) for z in (one, two))
-    latents = activation_matching([ActivationComparison("a", 0, 0, 0, 0, a, b)], TAUS).latents
+    comparison = ActivationComparison("a", "pruned", 0, 0, 0, 0, a, b)
+    latents = activation_matching([comparison], TAUS).latents
     assert latents["match"].isna().all()
     assert (latents["correlation"] == 0.0).all()
     assert not latents["mutual"].any()
@@ -286,9 +297,17 @@ def orthogonal_world(width=12, tokens=3000, *, turned=True):
     return sae, strengths, directions
 
 
+def scaling_of(sae, dense, pruned, tokens=None, *, change=None, groups=None, seed=0, **options):
+    """Of all tokens, in 20 groups as documents would make, under the change that they have."""
+    tokens = torch.arange(len(dense)) if tokens is None else tokens
+    rows = Rows(dense), Rows(pruned)
+    change = change or fit_common_change(*rows, tokens)
+    groups = torch.arange(len(tokens)) * 20 // len(tokens) if groups is None else groups
+    return latent_scaling(sae, *rows, tokens, change=change, groups=groups, seed=seed, **options)
+
+
 def by_source(sae, dense, pruned, **options):
-    tokens = torch.arange(len(dense))
-    table = latent_scaling(sae, Rows(dense), Rows(pruned), tokens, seed=0, **options)
+    table = scaling_of(sae, dense, pruned, **options)
     return {source: part.set_index("latent") for source, part in table.groupby("source")}
 
 
@@ -296,8 +315,12 @@ def test_scaling_equals_one_regression_per_latent(noisy_world, monkeypatch):
     monkeypatch.setattr(scaling_module, "BATCH_TOKENS", 128)
     sae, x, y = noisy_world
     tokens = torch.arange(100, TOKENS)
-    seen = []
-    table = latent_scaling(sae, Rows(x), Rows(y), tokens, seed=5, progress=seen.append)
+    shift, matrix = (torch.full((WIDTH,), value).double() for value in (0.1, 0.8))
+    change = CommonChange(shift, matrix, torch.tensor(3))
+    groups, seen = shuffled(len(tokens)) % 7, []
+    table = scaling_of(
+        sae, x, y, tokens, change=change, groups=groups, seed=5, progress=seen.append
+    )
     assert seen[-1] == len(tokens)
     assert list(table) == [
         *("source", "latent", "dense_firings", "slope", "scaling", "alone"),
@@ -305,8 +328,22 @@ def test_scaling_equals_one_regression_per_latent(noisy_world, monkeypatch):
     ]
     z = latents_of(sae, x[100:])
     weights = [p.detach().double().numpy() for p in (sae.decoder_weight, sae.decoder_bias)]
-    other = tokens[other_token(len(tokens), torch.Generator().manual_seed(5))]
-    targets = {"dense": x[100:], "pruned": y[100:], "unpaired": y[other]}
+    generator = torch.Generator().manual_seed(3 + 5 * 1000)
+    other = tokens[other_token(len(tokens), generator)]
+    directions = torch.empty(len(tokens), WIDTH)
+    for group in range(7):
+        for places in (groups == group).nonzero().squeeze(1).split(128):
+            directions[places] = torch.randn(len(places), WIDTH, generator=generator)
+    partner = other_token(len(tokens), torch.Generator().manual_seed(3 + NULL_SEED)).numpy()
+    world = x[100:].double().numpy(), y[100:].double().numpy(), 0.8, 0.1
+    targets = {
+        "dense": x[100:],
+        "pruned": y[100:],
+        "null": torch.from_numpy(identity.null(*world, partner)),
+        "noise_isotropic": torch.from_numpy(identity.isotropic(*world, directions.numpy())),
+        "unpaired": y[other],
+    }
+    assert set(targets) == set(table["source"])
     dense = identity.slopes(z, *weights, x[100:].double().numpy())
     assert np.isnan(dense).any()
     for source, target in targets.items():
@@ -318,20 +355,26 @@ def test_scaling_equals_one_regression_per_latent(noisy_world, monkeypatch):
         np.testing.assert_array_equal(part["dense_firings"], (z > 0).sum(0))
 
 
-def test_standard_error_is_the_jackknife_over_runs_of_tokens(noisy_world):
+def test_standard_error_is_the_jackknife_over_groups_of_documents(noisy_world):
+    groups = shuffled(TOKENS) % 6
     sae, x, y = noisy_world
     sae.decoder_weight.requires_grad_(False)[:] *= 0.2  # rec is small: every dense slope is defined
-    found = by_source(sae, x, y)["pruned"]["standard_error"]
+    found = by_source(sae, x, y, groups=groups)["pruned"]["standard_error"]
     z, weights = latents_of(sae, x), (sae.decoder_weight.numpy(), sae.decoder_bias.detach().numpy())
 
     def scaling(kept):
         of = [identity.slopes(z[kept], *weights, target[kept].numpy()) for target in (x, y)]
         return of[1] / of[0]
 
-    expected = identity.jackknife(TOKENS, scaling_module.NUM_GROUPS, scaling)
+    expected = identity.jackknife(groups.numpy(), scaling)
     known = found.notna().to_numpy()
     assert known.sum() > 30
     np.testing.assert_allclose(found[known], expected[known], rtol=1e-3)
+    few = by_source(sae, x, y, groups=torch.arange(TOKENS) % 4)
+    assert few["pruned"]["standard_error"].isna().all()  # four documents tell too little
+    pd.testing.assert_series_equal(
+        few["pruned"]["alone"], by_source(sae, x, y)["pruned"]["alone"], rtol=1e-4
+    )
 
 
 def test_scaling_reports_what_became_of_every_direction():
@@ -343,8 +386,10 @@ def test_scaling_reports_what_became_of_every_direction():
     np.testing.assert_allclose(found["pruned"]["alone"], scales, atol=1e-5)
     assert (found["pruned"]["reason"] == "").all()
     same = by_source(sae, strengths @ directions, strengths @ directions)
-    for source in ("dense", "pruned", "noise_isotropic"):
+    for source in ("dense", "pruned", "null", "noise_isotropic"):
         np.testing.assert_allclose(same[source]["alone"], 1.0, atol=1e-6)
+    for source in ("dense", "pruned"):  # exactly 1 without any group: no certainty from that
+        assert same[source]["standard_error"].isna().all()
 
 
 @pytest.mark.parametrize("degrees", [0, 15, 60, 90, 120])
@@ -364,7 +409,8 @@ def test_noise_leaves_the_scaling_at_one_and_other_tokens_at_nothing_within_the_
     sae, strengths, directions = orthogonal_world(width=32, tokens=4000)
     dense = strengths @ directions
     found = by_source(sae, dense, dense + 0.5 * random(4000, 32, seed=9))
-    for source, truth in (("pruned", 1.0), ("noise_isotropic", 1.0), ("unpaired", 0.0)):
+    truths = {"pruned": 1.0, "null": 1.0, "noise_isotropic": 1.0, "unpaired": 0.0}
+    for source, truth in truths.items():
         errors = (found[source]["alone"] - truth) / found[source]["standard_error"]
         assert errors.abs().max() < 4.5, source
         assert 0.5 < (errors**2).mean() < 2.0, f"{source}: the error is of the stated size"
@@ -412,17 +458,16 @@ def test_an_undefined_scaling_is_nan_with_its_reason():
         sae.decoder_weight[2] = sae.decoder_weight[0]  # writes where nothing of the kind is
         sae.decoder_weight[3] = 0.0
     dense = strengths @ directions
-    found = by_source(sae, dense, dense)
+    found = by_source(sae, dense, dense + 0.1 * random(3000, 6, seed=1))
     reasons = found["pruned"]["reason"]
     assert "fewer than 10 dense firings" in reasons[0]
     assert "fewer than 10 dense firings" in reasons[1]
     assert reasons[2].startswith("scaling: its joint fit to dense is below 0.1; alone: its slope")
     assert "row is zero" in reasons[3]
     assert (reasons[4:] == "").all()
-    for part in found.values():
-        assert part["scaling"].isna().tolist() == [True] * 4 + [False] * 2
-        assert part["alone"].isna().tolist() == [True] * 4 + [False] * 2
-        assert part["standard_error"].isna().tolist() == [True] * 4 + [False] * 2
+    for source, part in found.items():
+        for column in ("scaling", "alone", "standard_error")[: 2 if source == "dense" else 3]:
+            assert part[column].isna().tolist() == [True] * 4 + [False] * 2
     assert found["dense"]["slope"].isna().tolist() == [True, True, False, True, False, False]
     assert found["dense"]["dense_firings"][1] == 9
 
@@ -435,12 +480,12 @@ def test_an_activation_that_never_varies_has_no_slope():
     assert found["reason"].str.contains("never varies").all()
 
 
-def test_no_standard_error_where_all_firings_are_in_one_run_of_tokens():
+def test_no_standard_error_where_all_firings_are_in_one_group_of_documents():
     sae, strengths, directions = orthogonal_world(width=6, turned=False)
-    strengths[150:, 0] = 0.0  # the first of 20 runs of 3000 tokens
+    strengths[150:, 0] = 0.0  # the first of 20 groups of 3000 tokens
     dense = strengths @ directions
-    found = by_source(sae, dense, dense)["pruned"]
-    assert found["alone"][0] == pytest.approx(1.0, abs=1e-5)
+    found = by_source(sae, dense, dense + 1e-3 * random(3000, 6, seed=1))["pruned"]
+    assert found["alone"][0] == pytest.approx(1.0, abs=1e-2)
     assert np.isnan(found["standard_error"][0])
     assert found["standard_error"][1:].notna().all()
 
@@ -457,6 +502,7 @@ def test_scaling_summary_is_over_what_is_defined():
         for source, values in {
             "dense": [1.0, 1.0, np.nan],
             "pruned": [0.2, 0.9, np.nan],
+            "null": [0.6, 0.8, np.nan],
             "noise_isotropic": [-0.5, -0.1, np.nan],
             "unpaired": [np.nan, np.nan, np.nan],
         }.items()
@@ -467,7 +513,7 @@ def test_scaling_summary_is_over_what_is_defined():
     assert summary.loc["pruned"].tolist() == pytest.approx([0.55, 0.55, 0.5, 1])
     assert summary.loc["noise_isotropic"].isna().tolist() == [False, False, True, False]
     assert summary.loc["unpaired"].isna().tolist() == [True, True, True, False]
-    assert summary["num_undefined"].tolist() == [1, 1, 1, 3]
+    assert summary["num_undefined"].tolist() == [1, 1, 1, 1, 3]
 
 
 def test_a_common_gain_scales_every_latent_and_is_not_survival():
@@ -479,11 +525,73 @@ def test_a_common_gain_scales_every_latent_and_is_not_survival():
     shares = []
     for gain in (1.0, 1.7):
         pruned = gain * (strengths * scales) @ directions
-        table = latent_scaling(sae, Rows(dense), Rows(pruned), torch.arange(len(dense)), seed=0)
-        summary = scaling_summary(table).set_index("source").loc["pruned"]
+        summary = scaling_summary(scaling_of(sae, dense, pruned)).set_index("source").loc["pruned"]
         shares.append(summary["share_above_half_median"])
         assert summary["mean_scaling"] == pytest.approx(gain * scales.mean().item(), abs=1e-4)
     assert shares == [4 / 6, 4 / 6]
+
+
+def test_on_a_pure_gain_the_null_and_the_noise_are_the_gain_and_nothing_else():
+    sae, strengths, directions = orthogonal_world()
+    dense = strengths @ directions
+    found = by_source(sae, dense, 1.5 * dense + 0.25)
+    for source in ("pruned", "null", "noise_isotropic"):
+        np.testing.assert_allclose(found[source][["scaling", "alone"]], 1.5, atol=1e-4)
+    assert found["unpaired"]["alone"].abs().max() < 0.3
+
+
+def planted_by_rate(seed, *, gain=1.5, rarest_left=1.0, width=32, tokens=4000):
+    """Directions that fire at rates from 0.004 to 0.2, with a gain, gains per dimension and noise
+    of heavy tails; of the rarest half `rarest_left` is left."""
+    rates = torch.logspace(math.log10(0.004), math.log10(0.2), width)[shuffled(width, seed)]
+    strengths = sparse_strengths(tokens, width, rate=rates, seed=seed)
+    directions = random_rotation(width, seed=seed)
+    left = torch.where(rates < rates.median(), rarest_left, 1.0)
+    noise = random(tokens, width, seed=seed + 100) * uniform(tokens, 1, seed=seed + 300).pow(-0.3)
+    scale = gain * (0.8 + 0.4 * uniform(width, seed=seed + 200))
+    sae = sae_of(directions, torch.zeros(width), directions, width)
+    return sae, strengths @ directions, (strengths * left) @ directions * scale + 0.3 * noise, rates
+
+
+@pytest.mark.parametrize("rarest_left", [1.0, 0.5])
+def test_scaling_under_the_null_is_the_gain_whatever_the_rate_and_whatever_was_lost(rarest_left):
+    """Where rare latents did lose, `pruned` says so and the null says nothing still."""
+    slopes, off = {"pruned": [], "null": []}, []
+    for seed in range(8):
+        sae, dense, pruned, rates = planted_by_rate(seed, rarest_left=rarest_left)
+        half = torch.arange(len(dense)).chunk(2)
+        change = fit_common_change(Rows(dense), Rows(pruned), half[0], seed=seed)
+        table = scaling_of(sae, dense, pruned, half[1], change=change)
+        for source, found in slopes.items():
+            scaling = table.loc[table["source"] == source, "scaling"].to_numpy()
+            known = np.isfinite(scaling)
+            assert known.mean() > 0.9
+            found.append(np.polyfit(np.log(rates.numpy()[known]), scaling[known], 1)[0])
+        off.append(np.nanmean(scaling) - change.gain)
+    null = mean_over(slopes["null"], "worlds")
+    assert null.low < 0 < null.high and null.error < 0.02
+    gain = mean_over(off, "worlds")
+    assert gain.low < 0 < gain.high and gain.error < 0.02
+    pruned = mean_over(slopes["pruned"], "worlds")
+    assert pruned.low > 0.1 if rarest_left < 1 else pruned.low < 0 < pruned.high
+
+
+def test_matching_by_activations_is_the_same_under_the_null_where_pruning_is_noise_alone():
+    """And where it took features away it is less than under the null."""
+    sae, strengths, directions = orthogonal_world(width=24)
+    dense, noise = strengths @ directions, 0.25 * random(3000, 24, seed=3)
+    tokens, left = torch.arange(3000), torch.ones(24)
+    rates = {}
+    for lost in (0, 3):
+        left[:lost] = 0.0
+        pruned = (strengths * left) @ directions * 1.5 + noise
+        change = fit_common_change(Rows(dense), Rows(pruned), tokens)
+        null = NullRows(Rows(dense), Rows(pruned), change, tokens)
+        series = [latent_series(sae, rows, tokens) for rows in (Rows(dense), Rows(pruned), null)]
+        found = [match_activations(series[0], other, lowest_tau=0.5) for other in series[1:]]
+        rates[lost] = [match_rates(each, 0.7).mnn for each in found]
+    assert rates[0][0] == rates[0][1] == 1.0
+    assert rates[3][0] == 21 / 24 and rates[3][1] > 23 / 24 - 1e-9
 
 
 # ---- subspaces ----

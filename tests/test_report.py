@@ -478,6 +478,7 @@ def test_identity_stands_beside_the_controls_of_the_same_site() -> None:
     dense = "gemma-3-1b/L12/dense"
     for column, (table, value, arm, whose) in {
         "activation_shared_init": ("activation_matching", "mnn", "shared_init", OTHER),
+        "activation_shared_init_null": ("activation_matching", "mnn", "shared_init", OTHER),
         "activation_ceiling_cross": ("activation_matching", "mnn", "ceiling_cross", dense),
         "subspace_cross_init": ("subspace", "overlap", "cross_init", OTHER),
         "subspace_floor_shared": ("subspace", "overlap", "floor_shared", dense),
@@ -486,10 +487,12 @@ def test_identity_stands_beside_the_controls_of_the_same_site() -> None:
             row[value]
             for row in tables[table].to_dict("records")
             if (row["run"], row["arm"], row.get("tau", 0.7)) == (whose, arm, 0.7)
+            and (row.get("source") == "null") == column.endswith("_null")
         ]
         assert len(mine) == 3
         assert made.loc[OTHER, column] == pytest.approx(sum(mine) / 3), column
-    assert made.loc[OTHER, ["scaling", "scaling_noise", "scaling_unpaired"]].tolist() == [0.5, 1, 0]
+    sources = ["scaling", "scaling_null", "scaling_noise", "scaling_unpaired"]
+    assert made.loc[OTHER, sources].tolist() == [0.5, 0.9, 1, 0]
     assert made.loc[OTHER, "scaling_median"] == pytest.approx(0.45)
     assert made.loc[OTHER, "corrected_warm"] == 0.5
     chance = made["activation_chance"].groupby(made.index.str.contains("/L6/")).unique()

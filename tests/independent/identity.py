@@ -34,11 +34,26 @@ def slopes(z, decoder, bias, y):
     return found
 
 
-def jackknife(num_tokens, num_groups, statistic):
-    """Standard error of statistic(kept tokens), leaving out one run of tokens at a time."""
-    groups = np.array_split(np.arange(num_tokens), num_groups)
-    values = np.array([statistic(np.setdiff1d(np.arange(num_tokens), group)) for group in groups])
-    return np.sqrt((num_groups - 1) * values.var(axis=0))
+def jackknife(groups, statistic):
+    """Standard error of statistic(kept tokens), leaving out one group of tokens at a time."""
+    values = np.array([statistic(np.flatnonzero(groups != group)) for group in np.unique(groups)])
+    return np.sqrt((len(values) - 1) * values.var(axis=0))
+
+
+def null(x, y, gain, shift, other):
+    """Token by token, the common change of x and the remainder of another token of y."""
+    rest = [y[t] - (gain * x[t] + shift) for t in range(len(x))]
+    return np.array([gain * x[t] + shift + rest[other[t]] for t in range(len(x))])
+
+
+def isotropic(x, y, gain, shift, directions):
+    """Token by token, the common change of x and as much of a direction as y has of remainder."""
+    found = []
+    for one, two, direction in zip(x, y, directions, strict=True):
+        common = gain * one + shift
+        size = np.sqrt(((two - common) ** 2).sum() / (direction**2).sum())
+        found.append(common + size * direction)
+    return np.array(found)
 
 
 def subspace_overlap(row, others, size=4):

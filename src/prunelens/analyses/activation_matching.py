@@ -57,6 +57,8 @@ class ActivationComparison(NamedTuple):
     """One arm for one pair of SAEs, each on its own activations of the same tokens."""
 
     arm: str
+    source: str
+    """What B reads: `pruned` activations, the `null` in their place, or, of dense SAEs, `dense`."""
     init_a: int
     order_a: int
     init_b: int
@@ -69,11 +71,12 @@ class ActivationMatching(NamedTuple):
     """The rates of every comparison, and the best match of every latent of A."""
 
     rates: pd.DataFrame
-    """arm, init_a, order_a, init_b, order_b, and the fields of MatchRates."""
+    """arm, source, init_a, order_a, init_b, order_b, and the fields of MatchRates."""
     latents: pd.DataFrame
-    """arm, init_a, order_a, init_b, order_b, latent, match, correlation, mutual. `correlation` is
-    NaN where the latent fires on fewer than 10 tokens or never varies; `match` is NaN there, and
-    where no latent of B that can be matched correlates above 0 while some cannot be matched."""
+    """arm, source, init_a, order_a, init_b, order_b, latent, match, correlation, mutual.
+    `correlation` is NaN where the latent fires on fewer than 10 tokens or never varies; `match` is
+    NaN there, and where no latent of B that can be matched correlates above 0 while some cannot be
+    matched."""
 
 
 def activation_matching(

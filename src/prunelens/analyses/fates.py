@@ -80,9 +80,9 @@ def matches_by_latent(matches: pd.DataFrame, seed: int, seeds: Sequence[int]) ->
 
 
 def activation_by_latent(matching: pd.DataFrame, seed: int, seeds: Sequence[int]) -> pd.DataFrame:
-    """The same for matching by activations."""
+    """The same for matching by activations; the null says nothing of a latent's fate."""
     return _by_arm(
-        matching,
+        matching[matching["source"] != "null"],
         seed,
         seeds,
         {name: f"activation_{name}" for name in ("match", "correlation", "mutual")},

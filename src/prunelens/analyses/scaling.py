@@ -7,7 +7,8 @@ where persistence sees it fall silent.
 
 It is a multiple and not a share: a gain common to all activations, which says nothing about any one
 feature, raises every latent's scaling alike, above 1 where nothing survived better than before.
-What tells latents apart is their scaling next to the median of the same activations.
+What tells latents apart is their scaling next to the median of the same activations, and next to
+that of the null, which is the gain for every latent (methods §10).
 """
 
 from __future__ import annotations
@@ -22,19 +23,25 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from prunelens.analyses.noise import Rows, isotropic_noise_like, other_token
+from prunelens.analyses.noise import (
+    CommonChange,
+    NullRows,
+    Rows,
+    isotropic_noise_like,
+    other_token,
+)
 from prunelens.analyses.persistence import BATCH_TOKENS, FEWEST_FIRINGS
+from prunelens.analyses.statistics import FEWEST_UNITS
 from prunelens.sae.kernels import SparseLatents, decode
 from prunelens.sae.pattern import TransposedPattern
 from prunelens.sae.topk import TopKSAE
 
-SOURCES = ("dense", "pruned", "noise_isotropic", "unpaired")
+SOURCES = ("dense", "pruned", "null", "noise_isotropic", "unpaired")
 SMALLEST_DENSE_SLOPE = 0.1  # below it, the ratio divides by noise
 SMALLEST_VARIANCE = 1e-10  # of the mean square; below it, float32 activations vary by rounding
 JOINT_STEPS = 100  # of conjugate gradients at most
 JOINT_RESIDUAL = 1e-3  # relative, at which they stop
 JOINT_ROUNDING = 1e-6  # relative to what the latents add; a residual below it is float32's own
-NUM_GROUPS = 20  # of consecutive tokens, left out in turn for the standard error
 
 
 @torch.no_grad()
@@ -44,6 +51,8 @@ def latent_scaling(
     pruned: Rows,
     tokens: Int[Tensor, " tokens"],
     *,
+    change: CommonChange,
+    groups: Int[Tensor, " tokens"],
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
@@ -53,9 +62,13 @@ def latent_scaling(
     of latent j. For a target y the projection of y - rec(z) + z_j d_j (y less what the other
     latents are taken to add) on d_j, in lengths of d_j, is regressed on z_j over the tokens, with
     an intercept: with e = y - rec(z), slope_j = 1 + cov(z_j, <d_j, e> / |d_j|^2) / var(z_j).
-    Targets are the dense activation itself (slope near 1), the paired `pruned` one, dense plus
-    isotropic noise of the difference's norm (expected scaling 1), and the pruned activation of
-    another token (`unpaired`, expected 0).
+    With x and y a token's dense and pruned activations, y = m + A x + r, the targets are
+        dense            x (slope near 1)
+        pruned           y
+        null             m + A x + r of another token, in the place of y: the draw that persistence
+                         reads; for A = g I the scaling to expect is g, for every latent
+        noise_isotropic  m + A x + a random vector of r's norm (the same to expect)
+        unpaired         y of another token (0 to expect)
 
     In `alone` each latent is regressed alone. If another latent i is there c_i times, that adds
     (c_i - 1) <d_i, d_j> cov(z_i, z_j) / var(z_j) to the slope of a unit row j. In `unpaired` all
@@ -68,36 +81,43 @@ def latent_scaling(
     Args:
         sae: trained on dense activations; rows of its decoder need not have unit norm.
         dense, pruned: paired rows, both normalised with the dense mean and deviation.
-        tokens: the rows to look at, in the order of the text.
-        seed: of the noise and of the other token.
+        tokens: the rows to look at.
+        change: m and A, fitted on other rows in the same space.
+        groups: of every token the group of documents, which are 0 to G - 1.
+        seed: of the noise and of the other token, beside that of the change.
     Returns: one row per source and latent: source, latent, dense_firings, slope, scaling (1 as
         before, 0 gone, above 1 larger, below 0 turned round), alone (slope over the slope of
-        `dense`), standard_error (of alone: jackknife over 20 groups of consecutive tokens; NaN
-        where all firings lie in one), reason. All are NaN with fewer than 10 dense firings or
+        `dense`), standard_error (of alone: jackknife over the groups; NaN with fewer than 5 of
+        them, where all firings lie in one or nothing varies), reason. All are NaN with fewer than 10 dense firings or
         without a slope; scaling where the joint fit is unsolved or gives `dense` less than 0.1,
         alone and its error where the dense slope is below 0.1. `reason` says which.
     """
     assert len(tokens) > 1, "a single token has no other to be paired with"
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(change.seed) + 1000 * seed)
     partners = tokens[other_token(len(tokens), generator)]
     rows = sae.decoder_weight
     directions = rows / rows.square().sum(1, keepdim=True)  # <directions, row> is 1
-    groups, kept = [], []
-    for group in torch.arange(len(tokens)).tensor_split(min(NUM_GROUPS, len(tokens))):
+    null = NullRows(dense, pruned, change, tokens)
+    by_group, kept, done = [], [], 0
+    for group in range(int(groups.max()) + 1):
         batches = []
-        for batch in group.split(BATCH_TOKENS):
-            x, y = dense.rows(tokens[batch]), pruned.rows(tokens[batch])
-            noisy = x + isotropic_noise_like(y - x, generator)
-            targets = torch.stack([x, y, noisy, pruned.rows(partners[batch])], dim=1)
+        for places in (groups == group).nonzero().squeeze(1).split(BATCH_TOKENS):
+            here = tokens[places]
+            x, y = dense.rows(here), pruned.rows(here)
+            common = change.of(x)
+            noisy = common + isotropic_noise_like(y - common, generator)
+            other = pruned.rows(partners[places])
+            targets = torch.stack([x, y, null.rows(here), noisy, other], dim=1)
             latents = sae.encode(x)
             errors = targets - sae.decode(latents)[:, None]
             batches.append(_moments(latents, errors, directions))
             kept.append(SparseLatents(latents.values.cpu(), latents.indices.int().cpu()))
+            done += len(places)
             if progress:
-                progress(int(batch[-1]) + 1)
-        groups.append(_total(batches))
-    joint = _joint(_total(groups), kept, rows, directions)
-    return _table(groups, directions, joint)
+                progress(done)
+        by_group.append(_total(batches))
+    joint = _joint(_total(by_group), kept, rows, directions)
+    return _table(by_group, directions, joint)
 
 
 def scaling_summary(latents: pd.DataFrame) -> pd.DataFrame:
@@ -314,15 +334,18 @@ def _reasons(
 def _standard_errors(
     groups: list[_Moments], directions: Float[Tensor, "latents d_model"]
 ) -> Float[Tensor, "sources latents"]:
-    """Of `alone`, by leaving out one group of consecutive tokens at a time.
+    """Of `alone`, by leaving out one group of documents at a time.
 
-    Neighbouring tokens are not independent and firing ones vary more than others; neither is
+    Tokens of one document are not independent and firing ones vary more than others; neither is
     assumed. NaN where a latent fires in one group alone.
     """
+    if len(groups) < FEWEST_UNITS:
+        return torch.full((len(SOURCES), len(directions)), torch.nan, dtype=torch.float64)
     left_out = []
     for number in range(len(groups)):
         slopes = _slopes(_total(groups[:number] + groups[number + 1 :]), directions)
         left_out.append(slopes / slopes[0])
     replicates = torch.stack(left_out)
     squares = (replicates - replicates.mean(0)).square().sum(0)
-    return (squares * (len(groups) - 1) / len(groups)).sqrt()
+    errors = (squares * (len(groups) - 1) / len(groups)).sqrt()
+    return torch.where(errors > 0, errors, torch.nan)  # no certainty that nobody has

@@ -73,17 +73,19 @@ def _survival(tables: Tables) -> pd.DataFrame:
 
 def _identity(tables: Tables) -> pd.DataFrame:
     """The other measures of identity, each beside what no pruning and no feature would give."""
-    names = ("activation_matching", "scaling", "subspace")
-    rates, scaling, spans = (tables.get(name, pd.DataFrame()) for name in names)
+    asked = ("activation_matching", "scaling", "subspace")
+    rates, scaling, spans = (tables.get(name, pd.DataFrame()) for name in asked)
     made = _pruned_runs([rates, scaling, spans])
     if not len(made):
         return made
     rates = at_tau(rates)
     for arm in ("shared_init", "cross_init"):
-        made[f"activation_{arm}"] = _of_run(made, rates, "mnn", arm=arm)
+        for source, name in (("pruned", ""), ("null", "_null")):
+            made[f"activation_{arm}{name}"] = _of_run(made, rates, "mnn", arm=arm, source=source)
     for arm in ("ceiling_cross", "chance"):
         made[f"activation_{arm}"] = _of_dense(made, rates, "mnn", arm)
-    for source, name in (("pruned", ""), ("noise_isotropic", "_noise"), ("unpaired", "_unpaired")):
+    names = {"pruned": "", "null": "_null", "noise_isotropic": "_noise", "unpaired": "_unpaired"}
+    for source, name in names.items():
         made[f"scaling{name}"] = _of_run(made, scaling, "mean_scaling", source=source)
     made["scaling_median"] = _of_run(made, scaling, "median_scaling", source="pruned")
     for arm in ("shared_init", "cross_init"):

@@ -45,7 +45,7 @@ COLUMNS = {
     ],
     "activation_matching": [
         *_CONDITION, "arm", "init_a", "order_a", "init_b", "order_b", "tau", "one_way", "mnn",
-        "greedy", "one_way_reverse",
+        "greedy", "one_way_reverse", "source",
     ],
     "scaling": [
         *_CONDITION, "seed", "source", "mean_scaling", "median_scaling", "share_above_half_median",

@@ -6,12 +6,15 @@ Parents are named `<condition>-<init_seed>-<data_seed>` and how they differ from
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pandas as pd
+from jaxtyping import Float, Int
 from safetensors.torch import load_file
+from torch import Tensor
 
 from prunelens.activations import Activations, Statistics
 from prunelens.analyses.activation_matching import (
@@ -20,6 +23,7 @@ from prunelens.analyses.activation_matching import (
     activation_matching,
     latent_series,
 )
+from prunelens.analyses.noise import NullRows, Rows
 from prunelens.analyses.subspace import subspace_overlaps
 from prunelens.analyses.survival import (
     Comparison,
@@ -31,8 +35,10 @@ from prunelens.analyses.survival import (
     survival,
 )
 from prunelens.sae.topk import TopKSAE
-from prunelens.study.question_stages import second_half
+from prunelens.study.question_stages import load_common_change, paired_activations, second_half
 from prunelens.study.work import Work
+
+NULL_ARMS = ("shared_init", "cross_init")  # every pair is matched once more: the plain SAEs alone
 
 
 class _Compared(NamedTuple):
@@ -60,9 +66,33 @@ class _Compared(NamedTuple):
 class _Reading(NamedTuple):
     """What one SAE makes of its activations."""
 
+    by: _Compared
     series: LatentSeries
-    init_seed: int
-    data_seed: int
+
+    @property
+    def init_seed(self) -> int:
+        """Of the SAE."""
+        return self.by.init_seed
+
+    @property
+    def data_seed(self) -> int:
+        """Of the SAE."""
+        return self.by.data_seed
+
+
+class _Renormalised(NamedTuple):
+    """Rows that were normalised with some statistics, as others would have normalised them."""
+
+    given: Rows
+    before: Statistics
+    after: Statistics
+
+    def rows(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_model"]:
+        """Rows in the order of `index`."""
+        rows = self.given.rows(index)
+        scale = self.before.sigma / self.after.sigma
+        shift = (self.before.mean - self.after.mean) / self.after.sigma
+        return rows * scale.to(rows) + shift.to(rows)
 
 
 def _survival(work: Work) -> None:
@@ -88,34 +118,46 @@ def _subspace(work: Work) -> None:
 
 
 def _activation_matching(work: Work) -> None:
-    """Over the tokens that persistence is measured on."""
+    """Over the tokens that persistence is measured on, and with its draw of the null."""
     kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
     tokens = second_half(work, kept)
     num_saes = sum("-" in role for role in work.parents)
     done = iter(range(2 * num_saes))
 
-    def read(which: _Compared) -> _Reading:
-        rows = Activations(
-            work.parents[which.condition] / "eval.safetensors",
-            kept=kept,
-            statistics=which.statistics(),
-            device=work.device,
-        )
-        series = latent_series(which.sae().to(work.device), rows, tokens)
+    def series(which: _Compared, rows: Rows) -> LatentSeries:
+        found = latent_series(which.sae().to(work.device), rows, tokens)
         work.progress(min(1.0, (next(done) + 1) / (2 * num_saes)))
-        return _Reading(series, which.init_seed, which.data_seed)
+        return found
 
-    comparisons = _with_series(_arms(work, read))
+    def read(which: _Compared) -> _Reading:
+        path = work.parents[which.condition] / "eval.safetensors"
+        statistics = which.statistics()
+        rows = Activations(path, kept=kept, statistics=statistics, device=work.device)
+        return _Reading(which, series(which, rows))
+
+    @functools.cache  # several dense SAEs are compared with it
+    def read_null(which: _Compared) -> LatentSeries:
+        dense, pruned, *_ = paired_activations(work)
+        null = NullRows(dense, pruned, load_common_change(work), tokens)
+        before = Statistics(dense.mean, dense.sigma)
+        after = Statistics(*(part.to(work.device) for part in which.statistics()))
+        return series(which, _Renormalised(null, before, after))
+
+    comparisons = _with_series(_arms(work, read), read_null if "pruned" in work.parents else None)
     found = activation_matching(comparisons, work.config["taus"])
     found.rates.to_parquet(work.out / "rates.parquet")
     found.latents.to_parquet(work.out / "latents.parquet")
 
 
-def _with_series(comparisons: list[Comparison[_Reading]]) -> Iterator[ActivationComparison]:
-    for comparison in comparisons:
-        a, b = comparison.a, comparison.b
+def _with_series(
+    comparisons: list[Comparison[_Reading]], null: Callable[[_Compared], LatentSeries] | None
+) -> Iterator[ActivationComparison]:
+    """Every comparison, and where there is a null those of NULL_ARMS with it in B's place."""
+    for arm, a, b in ((each.arm, each.a, each.b) for each in comparisons):
         seeds = (a.init_seed, a.data_seed, b.init_seed, b.data_seed)
-        yield ActivationComparison(comparison.arm, *seeds, a.series, b.series)
+        yield ActivationComparison(arm, b.by.condition, *seeds, a.series, b.series)
+        if null and arm in NULL_ARMS:
+            yield ActivationComparison(arm, "null", *seeds, a.series, null(b.by))
 
 
 def _dictionary(which: _Compared) -> Dictionary:

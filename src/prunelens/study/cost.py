@@ -199,11 +199,14 @@ def _scaling(
 def _activation_matching(
     _config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
 ) -> Work:
-    """Every SAE reads half the eval split; every pair multiplies k by k latents per token."""
+    """Every SAE reads half the eval split, plain ones of a pruned run also the null in its place;
+    every pair multiplies k by k latents per token.
+    """
     d_model, num_latents, k = sae_size(shape, study)
     tokens, saes = study.corpus.eval_tokens // 2, sum("-" in role for role in parents)
-    pairs = 2.0 * tokens * k**2 * saes * max(1, saes - 1)
-    return Work(encoding_flops(d_model, num_latents, k, tokens * saes) + pairs)
+    seeds = _count(parents, "dense-") if "pruned" in parents else 0
+    pairs = 2.0 * tokens * k**2 * (saes * max(1, saes - 1) + seeds**2)
+    return Work(encoding_flops(d_model, num_latents, k, tokens * (saes + seeds)) + pairs)
 
 
 def _stability(

@@ -20,13 +20,14 @@ from prunelens.analyses.evidence import (
     collect_contexts,
     read_contexts,
 )
+from prunelens.analyses.noise import fit_common_change
 from prunelens.analyses.persistence import persistence
 from prunelens.analyses.token_effects import token_effects, unembedding
 from prunelens.model import LanguageModel
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.model_stages import EVAL, load_stage_model, load_windows
-from prunelens.study.question_stages import second_half
+from prunelens.study.question_stages import paired_activations
 from prunelens.study.work import Work
 
 SEED = 0  # of the samples over activation ranges, and of persistence's noise
@@ -56,22 +57,31 @@ def _of_ours(work: Work) -> None:
 
 
 def _of_others(work: Work) -> None:
-    """An SAE of others, which reads raw activations, and what persists of it under pruning."""
+    """An SAE of others, which reads raw activations, and what persists of it under pruning.
+
+    Raw is also the space in which the common change is fitted.
+    """
     assert work.stage.source and work.stage.source.pretrained
     given = load_given_sae(work.stage.source.pretrained, device=work.device)
     rows = _rows(work, "activations", None)
     if "dense" not in work.parents:
         _collect(work, given, given.directions(), rows, work.share(rows.num_tokens))
         return
-    kept = _kept(work)
-    tokens = second_half(work, kept, store="dense_activations")
+    dense, _, first, tokens, groups = paired_activations(
+        work, "dense_activations", "activations", raw=True
+    )
     total = rows.num_tokens + len(tokens)
     _read_where_dense_fires(work, given, rows, work.share(total))
-    dense, progress = (
-        _rows(work, "dense_activations", None),
-        work.share(total, before=rows.num_tokens),
+    table = persistence(
+        given,
+        dense,
+        rows,
+        tokens,
+        change=fit_common_change(dense, rows, first, **work.config["common_change"]),
+        groups=groups,
+        seed=SEED,
+        progress=work.share(total, before=rows.num_tokens),
     )
-    table = persistence(given, dense, rows, tokens, seed=SEED, progress=progress)
     table.to_parquet(work.out / "persistence.parquet")
 
 

@@ -45,12 +45,7 @@ class LayerPlan:
         )
         if dense is not None:
             self.common_change = self._stage(
-                "common_change",
-                {
-                    "kind": model.study.activations.common_change,
-                    "seed": zlib.crc32(self._name.encode()),
-                },
-                self._both_activations(),
+                "common_change", self._kind_of_change(), self._both_activations()
             )
         self.saes: dict[Sae, Stage] = {}
         for sae in self._wanted_saes():
@@ -115,6 +110,11 @@ class LayerPlan:
             "statistics": self._dense.statistics,
         }
 
+    def _kind_of_change(self) -> dict[str, Any]:
+        """Of the map that is common to all tokens, and the seed of the noise around it."""
+        kind = self._model.study.activations.common_change
+        return {"kind": kind, "seed": zlib.crc32(self._name.encode())}
+
     def _paired(self) -> dict[str, Stage]:
         """Both, what they differ by in common, and the dense SAEs that read them."""
         saes = {f"sae-{s.init_seed}": self._dense.saes[s] for s in self._seeds()}
@@ -124,14 +124,14 @@ class LayerPlan:
         """Is it the same feature? Asked of activations, directions, and the span around them.
 
         Rotated SAEs have no part in `activation_matching`: the same tokens make the same features
-        fire in a rotated space.
+        fire in a rotated space. A pruned run's SAEs also read the null.
         """
         compared = self._compared()
         stages = {"subspace": self._stage("subspace", {}, compared)}
         reading = {role: sae for role, sae in compared.items() if "rotated" not in role}
         reading |= {"dense": self._dense.activations, "screening": self._dense.screening}
         if self._pruning:
-            reading["pruned"] = self.activations
+            reading |= {**self._both_activations(), "common_change": self.common_change}
         stages["activation_matching"] = self._stage("activation_matching", self._taus(), reading)
         if self._pruning:
             stages["scaling"] = self._stage("scaling", {}, self._paired())
@@ -178,7 +178,8 @@ class LayerPlan:
                 which = self._dense.activations if given else self._dense.saes[first]
                 parents["dense_activations" if given else "dense_sae"] = which
             label = f"{self._name} {given.label}" if given else self._name
-            stages[role] = self._model.evidence(given, parents, label)
+            change = self._kind_of_change() if given and dense else None
+            stages[role] = self._model.evidence(given, parents, label, change=change)
         return stages
 
     def _about_fates(self, answers: Mapping[str, Stage]) -> dict[str, Stage]:

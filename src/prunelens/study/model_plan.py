@@ -37,15 +37,15 @@ VERSIONS = {  # raise one when the same config would give other numbers
     "corrected": 1,
     "common_change": 1,
     "persistence": 3,
-    "activation_matching": 1,
-    "scaling": 1,
+    "activation_matching": 2,
+    "scaling": 2,
     "subspace": 2,
     "sufficiency": 1,
     "fates": 3,
     "transfer": 2,
     "fragility": 3,
     "causal": 1,
-    "evidence": 1,
+    "evidence": 2,
     "predictor": 2,
     "planted_world": 1,
     "planted_activations": 2,
@@ -221,9 +221,16 @@ class ModelPlan:
         )
 
     def evidence(
-        self, given: PretrainedSaeConfig | None, parents: Mapping[str, Stage | None], label: str
+        self,
+        given: PretrainedSaeConfig | None,
+        parents: Mapping[str, Stage | None],
+        label: str,
+        *,
+        change: Mapping[str, Any] | None,
     ) -> Stage:
-        """Where the latents of our SAE (among the parents) fire, or those of an SAE of others."""
+        """Where the latents of our SAE (among the parents) fire, or those of an SAE of others; what
+        persists of the latter is measured under a common `change` of its own.
+        """
         return self.stage(
             "evidence",
             {
@@ -231,6 +238,7 @@ class ModelPlan:
                 "skip_first": self._study.activations.skip_first,
                 **self._study.evidence.model_dump(mode="json"),
                 "pretrained": self._content(given),
+                "common_change": change,
             },
             {"corpus": self.corpus, **parents},
             label=label,

@@ -44,7 +44,7 @@ def _stability(work: Work) -> None:
 
 
 class Paired(NamedTuple):
-    """Dense and pruned activations of the same tokens, normalised with the dense statistics."""
+    """Dense and pruned activations of the same tokens, normalised with the same statistics."""
 
     dense: Activations
     pruned: Activations
@@ -56,23 +56,26 @@ class Paired(NamedTuple):
     """Of every row of `second` its group of documents."""
 
 
-def paired_activations(work: Work) -> Paired:
-    """The parents' activations of eval."""
+def paired_activations(
+    work: Work, dense: str = "dense", pruned: str = "pruned", *, raw: bool = False
+) -> Paired:
+    """The activations of eval of two parents, with the dense statistics or raw."""
     kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
-    statistics = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
-    dense, pruned = (
+    known = None if raw else work.parents["statistics"] / "statistics.safetensors"
+    statistics = Statistics.load(known) if known else None
+    both = (
         Activations(
             work.parents[role] / "eval.safetensors",
             kept=kept,
             statistics=statistics,
             device=work.device,
         )
-        for role in ("dense", "pruned")
+        for role in (dense, pruned)
     )
-    second = second_half(work, kept)
-    documents = load_file(work.parents["dense"] / "eval_documents.safetensors")["documents"]
+    second = second_half(work, kept, store=dense)
+    documents = load_file(work.parents[dense] / "eval_documents.safetensors")["documents"]
     first = torch.arange(len(kept) - len(second))
-    return Paired(dense, pruned, first, second, document_groups(documents[kept[second]]))
+    return Paired(*both, first, second, document_groups(documents[kept[second]]))
 
 
 def _common_change(work: Work) -> None:

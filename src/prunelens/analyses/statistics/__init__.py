@@ -5,6 +5,7 @@ most stages need neither.
 """
 
 from prunelens.analyses.statistics.estimates import (
+    FEWEST_UNITS,
     Estimate,
     LatentSample,
     Scale,
@@ -39,6 +40,7 @@ from prunelens.analyses.statistics.ranks import (
 )
 
 __all__ = [
+    "FEWEST_UNITS",
     "Auc",
     "Estimate",
     "ExactTest",

@@ -25,14 +25,18 @@ ARM_LINES: dict[str, tuple[str, Line]] = {
 }
 SOURCE_LINES: dict[str, tuple[str, Line]] = {
     "pruned": ("pruned", "solid"),
-    "noise_isotropic": ("noise of equal size", "dashed"),
+    "null": ("the null", "dashed"),
     "unpaired": ("another token", "dotted"),
 }
 
 
 def identity(tables: Tables, site: Site) -> list[Panel]:
     """Four more ways to ask, each beside what it says without pruning and without features."""
-    matching = at_tau(rows_of(tables, "activation_matching", site))
+    matching, null, unpruned = (
+        at_tau(rows_of(tables, "activation_matching", site, source=source))
+        for source in ("pruned", "null", "dense")
+    )
+    same_start = null[null["arm"] == "shared_init"] if len(null) else null
     spans = rows_of(tables, "subspace", site)
     return [
         Panel(
@@ -40,12 +44,16 @@ def identity(tables: Tables, site: Site) -> list[Panel]:
             "matched by activations",
             "sparsity",
             f"mutual best, correlation >= {PRIMARY_TAU}",
-            _by_arm(matching, "mnn"),
-            levels_of(matching, "mnn", ["ceiling_shared", "ceiling_cross", "chance"]),
+            _by_arm(matching, "mnn")
+            + over_sparsity(
+                same_start, "mnn", spread="range", suffix="the null, same start", line="dashed"
+            ),
+            levels_of(unpruned, "mnn", ["ceiling_shared", "ceiling_cross", "chance"]),
             y_range=(-0.02, 1.02),
-            x_ticks=ticks(_pruned(matching)),
+            x_ticks=ticks(matching),
             caption="Share of dense latents whose activations a latent of the pruned SAE matches on"
-            " the same tokens, over sparsity.",
+            " the same tokens, over sparsity, beside the same where that SAE reads the null: the"
+            " common change and another token's remainder.",
         ),
         _scaling(rows_of(tables, "scaling", site)),
         Panel(
@@ -78,8 +86,7 @@ def _scaling(rows: pd.DataFrame) -> Panel:
         (Level("", 1.0, ARM_COLOURS["ceiling_shared"]), Level("", 0.0, ARM_COLOURS["chance"])),
         x_ticks=ticks(rows),
         caption="Mean multiple of dense latents' directions in pruned activations over sparsity,"
-        " beside noise of the same size (1 expected) and activations of other tokens (0 expected)."
-        " A gain common to all activations raises it.",
+        " beside the null (the common gain expected) and activations of other tokens (0 expected).",
     )
 
 
