@@ -88,8 +88,9 @@ def latent_scaling(
     Returns: one row per source and latent: source, latent, dense_firings, slope, scaling (1 as
         before, 0 gone, above 1 larger, below 0 turned round), alone (slope over the slope of
         `dense`), standard_error (of alone: jackknife over the groups; NaN with fewer than 5 of
-        them, where all firings lie in one or nothing varies), reason. All are NaN with fewer than 10 dense firings or
-        without a slope; scaling where the joint fit is unsolved or gives `dense` less than 0.1,
+        them, where all firings lie in one or nothing varies), reason. All are NaN with fewer than
+        10 dense firings or without a slope; scaling where the joint fit is unsolved or gives
+        `dense` less than 0.1,
         alone and its error where the dense slope is below 0.1. `reason` says which.
     """
     assert len(tokens) > 1, "a single token has no other to be paired with"
