@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prunelens.analyses.activation_matching import latent_series, match_activations
+from prunelens.analyses.noise import fit_common_change
 from prunelens.analyses.scaling import latent_scaling
 from prunelens.match import Matches
 from prunelens.sae.topk import TopKSAE
@@ -52,7 +53,9 @@ def main() -> None:
         return match_activations(*series, lowest_tau=0.5)
 
     def scale() -> pd.DataFrame:
-        return latent_scaling(a, Rows(dense), Rows(pruned), tokens, seed=0)
+        rows = (Rows(dense), Rows(pruned))
+        change, groups = fit_common_change(*rows, tokens), tokens * 20 // len(tokens)
+        return latent_scaling(a, *rows, tokens, change=change, groups=groups, seed=0)
 
     _check_matching(match(), _dense_correlations(a, b, dense))
     difference = _check_scaling(scale(), _dense_scaling(a, dense, pruned))
@@ -60,7 +63,7 @@ def main() -> None:
         {
             "matching, sparse": match,
             "matching, dense": lambda: _dense_correlations(a, b, dense),
-            "scaling, sparse (four targets and a jackknife)": scale,
+            "scaling, sparse (five targets and a jackknife)": scale,
             "scaling, dense (two targets)": lambda: _dense_scaling(a, dense, pruned),
         },
         rounds=chosen.rounds,

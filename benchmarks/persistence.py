@@ -1,8 +1,8 @@
 """Persistence and activation matching against the encoding of what they look at alone (row 7).
 
 The floor is `sae.encode` of exactly the activations that are encoded, in the same batches, in turns
-with ours: dense, pruned and twice three noises per token for persistence, the same tokens by two
-SAEs for matching.
+with ours: dense and every disturbed copy per token for persistence (the common change is fitted
+within ours), the same tokens by two SAEs for matching.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from prunelens.analyses.activation_matching import latent_series, match_activations
-from prunelens.analyses.persistence import BATCH_TOKENS, NOISE_DRAWS, persistence
+from prunelens.analyses.noise import fit_common_change
+from prunelens.analyses.persistence import BATCH_TOKENS, DRAWS, persistence
 from prunelens.match import Matches, match_rates
 from prunelens.sae.topk import TopKSAE
 from side_by_side import Mark, options, publish, take_turns
@@ -71,12 +73,11 @@ def main() -> None:
 def _persistence(shape: Shape, rounds: int, device: str) -> dict[str, Any]:
     sae = _sae(shape, 0, device)
     dense, pruned = _activations(shape, shape.persistence_tokens, device)
-    tokens = torch.arange(len(dense))
     _check_persistence(sae, dense, pruned)
     times = take_turns(
         {
-            "encoding": lambda: _encode([sae] * (2 + 2 * NOISE_DRAWS), dense),
-            "ours": lambda: persistence(sae, Rows(dense), Rows(pruned), tokens, seed=0),
+            "encoding": lambda: _encode([sae] * (1 + sum(DRAWS.values())), dense),
+            "ours": lambda: _measured(sae, dense, pruned),
         },
         rounds=rounds,
         device=device,
@@ -133,10 +134,16 @@ def _activations(shape: Shape, num_tokens: int, device: str) -> tuple[Tensor, Te
     return dense.to(device), (0.8 * dense + 0.3 * noise).to(device)
 
 
+def _measured(sae: TopKSAE, dense: Tensor, pruned: Tensor) -> pd.DataFrame:
+    """Over all tokens, with as many groups of documents as a study has."""
+    tokens, rows = torch.arange(len(dense)), (Rows(dense), Rows(pruned))
+    change = fit_common_change(*rows, tokens)
+    return persistence(sae, *rows, tokens, change=change, groups=tokens * 20 // len(tokens), seed=0)
+
+
 def _check_persistence(sae: TopKSAE, dense: Tensor, pruned: Tensor) -> None:
     """Some latents' Pearson correlations over all tokens, zeros written out."""
-    tokens = torch.arange(len(dense))
-    table = persistence(sae, Rows(dense), Rows(pruned), tokens, seed=0)
+    table = _measured(sae, dense, pruned)
     found = table.loc[table["source"] == "pruned", "correlation"].to_numpy()[:CHECKED]
     expected = _pearson(_zeros_written_out(sae, dense), _zeros_written_out(sae, pruned))
     known = ~np.isnan(found)

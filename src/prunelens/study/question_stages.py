@@ -63,7 +63,7 @@ def paired_activations(
     kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
     known = None if raw else work.parents["statistics"] / "statistics.safetensors"
     statistics = Statistics.load(known) if known else None
-    both = (
+    x, y = (
         Activations(
             work.parents[role] / "eval.safetensors",
             kept=kept,
@@ -75,7 +75,7 @@ def paired_activations(
     second = second_half(work, kept, store=dense)
     documents = load_file(work.parents[dense] / "eval_documents.safetensors")["documents"]
     first = torch.arange(len(kept) - len(second))
-    return Paired(*both, first, second, document_groups(documents[kept[second]]))
+    return Paired(x, y, first, second, document_groups(documents[kept[second]]))
 
 
 def _common_change(work: Work) -> None:
