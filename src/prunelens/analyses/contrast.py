@@ -133,7 +133,7 @@ def over_seeds(name: str, rows: pd.DataFrame, side: Side, limit: float) -> Contr
 
 def over_conditions(name: str, rows: pd.DataFrame, side: Side, limit: float) -> Contrast:
     """The mean of `value` over runs where no seed enters: the conditions vary."""
-    return Contrast(name, mean_over(rows["value"], "conditions"), side, limit)
+    return Contrast(name, mean_over(rows["value"].tolist(), "conditions"), side, limit)
 
 
 def estimate_of(row: NamedTuple | pd.Series, *, value: str = "value") -> Estimate:

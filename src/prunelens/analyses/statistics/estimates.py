@@ -211,9 +211,9 @@ def mean_over(values: Sequence[float], units: str, *, scale: Scale = "plain") ->
 def on_scale(value: np.ndarray | float, scale: Scale) -> np.ndarray:
     """A value where its error is symmetric; shares are cut so that 0 and 1 stay finite."""
     if scale == "fisher":
-        return fisher_z(np.asarray(value))
+        return fisher_z(value)
     if scale == "logit":
-        return 2 * fisher_z(2 * np.asarray(value) - 1)
+        return np.asarray(2 * fisher_z(2 * value - 1))
     return np.asarray(value)
 
 
@@ -224,9 +224,9 @@ def from_scale(value: np.ndarray, scale: Scale) -> np.ndarray:
     return (np.tanh(value / 2) + 1) / 2 if scale == "logit" else value
 
 
-def fisher_z(correlation: np.ndarray) -> np.ndarray:
+def fisher_z(correlation: np.ndarray | float) -> np.ndarray:
     """atanh of a correlation, which is cut at +-(1 - 1e-6) so that 1 stays finite."""
-    return np.arctanh(np.clip(correlation, -1 + 1e-6, 1 - 1e-6))
+    return np.asarray(np.arctanh(np.clip(correlation, -1 + 1e-6, 1 - 1e-6)))
 
 
 def t_quantile(degrees_of_freedom: float) -> float:
