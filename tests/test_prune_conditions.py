@@ -213,9 +213,8 @@ def test_a_study_prunes_the_head_and_passes_it_on(checkpoint_folder, text_path, 
 def disk_of(study, prunings):
     """The bytes of masks that a plan foresees for such prunings."""
     study = study_from_data({**study.model_dump(mode="json"), "prunings": prunings})
-    plan = plan_study(study)
     shapes = {model.label: model_shape(model) for model in study.models}
-    return disk_use(study, shapes, plan.stages, len(prunings)).masks
+    return disk_use(study, shapes, plan_study(study).targets().values(), len(prunings)).masks
 
 
 def test_a_pattern_leaves_two_of_four(finished):
