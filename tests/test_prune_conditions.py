@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -12,15 +13,18 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from conftest import tiny_language_model
-from prunelens.config import ModelConfig, study_from_data
+from prunelens.checkpoint import model_shape
+from prunelens.config import ModelConfig, PruningConfig, study_from_data
 from prunelens.errors import UserError
 from prunelens.model import load_model
-from prunelens.prune import as_matrix, prunable_matrices
+from prunelens.prune import as_matrix, prunable_matrices, prune_model
 from prunelens.prune.compare import check_takes_place, compare_weights
 from prunelens.report.explorer.collect import study_explorer
 from prunelens.report.write import run_and_report
 from prunelens.study.conditions import load_condition
+from prunelens.study.exports import export_checkpoint
 from prunelens.study.folder import open_study
+from prunelens.study.footprint import disk_use
 from prunelens.study.plan import plan_study
 from prunelens.study.results import study_results
 
@@ -164,6 +168,53 @@ def test_a_condition_is_made_again_bit_for_bit(finished, twin, label):
     assert bool(facts["weights_sha256"]) == label.startswith("sparsegpt")
     shares = [(as_matrix(m) == 0).float().mean() for m in prunable_matrices(lm).values()]
     assert np.mean(shares) == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_study_prunes_the_head_and_passes_it_on(checkpoint_folder, text_path, tmp_path):
+    """Beside the same pruning of the blocks alone; made again, told in cards, counted in plans."""
+    pruning = {"criterion": "magnitude", "scope": "global", "sparsities": [0.4]}
+    prunings = [pruning | {"lm_head": True}, pruning]
+    study = study_from_data(study_data(checkpoint_folder, text_path, prunings))
+    run_and_report(study, tmp_path / "study", quiet=True, device="cpu", workers=1)
+    finished = open_study(tmp_path / "study")
+    stages = [condition(finished, f"0.40{tail}")[0].stages["prune"] for tail in ("-head", "")]
+    assert stages[0].identity != stages[1].identity
+    assert "lm_head" not in stages[1].config["pruning"]  # as before there was the option
+    assert stages[0].cost >= stages[1].cost
+
+    perplexity = study_results(*finished)["perplexity"].set_index("run")
+    for tail, with_head in (("-head", True), ("", False)):
+        lm, folder = rebuilt(finished, f"0.40{tail}")
+        expected = load_model(ModelConfig(name=str(checkpoint_folder)))
+        config = PruningConfig(
+            criterion="magnitude", scope="global", sparsity=0.4, lm_head=with_head
+        )
+        report = prune_model(expected, config).report
+        theirs = expected.model.state_dict()
+        assert all(torch.equal(t, theirs[name]) for name, t in lm.model.state_dict().items())
+        matrices = pd.read_parquet(folder / "matrices.parquet")
+        assert list(matrices["name"]) == [line.name for line in report]
+        assert ("lm_head" in set(matrices["name"])) == with_head
+        total = int(matrices["num_weights"].sum())
+        name = f"magnitude-global-0.40{tail}"
+        row = perplexity.loc[f"tiny-llama/L1/{name}"]
+        assert row["achieved_sparsity"] == int(Fraction(2, 5) * total) / total
+
+        found = export_checkpoint(tmp_path / "study", name, tmp_path / f"out{tail}")
+        card = (found.folder / "README.md").read_text(encoding="utf-8")
+        facts = json.loads((found.folder / "prunelens.json").read_text())
+        assert ("and of its output head" in card) == with_head
+        assert ("lm_head" in facts["achieved_sparsity_by_kind"]) == with_head
+        assert facts["pruning"].get("lm_head", False) == with_head
+    heads = disk_of(study, [pruning | {"lm_head": True}]), disk_of(study, [pruning])
+    assert heads[0] - heads[1] == lm.d_model * lm.vocabulary_size / 8  # one bit a weight
+
+
+def disk_of(study, prunings):
+    """The bytes of masks that a plan foresees for such prunings."""
+    study = study_from_data({**study.model_dump(mode="json"), "prunings": prunings})
+    shapes = {model.label: model_shape(model) for model in study.models}
+    return disk_use(study, shapes, plan_study(study).targets().values(), len(prunings)).masks
 
 
 def test_a_pattern_leaves_two_of_four(finished):
