@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
 import signal
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from prunelens.cli import main
 from prunelens.model import LanguageModel, as_language_model
 
 ARCHITECTURES = ("llama", "gemma2", "gemma3", "gpt2")
@@ -31,6 +36,30 @@ def one_thread() -> None:
     than it gives; the test before may have set others.
     """
     torch.set_num_threads(1)
+
+
+class Ended(NamedTuple):
+    """What a command left, named as subprocess does."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def prunelens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """The command line as a user types it, in this process: imports take seconds of a fresh one."""
+
+    def run(*arguments: object) -> Ended:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(logging.root, "handlers", [])  # it sets its own where there are none
+            patch.setattr(sys, "argv", ["prunelens", *map(str, arguments)])
+            main()
+        return Ended(ended.value.code or 0, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -1,4 +1,4 @@
-"""The command line as a user types it, in processes of its own."""
+"""The command line as a user types it: the longer ones in processes of their own."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from prunelens.sae.topk import TopKSAE
 
 
-def prunelens(*arguments, cwd=None):
+def in_a_process(*arguments, cwd=None):
     command = [sys.executable, "-c", "from prunelens.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
@@ -53,14 +53,17 @@ def one_line_of_error(result, *words):
         (["run", "demo", "--set", "prunings.0.seeds=[7,8]"], ["prunings.seeds", "7"]),
     ],
 )
-def test_mistakes_end_in_one_line_and_exit_code_2(arguments, words, tmp_path):
-    one_line_of_error(prunelens(*arguments, cwd=tmp_path), *words)
+def test_mistakes_end_in_one_line_and_exit_code_2(
+    arguments, words, tmp_path, monkeypatch, prunelens
+):
+    monkeypatch.chdir(tmp_path)
+    one_line_of_error(prunelens(*arguments), *words)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_plan_shows_the_matrix_and_runs_nothing(tmp_path):
     arguments = ["--json", "--no-calibration", "--set", "sae.steps=400"]
-    result = prunelens("plan", "demo", *arguments, cwd=tmp_path)
+    result = in_a_process("plan", "demo", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
     assert [row["run"] for row in plan["runs"]] == [
@@ -81,7 +84,7 @@ def test_plan_shows_the_matrix_and_runs_nothing(tmp_path):
 
 def test_prune_saves_a_checkpoint_that_transformers_loads(checkpoint_folder, text, tmp_path):
     out = tmp_path / "pruned"
-    result = prunelens(
+    result = in_a_process(
         "prune", checkpoint_folder, "--out", out, "--sparsity", "0.5", "--json",
         "--set", "corpus.source=files", "--set", f"corpus.paths=[{text}]",
         "--set", "corpus.document=line", "--set", "corpus.context_tokens=16",
@@ -92,11 +95,11 @@ def test_prune_saves_a_checkpoint_that_transformers_loads(checkpoint_folder, tex
     assert json.loads(result.stdout)["achieved_sparsity"] == pytest.approx(0.5)
     weight = AutoModelForCausalLM.from_pretrained(out).model.layers[0].mlp.up_proj.weight
     assert ((weight == 0).sum(1) == weight.shape[1] // 2).all()
-    again = prunelens("prune", checkpoint_folder, "--out", out, "--criterion", "magnitude")
+    again = in_a_process("prune", checkpoint_folder, "--out", out, "--criterion", "magnitude")
     one_line_of_error(again, "out:", "not an empty folder")
 
 
-def test_match_prints_the_rates_of_two_saes(tmp_path):
+def test_match_prints_the_rates_of_two_saes(tmp_path, prunelens):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         (tmp_path / name).mkdir()
         TopKSAE.initialise(16, 64, 4, init_seed=seed).save(tmp_path / name)
@@ -123,14 +126,16 @@ def test_transfer_and_predict_print_what_python_gives(checkpoint_folder, text, t
         "questions: [survival, persistence, predictor]\nthreads_per_stage: 1\n"
     )
     given = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    run = prunelens("run", study, "--out", tmp_path / "s", "--quiet", "--workers", "1", *given)
+    run = in_a_process("run", study, "--out", tmp_path / "s", "--quiet", "--workers", "1", *given)
     assert run.returncode == 0, run.stderr
-    told = prunelens("predict", tmp_path / "s", "--sparsity", "0.5", "--latents", "3,5", "--json")
+    told = in_a_process(
+        "predict", tmp_path / "s", "--sparsity", "0.5", "--latents", "3,5", "--json"
+    )
     assert {row["latent"] for row in json.loads(told.stdout)} == {3, 5}
     training = pd.read_csv(tmp_path / "s" / "tables" / "sae_training.csv")
     sae = tmp_path / "s" / training["folder"].iloc[0]
     command = ["transfer", sae, checkpoint_folder, "--layer", "1", "--sparsity", "0.5", *given]
-    found = prunelens(*command, "--json")
+    found = in_a_process(*command, "--json")
     assert not found.stderr
     assert found.returncode == 0, found.stderr
     answer = json.loads(found.stdout)

@@ -27,9 +27,9 @@ import tomllib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jaxtyping
 import pytest
 import torch
+from beartype.roar import BeartypeCallHintParamViolation
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -190,7 +190,7 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
 
 
 def test_shapes_are_checked_under_pytest() -> None:
-    with pytest.raises(jaxtyping.TypeCheckError, match="input_norm"):
+    with pytest.raises(BeartypeCallHintParamViolation, match="input_norm"):
         wanda(torch.ones(3, 4), torch.ones(5))
 
 

@@ -43,6 +43,7 @@ def tiny_study(checkpoint_folder: pathlib.Path, text_file: pathlib.Path) -> dict
             "steps": 24,
             "batch_tokens": 64,
             "learning_rate": 1e-3,
+            "resample_every": 8,  # each looks for the worst inputs in all of the text
             "checkpoint_every": 5,
             "seeds": [0, 1],
         },

@@ -9,8 +9,11 @@ Exit code 0 if every file of the results is byte-identical and nothing is left o
 from __future__ import annotations
 
 import argparse
+import atexit
 import bisect
 import contextlib
+import functools
+import json
 import os
 import pathlib
 import random
@@ -77,13 +80,13 @@ def kill_again_and_again(
     problems = []
     landed = 0
     for number, kill in enumerate(_draw(undisturbed, moments, generator), start=1):
-        process = start(study, folder, workers=kill.workers)
+        process = start_at_once(study, folder, workers=kill.workers)
         is_killed = _kill(process, folder, kill, startup=undisturbed.published[0])
         landed += is_killed
         if left := wait_for_orphans(process.pid):
             problems.append(f"kill {number}: still running: {left}")
         print(f"kill {number}/{moments}: {kill}{'' if is_killed else ' came too late'}", flush=True)
-    end = start(study, folder, workers=2)
+    end = start_at_once(study, folder, workers=2)
     code = end.wait(RUN_SECONDS)
     if code != 0:
         problems.append(f"the last run ended with exit code {code}")
@@ -96,7 +99,7 @@ def kill_again_and_again(
 
 def run_undisturbed(study: str, folder: pathlib.Path, *, workers: int = 2) -> Timeline:
     """Run a study into a new folder, and note when each artifact came."""
-    process = start(study, folder, workers=workers)
+    process = start_at_once(study, folder, workers=workers)
     started, published = time.monotonic(), list[float]()
     while process.poll() is None:
         now = time.monotonic() - started
@@ -111,14 +114,96 @@ def start(
     study: str, folder: pathlib.Path, *more: str, workers: int = 1, **options: object
 ) -> subprocess.Popen[str]:
     """The command line at work in a session of its own; `options` are those of Popen."""
-    arguments = ["run", study, "--out", str(folder), "--workers", str(workers), *more]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **options}
     return subprocess.Popen(
-        [*COMMAND, *arguments, "--quiet", "--device", "cpu"],
+        [*COMMAND, *_arguments(study, folder, *more, workers=workers)],
         start_new_session=True,
         text=True,
         **options,  # type: ignore[call-overload]
     )
+
+
+def start_at_once(study: str, folder: pathlib.Path, *, workers: int = 1) -> Forked:
+    """The same, forked from a process that has imported everything: where imports are not meant."""
+    server = _fork_server()
+    assert server.stdin and server.stdout
+    left = pathlib.Path(tempfile.mkdtemp(prefix="prunelens-run-"))
+    order = [_arguments(study, folder, workers=workers), str(left)]
+    server.stdin.write(json.dumps(order) + "\n")
+    server.stdin.flush()
+    return Forked(int(server.stdout.readline()), left)
+
+
+class Forked:
+    """What `start_at_once` has started; the part of Popen that is needed here."""
+
+    def __init__(self, pid: int, left: pathlib.Path) -> None:
+        self.pid, self.returncode, self._left = pid, None, left
+
+    def poll(self) -> int | None:
+        """Its exit code, once there is one."""
+        code = self._left / "code"
+        if self.returncode is None and code.exists():
+            self.returncode = int(code.read_text())
+            self._said = (self._left / "stderr").read_text()
+            shutil.rmtree(self._left)
+        return self.returncode
+
+    def wait(self, timeout: float = RUN_SECONDS) -> int:
+        """Its exit code, when it has ended."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(COMMAND, timeout)
+            time.sleep(POLL_SECONDS)
+        return self.returncode
+
+    def communicate(self, timeout: float = RUN_SECONDS) -> tuple[None, str]:
+        """What it has said on stderr, when it has ended."""
+        self.wait(timeout)
+        return None, self._said
+
+    def kill(self) -> None:
+        """SIGKILL, where it has not ended meanwhile."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def _arguments(study: str, folder: pathlib.Path, *more: str, workers: int) -> list[str]:
+    arguments = ["run", study, "--out", str(folder), "--workers", str(workers), *more]
+    return [*arguments, "--quiet", "--device", "cpu"]
+
+
+_SERVE = """
+import json, os, pathlib, signal, sys
+import matplotlib.pyplot, prunelens.cli.app, prunelens.report.write, transformers.modeling_utils
+from prunelens.cli import main
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    arguments, left = json.loads(line)
+    if os.fork():
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if run := os.fork():  # this process waits for the run, and tells how it ended
+        print(run, flush=True)
+        code = os.waitstatus_to_exitcode(os.waitpid(run, 0)[1])
+        pathlib.Path(left, "half").write_text(str(code))
+        os.rename(f"{left}/half", f"{left}/code")
+        os._exit(0)
+    os.setsid()
+    for number, path in enumerate([os.devnull, os.devnull, f"{left}/stderr"]):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    sys.argv = ["prunelens", *arguments]
+    main()
+"""
+
+
+@functools.cache
+def _fork_server() -> subprocess.Popen[str]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    server = subprocess.Popen([sys.executable, "-c", _SERVE], text=True, **pipes)
+    atexit.register(server.communicate)  # which closes its stdin, so that it ends
+    return server
 
 
 def results_of(folder: pathlib.Path) -> dict[str, bytes]:
@@ -187,7 +272,7 @@ def _draw(undisturbed: Timeline, moments: int, generator: random.Random) -> list
     return kills
 
 
-def _kill(process: subprocess.Popen[str], folder: pathlib.Path, kill: Kill, startup: float) -> bool:
+def _kill(process: Forked, folder: pathlib.Path, kill: Kill, startup: float) -> bool:
     """Whether the moment came before the run had ended.
 
     Where what the moment waits for was there from the start, the run first gets the time in which
@@ -203,7 +288,8 @@ def _kill(process: subprocess.Popen[str], folder: pathlib.Path, kill: Kill, star
         time.sleep(POLL_SECONDS)
     is_running = process.poll() is None
     if is_running and kill.whole_group:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.killpg(process.pid, signal.SIGKILL)
     elif is_running:
         process.kill()
     process.wait()

@@ -141,37 +141,28 @@ def test_a_label_cannot_write_to_the_terminal(folder):
         assert len(leftovers(folder)) == 1
 
 
-def command(*words):
-    return subprocess.run(
-        [sys.executable, "-c", "from prunelens.cli import main; main()", "clean", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_the_command_shows_and_frees_only_when_told(folder):
-    assert command(folder).stdout == "nothing to free\n"
+def test_the_command_shows_and_frees_only_when_told(folder, prunelens):
+    assert prunelens("clean", folder).stdout == "nothing to free\n"
     made = folder / "artifacts/damaged/x"
     made.mkdir(parents=True)
     (made / "y").write_bytes(bytes(2_000_000))
-    shown = command(folder)
+    shown = prunelens("clean", folder)
     assert (
         shown.returncode == 0 and "artifacts/damaged/x" in shown.stdout and DAMAGED in shown.stdout
     )
     assert "2.0 MB in 1 folder; free them with: prunelens clean out --yes" in shown.stdout
     assert made.is_dir()
-    told = json.loads(command(folder, "--json").stdout)
+    told = json.loads(prunelens("clean", folder, "--json").stdout)
     assert told["freed"] is False and [one["num_bytes"] for one in told["leftovers"]] == [2_000_000]
     assert made.is_dir()
-    freed = command(folder, "--yes")
+    freed = prunelens("clean", folder, "--yes")
     assert freed.returncode == 0 and "freed 2.0 MB in 1 folder" in freed.stdout
     assert not made.exists()
 
 
-def test_wrong_folders_end_in_one_line_and_change_nothing(tmp_path, folder):
+def test_wrong_folders_end_in_one_line_and_change_nothing(tmp_path, folder, prunelens):
     for words in ((tmp_path / "nowhere",), (tmp_path / "nowhere", "--yes")):
-        refused = command(*words)
+        refused = prunelens("clean", *words)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
         assert "nowhere" in refused.stderr and not (tmp_path / "nowhere").exists()
     (folder / "artifacts.json").write_text(json.dumps({"artifacts": str(tmp_path / "shared")}))

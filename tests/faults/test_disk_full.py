@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from faults.kill import leftovers, num_artifacts, results_of, start
+from faults.kill import leftovers, num_artifacts, results_of, start_at_once
 from prunelens.report.write import run_and_report
 from prunelens.study.artifacts.disk import DiskError
 from prunelens.study.plan import plan_study
@@ -109,7 +109,7 @@ def test_a_real_full_disk_and_a_real_read_only_one(finished, tiny_data, tmp_path
     disk = tmp_path / "disk"
 
     def run(*, fill_at=None):
-        process = start(str(study), disk / "out", workers=2, stderr=subprocess.PIPE)
+        process = start_at_once(str(study), disk / "out", workers=2)
         while fill_at and num_artifacts(disk / "out") < fill_at and process.poll() is None:
             time.sleep(0.01)
         if fill_at:

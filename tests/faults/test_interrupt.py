@@ -16,6 +16,7 @@ from faults.kill import (
     on_a_busy_machine,
     results_of,
     start,
+    start_at_once,
     wait_for_orphans,
 )
 
@@ -41,7 +42,10 @@ def test_stopped_again_and_again_it_ends_with_the_same_files(finished, tiny_data
     study.write_text(json.dumps(tiny_data))
     for delay, artifacts, workers, number, whole_group in MOMENTS:
         moment = (delay, artifacts, workers, number, whole_group)
-        process = start(str(study), folder, workers=workers, stderr=subprocess.PIPE)
+        if artifacts:
+            process = start_at_once(str(study), folder, workers=workers)
+        else:
+            process = start(str(study), folder, workers=workers, stderr=subprocess.PIPE)
         while process.poll() is None and not (
             _listens(process.pid) and num_artifacts(folder) >= artifacts
         ):
@@ -55,7 +59,7 @@ def test_stopped_again_and_again_it_ends_with_the_same_files(finished, tiny_data
         assert process.returncode == (130 if number == signal.SIGINT else 143), (moment, said)
         assert said == "prunelens: stopped; the same command goes on from here\n", moment
         assert not wait_for_orphans(process.pid, on_a_busy_machine(SECONDS)), moment
-    process = start(str(study), folder, workers=2)
+    process = start_at_once(str(study), folder, workers=2)
     assert process.wait(600) == 0
     assert results_of(folder) == finished.results and not leftovers(folder)
 

@@ -15,7 +15,7 @@ import warnings
 
 import pytest
 
-from faults.kill import leftovers, results_of, start
+from faults.kill import leftovers, results_of, start_at_once
 from prunelens.errors import UserError
 from prunelens.report.write import run_and_report
 from prunelens.study.alone import alone_in
@@ -77,7 +77,7 @@ def test_with_and_without_the_lock(finished, study, tmp_path):
     while not (made.is_file() and " sae " in made.read_text()):
         assert first.poll() is None
         time.sleep(0.01)
-    refused = start(str(study), folder, stderr=subprocess.PIPE)
+    refused = start_at_once(str(study), folder)
     _, said = refused.communicate(timeout=120)
     assert refused.returncode == 2
     assert said.count("\n") == 1 and "another prunelens works in" in said, said

@@ -116,7 +116,7 @@ def _cut(group: Mapping[str, Scored], sparsity: Fraction, threads: int) -> _Cut:
 
 def _histogram(
     group: Mapping[str, Scored],
-    values: Callable[[Scored, slice], Int[Tensor, ...]],
+    values: Callable[[Scored, slice], Int[Tensor, "*shape"]],
     threads: int,
     *,
     refused_from: int | None = None,

@@ -149,7 +149,7 @@ def _say_wide(num_latents: int) -> None:
     log.info("%d latents are more than a program holds: torch.topk selects", num_latents)
 
 
-def step_scales(rate: Float[Tensor, ""], step: Float[Tensor, ""]) -> Float[Tensor, 2]:
+def step_scales(rate: Float[Tensor, ""], step: Float[Tensor, ""]) -> Float[Tensor, " 2"]:
     """What Adam at step `step` (from 1) scales by: rate / (1 - 0.9^t) and sqrt(1 - 0.999^t).
 
     Both arguments lie on the device, so that a captured CUDA graph sees them change.
@@ -167,7 +167,7 @@ def adam_rows(
     grad: Float[Tensor, "rows width"],
     mean: Float[Tensor, "rows width"],
     mean_square: Float[Tensor, "rows width"],
-    scales: Float[Tensor, 2],
+    scales: Float[Tensor, " 2"],
     *,
     normalise: bool,
     shadow: Float[Tensor, "rows width"] | None = None,
