@@ -8,15 +8,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import exact_worlds
 from conftest import tiny_language_model
 from independent import evidence as slow
+from independent.persistence import persistence as slow_persistence
 from prunelens.activations import Activations, Statistics
 from prunelens.analyses import window_batches
 from prunelens.analyses.evidence import TokenPlaces, collect_contexts, read_contexts
+from prunelens.analyses.noise import NULL_SEED, CommonChange, other_token
 from prunelens.analyses.persistence import persistence
 from prunelens.analyses.token_effects import token_effects, unembedding
+from prunelens.config import ModelConfig, PretrainedSaeConfig
 from prunelens.errors import UserError
 from prunelens.model import as_language_model, logits
 from prunelens.sae import formats
@@ -24,6 +28,9 @@ from prunelens.sae.formats import GivenSae, given
 from prunelens.sae.kernels import dense_latents
 from prunelens.sae.sparse import SparseEncoder, sparse_latents
 from prunelens.sae.topk import TopKSAE
+from prunelens.study import evidence_stages
+from prunelens.study.artifacts.store import Source, Stage
+from prunelens.study.work import Work, write_json
 from test_pretrained import local, sae_lens, saved  # noqa: F401 a fixture
 
 CONTEXT, SKIP = 7, 1
@@ -319,8 +326,6 @@ def test_our_sae_in_raw_space_has_the_same_contexts(tmp_path):
         read_contexts(wrapped, Rows(y), world.places, own.contexts),
         read_contexts(world.sae, Rows(world.y), world.places, own.contexts),
     )
-    from safetensors.torch import save_file
-
     save_file({"activations": x}, tmp_path / "store.safetensors")
     stored = Activations(tmp_path / "store.safetensors")  # without statistics: raw
     from_file = collect_contexts(wrapped, stored, world.places)
@@ -333,12 +338,70 @@ def test_persistence_of_our_sae_in_raw_space_is_the_same():
     wrapped = given(world.sae, statistics, name="own")
     x, y = (2 * part + torch.arange(6.0) for part in (world.x_hat, world.disturbed))
     tokens = torch.arange(len(x))
-    own = persistence(world.sae, Rows(world.x_hat), Rows(world.disturbed), tokens, seed=2)
-    raw = persistence(wrapped, Rows(x), Rows(y), tokens, seed=2)
+    shift, gain = torch.arange(6.0).double() / 8, torch.full((6,), 0.5).double()
+    raw_shift = 2 * shift + (1 - gain) * statistics.mean
+    options = {"groups": tokens % 5, "seed": 2}
+    own, raw = (
+        persistence(sae, *both, tokens, change=CommonChange(m, gain, torch.tensor(0)), **options)
+        for sae, both, m in (
+            (world.sae, (Rows(world.x_hat), Rows(world.disturbed)), shift),
+            (wrapped, (Rows(x), Rows(y)), raw_shift),
+        )
+    )
+    assert set(own["source"]) > {"pruned", "undone", "null", "noise_shuffled"}
     exact = own["source"] != "noise_isotropic"  # whose noise is no number of the grid
     pd.testing.assert_frame_equal(raw[exact], own[exact])
     pd.testing.assert_frame_equal(raw[~exact], own[~exact], rtol=1e-3)
     assert own["correlation"].notna().any()
+
+
+def test_an_sae_of_others_is_read_beside_a_common_change_of_the_first_half(tmp_path, monkeypatch):
+    """Fitted in the raw space that it reads, with the noise of the condition's own seed."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 900, 6, generator=generator)
+    x, y = 2 * x + 1, 2.6 * x + 0.8 * noise - 1
+    y[:300] *= 1.5  # of the first half, which is not measured
+    screened = torch.arange(900)[torch.rand(900, generator=generator) < 0.9]
+    theirs = given(
+        TopKSAE.initialise(6, 20, 4, init_seed=0), Statistics(x[0], x[1].abs()), name="own"
+    )
+    parents = {n: tmp_path / n for n in ("screening", "dense", "dense_activations", "activations")}
+    for folder in parents.values():
+        folder.mkdir()
+    save_file({"eval": screened}, parents["screening"] / "kept.safetensors")
+    write_json(parents["dense_activations"] / "rows.json", {"eval_first_rows": 500})
+    save_file(
+        {"documents": torch.arange(900) // 30},
+        parents["dense_activations"] / "eval_documents.safetensors",
+    )
+    for name, rows in {"dense_activations": x, "activations": y}.items():
+        save_file({"activations": rows}, parents[name] / "eval.safetensors")
+    monkeypatch.setattr(evidence_stages, "load_given_sae", lambda *_, **__: theirs)
+    monkeypatch.setattr(evidence_stages, "_read_where_dense_fires", lambda *_: None)
+    config = {"pretrained": {}, "common_change": {"kind": "scalar", "seed": 40}}
+    source = Source(
+        ModelConfig(name="any", layers=[1]), None, 1, PretrainedSaeConfig(layer=1, folder="theirs")
+    )
+    stage = Stage("evidence", 2, config, {}, source=source)
+    work = Work(stage, parents, tmp_path, tmp_path.mkdir, "cpu", lambda _: None, tmp_path.mkdir)
+    evidence_stages.EVIDENCE_STAGES["evidence"](work)
+
+    found = pd.read_parquet(tmp_path / "persistence.parquet").set_index(["source", "latent"])
+    first, second = (screened[part] for part in (screened < 500, screened >= 500))
+    gain, shift = slow.common_gain(x[first].double().numpy(), y[first].double().numpy())
+    assert gain == pytest.approx(1.65, abs=0.1)
+    common = gain * x[second].double() + torch.from_numpy(shift)
+    partner = other_token(len(second), torch.Generator().manual_seed(40 + NULL_SEED))
+    null = common + (y[second] - common)[partner]
+    before = activations_of(theirs, x[second])
+    for source, rows in {"pruned": y[second], "null": null.float()}.items():
+        after = activations_of(theirs, rows)
+        for latent in range(20):
+            expected = slow_persistence(before[:, latent], after[:, latent])
+            row = found.loc[(source, latent)]
+            assert row["correlation"] == pytest.approx(expected[0], abs=1e-4, nan_ok=True)
+    assert found["correlation"].notna().sum() > 50
+    assert {len(each) for each in found["without"]} == {14}  # documents, of 30 rows
 
 
 def assert_directions(sae, scale=1.0):

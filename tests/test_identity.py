@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.independent import identity, matching
 from torch.nn.functional import normalize
 
-from prunelens.activations import random_rotation
+from prunelens.activations import Statistics, random_rotation
 from prunelens.analyses import activation_matching as activation_module
 from prunelens.analyses import scaling as scaling_module
 from prunelens.analyses import subspace as subspace_module
@@ -35,6 +36,9 @@ from prunelens.analyses.survival import Comparison, Dictionary
 from prunelens.match import match_rates
 from prunelens.sae import pattern
 from prunelens.sae.topk import TopKSAE
+from prunelens.study.arm_stages import ARM_STAGES
+from prunelens.study.artifacts.store import Stage
+from prunelens.study.work import Work, write_json
 
 TAUS = (0.5, 0.7, 0.9)
 TOKENS, WIDTH, LATENTS, K = 1500, 16, 40, 5
@@ -277,6 +281,58 @@ def test_series_over_different_tokens_are_our_bug(two_series):
     shorter = activation_module._with_moments(a.values[:100])
     with pytest.raises(AssertionError, match="same tokens"):
         match_activations(a, shorter, lowest_tau=0.5)
+
+
+def test_the_stage_matches_plain_pairs_once_more_with_the_null_in_the_place_of_the_pruned(tmp_path):
+    """Every SAE reads the null as its own normalisation makes it."""
+    x, screened = 3 * random(TOKENS, WIDTH, seed=0) + 5, torch.arange(20, TOKENS - 30)
+    y = 1.4 * x + random(TOKENS, WIDTH, seed=1) - 2
+    own = [Statistics(part.mean(0), part.std(0)) for part in (x, y)]
+    change = CommonChange(
+        random(WIDTH, seed=2).double(), torch.full((WIDTH,), 1.3).double(), torch.tensor(11)
+    )
+    parents = {name: tmp_path / name for name in ("screening", "statistics", "common_change")}
+    for number, (name, rows) in enumerate({"dense": x, "pruned": y}.items()):
+        parents |= {role: tmp_path / role for role in (name, f"{name}-0-0", f"{name}-1-1")}
+        for seed in (0, 1):
+            folder = parents[f"{name}-{seed}-{seed}"]
+            random_sae(10 * number + seed).save(folder)
+            own[number].save(folder / "normalisation.safetensors")
+        parents[name].mkdir()
+        save_file({"activations": rows}, parents[name] / "eval.safetensors")
+        save_file(
+            {"documents": torch.arange(TOKENS) // 50}, parents[name] / "eval_documents.safetensors"
+        )
+        write_json(parents[name] / "rows.json", {"eval_first_rows": 700})
+    for name in ("screening", "statistics", "common_change"):
+        parents[name].mkdir()
+    save_file({"eval": screened}, parents["screening"] / "kept.safetensors")
+    own[0].save(parents["statistics"] / "statistics.safetensors")
+    change.save(parents["common_change"] / "change.safetensors")
+    stage, shares = Stage("activation_matching", 2, {"taus": TAUS}, {}), []
+    work = Work(stage, parents, tmp_path, tmp_path.mkdir, "cpu", shares.append, tmp_path.mkdir)
+    ARM_STAGES["activation_matching"](work)
+
+    assert len(shares) == 6 and max(shares) <= 1  # four SAEs, two of them once more
+    rates = pd.read_parquet(tmp_path / "rates.parquet")
+    pairs = rates[rates["tau"] == 0.5].groupby(["arm", "source"]).size().to_dict()
+    arms, sources = ("shared_init", "cross_init"), ("pruned", "null")
+    assert pairs == dict.fromkeys(itertools.product(arms, sources), 2)
+    measured = screened[screened >= 700]
+    dense, pruned = (((part - own[0].mean) / own[0].sigma)[measured].double() for part in (x, y))
+    partner = other_token(len(measured), torch.Generator().manual_seed(11 + NULL_SEED)).numpy()
+    null = identity.null(dense.numpy(), pruned.numpy(), 1.3, change.shift.numpy(), partner)
+    raw = torch.from_numpy(null) * own[0].sigma + own[0].mean
+    latents = pd.read_parquet(tmp_path / "latents.parquet")
+    for source, read in {"pruned": y[measured], "null": raw}.items():
+        za = latents_of(random_sae(0), dense.float())
+        zb = latents_of(random_sae(11), ((read - own[1].mean) / own[1].sigma).float())
+        here = (latents["source"] == source) & (latents["init_a"] == 0) & (latents["init_b"] == 1)
+        found = latents.loc[here, "correlation"].to_numpy()
+        known = np.isfinite(found)
+        assert known.sum() > 25
+        best = identity.correlations(za, zb).max(1)
+        np.testing.assert_allclose(found[known], best[known], atol=1e-4)
 
 
 # ---- latent scaling ----
@@ -557,7 +613,7 @@ def planted_by_rate(seed, *, gain=1.5, rarest_left=1.0, width=32, tokens=4000):
 def test_scaling_under_the_null_is_the_gain_whatever_the_rate_and_whatever_was_lost(rarest_left):
     """Where rare latents did lose, `pruned` says so and the null says nothing still."""
     slopes, off = {"pruned": [], "null": []}, []
-    for seed in range(8):
+    for seed in range(10, 20):
         sae, dense, pruned, rates = planted_by_rate(seed, rarest_left=rarest_left)
         half = torch.arange(len(dense)).chunk(2)
         change = fit_common_change(Rows(dense), Rows(pruned), half[0], seed=seed)

@@ -566,11 +566,15 @@ def test_sufficiency_identity_and_warm_starts_hang_together(finished):
     latents = pd.read_parquet(out / "latents.parquet")
     pruned = latents[latents["run"].str.endswith("wanda-row-0.30")]
     names = {"scaling", "scaling_unpaired", "subspace_cross_init", "activation_match_shared_init"}
-    assert names <= set(pruned)
+    assert {*names, "scaling_null"} <= set(pruned)
     matching = pd.read_csv(out / "tables" / "activation_matching.csv")
     assert set(matching[matching["method"] == "dense"]["arm"]) == {
         *("ceiling_shared", "ceiling_cross", "chance", "ceiling_warm"),
     }
+    assert set(matching[matching["method"] == "dense"]["source"]) == {"dense"}
+    null = matching[matching["source"] == "null"]
+    plain = matching[(matching["source"] == "pruned") & matching["arm"].isin(set(null["arm"]))]
+    assert set(null["arm"]) == {"shared_init", "cross_init"} and len(null) == len(plain)
     scaling = pd.read_csv(out / "tables" / "scaling.csv")
     of_dense = scaling[scaling["source"] == "dense"]
     np.testing.assert_allclose(of_dense["mean_scaling"].dropna(), 1.0)

@@ -1,7 +1,12 @@
-"""Where one latent fires, from the definitions: loops over its activations, one token at a time."""
+"""Where one latent fires, from the definitions: loops over its activations, one token at a time.
+
+And the gain that activations [tokens, d_model] have in common.
+"""
 
 import math
 from fractions import Fraction
+
+import numpy as np
 
 WORD = 2**64
 
@@ -52,3 +57,15 @@ def priority(seed, latent, token):
         state = (state ^ state >> 27) * 0x94D049BB133111EB % WORD
         state ^= state >> 31
     return state >> 33, token
+
+
+def common_gain(x, y):
+    """(g, m) of the least squares fit of y by g x + m, all dimensions in one regression."""
+    tokens, width = x.shape
+    design = np.zeros((tokens * width, 1 + width))
+    for token in range(tokens):
+        for dimension in range(width):
+            row = token * width + dimension
+            design[row, 0], design[row, 1 + dimension] = x[token, dimension], 1
+    found = np.linalg.lstsq(design, y.reshape(-1), rcond=None)[0]
+    return found[0], found[1:]
