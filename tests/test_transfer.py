@@ -95,12 +95,14 @@ def disturbed(lm, share=0.2):
     return other
 
 
-def measured(lm, saes, *, dense=None, windows=None, refit_windows=None, **options):
+def measured(lm, saes, *, dense=None, windows=None, refit_windows=None, documents=None, **options):
+    windows = tokens(lm, 5, 1) if windows is None else windows
     return transfer(
         lm,
         saes,
-        tokens(lm, 5, 1) if windows is None else windows,
+        windows,
         tokens(lm, 4, 2) if refit_windows is None else refit_windows,
+        torch.arange(len(windows)) if documents is None else documents,
         site="resid_post",
         layer=LAYER,
         dense=dense,
@@ -131,7 +133,7 @@ def test_every_number_is_that_of_the_slow_implementation(architecture):
     assert 10 < filtered < row(ours.rows, "without_first")["num_tokens"] == 3 * (CONTEXT - 1)
     for found, model, l0 in (
         (dense.rows, lm, None),
-        (ours.rows, pruned, dict(zip(POSITIONS, dense.reference.refit_l0["jump"], strict=True))),
+        (ours.rows, pruned, dict(zip(POSITIONS, dense.reference.refit_l0[0].tolist(), strict=True))),
     ):
         expected = independent.measure(model, slow, windows, refit_windows, LAYER, limit, lm, l0)
         assert len(found) == len(expected) == 9
@@ -151,7 +153,7 @@ def test_zero_pruning_changes_nothing_and_the_verdict_is_keep(tiny_llama, tmp_pa
     reference = DenseReference.load(tmp_path / "reference.safetensors")
     again = measured(tiny_llama, saes, dense=reference)
     pd.testing.assert_frame_equal(dense.rows, again.rows, check_exact=True)
-    rows = transfer_verdicts(dense.rows, again.rows)
+    rows = transfer_verdicts(again.rows)
     assert rows["ce_recovered"].notna().all()
     assert set(rows["verdict"]) == {"keep"}
     assert set(dense.rows["verdict"]) == {""}
@@ -191,7 +193,7 @@ def test_a_shifted_mean_is_mended_by_the_decoder_bias():
         shifted.blocks[LAYER].mlp.c_proj.bias += 3 * blind
     dense = measured(lm, [sae], **text)
     rows = measured(shifted, [sae], dense=dense.reference, **text).rows
-    rows = transfer_verdicts(dense.rows, rows)
+    rows = transfer_verdicts(rows)
     for positions in POSITIONS:
         before, after = row(rows, positions), row(rows, positions, "b_dec")
         reference = row(dense.rows, positions, "b_dec")
@@ -255,8 +257,8 @@ def test_many_batches_find_the_same_factor(monkeypatch):
 def test_equal_sets_share_their_work(tiny_llama, monkeypatch):
     """Without sinks norm_filtered is without_first: same rows, fewer forward passes."""
     passes = []
-    original = recovered._Runs.replaced
-    monkeypatch.setattr(recovered._Runs, "replaced", lambda *a: passes.append(1) or original(*a))
+    original = recovered.Runs.replaced
+    monkeypatch.setattr(recovered.Runs, "replaced", lambda *a: passes.append(1) or original(*a))
     shares = []
     options = {"max_norm_multiple": 1e9, "progress": shares.append}
     rows = measured(tiny_llama, [jump_relu()[0]], **options).rows
@@ -271,7 +273,7 @@ def test_equal_sets_share_their_work(tiny_llama, monkeypatch):
 
 def assert_runs_equal_whole_passes(lm, site, layer, *, restarts):
     """The model as it is and with the site changed, in two batches, bit for bit."""
-    runs = recovered._Runs((lm, site, layer))
+    runs = recovered.Runs((lm, site, layer))
     for seed in (1, 2):
         text = torch.randint(0, 64, (3, CONTEXT), generator=torch.Generator().manual_seed(seed))
         assert torch.equal(runs.whole(text), logits(lm, text))
@@ -347,7 +349,7 @@ def test_what_cannot_be_restarted_runs_whole(caplog):
         memory[0] = float(x.abs().max())
         return before(x, **kwargs)
 
-    runs = recovered._Runs((lm, "resid_post", 1))
+    runs = recovered.Runs((lm, "resid_post", 1))
     lm.blocks[0].forward = forgetful
     lm.model.register_forward_hook(lambda *_: memory.__setitem__(0, 0.0))  # gone with the pass
     text = torch.randint(0, 64, (3, CONTEXT), generator=torch.Generator().manual_seed(1))
@@ -390,7 +392,7 @@ def test_no_prediction_no_number(tiny_llama):
     text = [tokens(tiny_llama, 40, seed, 2) for seed in (1, 2)]
     two = {"windows": text[0], "refit_windows": text[1], "ce_windows": 40}
     dense = measured(tiny_llama, [jump_relu()[0]], **two)
-    rows = transfer_verdicts(dense.rows, dense.rows)
+    rows = transfer_verdicts(dense.rows)
     later = row(rows, "without_first")
     assert math.isnan(later["ce_recovered"]) and "no prediction" in later["reason"]
     assert later["verdict"] == "" and "no verdict" in later["reason"]
