@@ -152,7 +152,7 @@ def _nll(
     replacements: Sequence[_Replacement],
     members: Bool[Tensor, "sets windows context"],
     done: Callable[[int], None],
-) -> dict[Hashable, Float64[Tensor, "windows predictions"]]:
+) -> dict[Hashable, Float64[Tensor, "wanted predictions"]]:
     """-log p(next token) at all positions but the last, by key; None: the model as it is."""
     asked = Counter(each.key for each in replacements)
     distinct = {each.key: each for each in replacements}

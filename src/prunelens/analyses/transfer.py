@@ -159,7 +159,7 @@ def transfer(
     places = [each.place(eval_norms[drawn], limit, drawn, means) for each in sets]
     nats: list[Nats] = []
     runs, groups = Runs(where), drawn[:0]
-    for first, end in itertools.pairwise([0, *_sizes(len(drawn), dense)]):
+    for first, end in itertools.pairwise([0, *_sizes(len(drawn), doubling=dense is not None)]):
         rows = slice(first, end)
         more = cross_entropies(runs, windows_eval[drawn], places, rows, done=done.add)
         nats = [one.followed_by(two) for one, two in zip(nats, more, strict=True)] if nats else more
@@ -260,13 +260,10 @@ def _dense_l0(dense: DenseReference | None, reading: Reading) -> dict[str, list[
     return dict(zip(dense.saes, dense.refit_l0[:, reading.sets].tolist(), strict=True))
 
 
-def _sizes(num_windows: int, dense: DenseReference | None) -> list[int]:
-    """After how many windows it is asked whether they are enough; in the dense model, never."""
-    sizes = [num_windows]
-    if dense is not None:
-        doubled = (FIRST_WINDOWS * 2**n for n in itertools.count())
-        sizes = [*itertools.takewhile(lambda size: size < num_windows, doubled), num_windows]
-    return sizes
+def _sizes(num_windows: int, *, doubling: bool) -> list[int]:
+    """After how many windows it is asked whether they are enough."""
+    sizes = (FIRST_WINDOWS * 2**n for n in range(64 if doubling else 0))
+    return [*itertools.takewhile(lambda size: size < num_windows, sizes), num_windows]
 
 
 def _is_narrow(
