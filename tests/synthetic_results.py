@@ -172,16 +172,24 @@ def _add_selftest(rows: list[dict], draw: np.random.Generator) -> None:
 
 
 def _add_transfer(rows: list[dict], run: dict, damage: float, draw: np.random.Generator) -> None:
-    for sae, positions, refit in itertools.product(
-        ("seed 0", "seed 1", "scope/layer_12"), ("all", "norm_filtered"), ("none", "b_dec")
+    dense = run["method"] == "dense"
+    for sae, (positions, source), refit in itertools.product(
+        ("seed 0", "seed 1", "scope/layer_12"),
+        (("all", "pruned"), ("norm_filtered", "pruned"), ("norm_filtered", "null")),
+        ("none", "b_dec"),
     ):
         error = 0.2 + damage / 4 + 0.01 * draw.random()
-        verdict = "" if run["method"] == "dense" else "keep" if damage < 0.4 else "retrain"
-        rows.append(
-            run
-            | {"sae": sae, "positions": positions, "refit": refit, "fvu": error, "fvu_raw": error}
-            | {"fvu_dense_var": error, "l0": 80.0, "ce_recovered": 1 - error, "verdict": verdict}
-        )
+        verdict = "keep" if damage < 0.4 else "undecided" if damage < 0.5 else "retrain"
+        ratios = {"fvu_dense_var_ratio": error / 0.2, "fvu_raw_ratio": error / 0.2}
+        row = run | {"sae": sae, "positions": positions, "source": source, "refit": refit}
+        row |= {"fvu": error, "fvu_raw": error, "fvu_dense_var": error, "l0": 80.0}
+        row |= {"ce_recovered": 1 - error, "verdict": "" if dense else verdict}
+        row |= {"num_windows": 32, "num_documents": 20}
+        for name, value in (ratios | {"ce_drop": damage / 4}).items():
+            half = NAN if dense else 0.02
+            row |= {name: value, f"{name}_low": value - half, f"{name}_high": value + half}
+        if source == "pruned" or not dense:
+            rows.append(row)
 
 
 def _add_pruned(

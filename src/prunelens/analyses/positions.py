@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 POSITIONS = ("all", "without_first", "norm_filtered")
+FILTERED = POSITIONS.index("norm_filtered")
 
 
 def token_norms(states: Tensor) -> Float[Tensor, "windows context"]:

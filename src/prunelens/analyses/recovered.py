@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor, nn
 
 from prunelens.analyses.refit import batches_for, first_equal
+from prunelens.analyses.verdict import Recovery
 from prunelens.config import Site
 from prunelens.model import LanguageModel, logits, replace_at_site, site_module
 from prunelens.perplexity import LOGITS_AT_ONCE, next_token_nll
@@ -33,113 +33,108 @@ Rebuild = Callable[[Tensor], Tensor]
 """Activations, whose last dimension is d_model, to what takes their place."""
 
 
-class Mended(NamedTuple):
-    """An SAE and, per token set, its variants by name."""
-
-    sae: GivenSae
-    variants: Sequence[dict[str, GivenSae]]
+States = Callable[[Tensor, slice], Tensor]
+"""The site's activations, and which windows they are of, to what is read in their place."""
 
 
-class CrossEntropy(NamedTuple):
-    """Nats per prediction made at a position of the set; NaN where there is none."""
+class Place(NamedTuple):
+    """A token set and what is put there."""
 
-    model: float
-    """The model as it is."""
-    mean_ablated: float
-    """With the mean activation at the positions of the set."""
-    sae: float
-    """With the SAE's reconstruction there."""
-
-    @property
-    def recovered(self) -> float:
-        """(mean_ablated - sae) / (mean_ablated - model); NaN unless the ablation does harm."""
-        harm = self.mean_ablated - self.model
-        return (self.mean_ablated - self.sae) / harm if harm > 0 else math.nan
-
-    @property
-    def reason(self) -> str:
-        """Why `recovered` is NaN; empty where it is a number."""
-        if not math.isnan(self.recovered):
-            return ""
-        if math.isnan(self.model):
-            return "ce_recovered: no prediction is made at these positions"
-        return "ce_recovered: mean ablation does not raise the cross-entropy"
+    members: Bool[Tensor, "windows context"]
+    mean: Float[Tensor, " d_model"]
+    """What the ablation puts in."""
+    saes: dict[tuple[str, str], GivenSae]
+    """By name and variant."""
+    states: States | None = None
+    """What the model and the SAEs read; None: the model's own activations."""
 
 
-class CrossEntropies(NamedTuple):
-    """All of one model."""
+class Nats(NamedTuple):
+    """-log p(next token), summed over each window's predictions at the positions of a set."""
 
-    model: list[float]
-    """Per token set."""
-    mean_ablated: list[float]
-    """Per token set."""
-    sae: dict[tuple[str, int, str], float]
-    """By SAE, number of the token set, and variant."""
+    count: Float64[Tensor, " windows"]
+    """How many predictions are made there."""
+    model: Float64[Tensor, " windows"]
+    """The model with what it reads there."""
+    mean_ablated: Float64[Tensor, " windows"]
+    """With the mean there instead."""
+    saes: dict[tuple[str, str], Float64[Tensor, " windows"]]
+    """With an SAE's reconstruction of it, by name and variant."""
 
-    def of(self, sae: str, number: int, variant: str) -> CrossEntropy:
-        """The three numbers that one row compares."""
-        return CrossEntropy(
-            self.model[number], self.mean_ablated[number], self.sae[sae, number, variant]
-        )
+    def recovery(self, sae: str, variant: str, groups: Int[Tensor, " windows"]) -> Recovery:
+        """Per group of documents."""
+        return Recovery.by_group(self.model, self.mean_ablated, self.saes[sae, variant], groups)
+
+    def followed_by(self, others: Nats) -> Nats:
+        """These windows, then those."""
+        both = (torch.cat(pair) for pair in zip(self[:3], others[:3], strict=True))
+        return Nats(*both, {n: torch.cat([part, others.saes[n]]) for n, part in self.saes.items()})
 
 
 def cross_entropies(
-    where: Where,
+    runs: Runs,
     windows: Int[Tensor, "windows context"],
-    members: Bool[Tensor, "sets windows context"],
-    mean: Float[Tensor, "sets d_model"],
-    mended: Sequence[Mended],
+    places: Sequence[Place],
+    rows: slice,
     *,
     done: Callable[[int], None],
-) -> CrossEntropies:
-    """Run a model as it is, mean-ablated, and with each SAE's reconstruction at the site.
+) -> list[Nats]:
+    """Run a model as it is, mean-ablated, and with each SAE's reconstruction, for every place.
 
     Positions outside the set keep their activations. The model runs once, and from the site on
-    once per set for the mean, and once per set and variant; equal sets (no token's norm was out
-    of bounds) share.
+    once per place for the mean, and once per place and variant; equal ones share.
 
     Args:
-        where: model, site, layer.
-        members: which positions are in which set.
-        mean: per set, what the ablation puts in.
+        rows: the windows that are run, of those that the places tell of.
         done: told the number of windows of each run.
     """
-    numbers = range(len(members))
-    # Sets that are equal here may differ on the tokens that the mean was taken over.
-    means = {
-        number: _Replacement(number, first_equal(mean, number), _constant(mean[number]))
-        for number in numbers
-    }
-    saes = {
-        (entry.sae.name, number, name): _Replacement(number, variant, _reconstruction(variant))
-        for entry in mended
-        for number in numbers
-        for name, variant in entry.variants[number].items()
-    }
-    nll = _nll(where, windows, members, [*means.values(), *saes.values()], done)
-
-    def measured(replacement: _Replacement) -> float:
-        return _mean_at(nll[replacement.key(members)], members[replacement.number])
-
-    return CrossEntropies(
-        model=[_mean_at(nll[None], members[number]) for number in numbers],
-        mean_ablated=[measured(means[number]) for number in numbers],
-        sae={name: measured(replacement) for name, replacement in saes.items()},
-    )
+    members = torch.stack([place.members for place in places])
+    means = torch.stack([place.mean for place in places])
+    asked = [
+        _asked(place, first_equal(members, number), first_equal(means, number))
+        for number, place in enumerate(places)
+    ]
+    replacements = [each for one in asked for each in one.values()]
+    nll = _nll(runs, windows, rows, [each for each in replacements if each], members, done)
+    found = []
+    for place, one in zip(places, asked, strict=True):
+        at = place.members[rows, :-1]
+        sums = {
+            name: torch.where(at, nll[each and each.key], 0.0).sum(1) for name, each in one.items()
+        }
+        found.append(Nats(at.sum(1).double(), sums.pop("model"), sums.pop("mean_ablated"), sums))
+    return found
 
 
 class _Replacement(NamedTuple):
     """What is put at the site, at the positions of one token set."""
 
-    number: int
-    """Of the token set."""
+    where: int
+    """Number of the token set; of equal ones the first."""
     what: Hashable
     """Equal where the same is put in."""
     rebuild: Rebuild
+    states: States | None = None
 
-    def key(self, members: Bool[Tensor, "sets windows context"]) -> Hashable:
+    @property
+    def key(self) -> Hashable:
         """Equal where the same is put in at the same positions."""
-        return first_equal(members, self.number), self.what
+        return self.where, self.what, self.states
+
+
+def _asked(place: Place, where: int, mean: int) -> dict[Any, _Replacement | None]:
+    """What one place asks for; None: the model as it is.
+
+    Args: mean: the first place with the same mean; sets that are equal here may differ on the
+        tokens that it was taken over.
+    """
+    own = place.states and _Replacement(where, "as it is", torch.clone, place.states)
+    ablated = _Replacement(where, mean, _constant(place.mean))
+    saes = {
+        name: _Replacement(where, sae, _reconstruction(sae), place.states)
+        for name, sae in place.saes.items()
+    }
+    return {"model": own, "mean_ablated": ablated, **saes}
 
 
 def _constant(mean: Float[Tensor, " d_model"]) -> Rebuild:
@@ -151,60 +146,57 @@ def _reconstruction(sae: GivenSae) -> Rebuild:
 
 
 def _nll(
-    where: Where,
+    runs: Runs,
     windows: Int[Tensor, "windows context"],
-    members: Bool[Tensor, "sets windows context"],
+    wanted: slice,
     replacements: Sequence[_Replacement],
+    members: Bool[Tensor, "sets windows context"],
     done: Callable[[int], None],
-) -> dict[Hashable, Float[Tensor, "windows predictions"]]:
+) -> dict[Hashable, Float64[Tensor, "wanted predictions"]]:
     """-log p(next token) at all positions but the last, by key; None: the model as it is."""
-    asked = Counter(each.key(members) for each in replacements)
-    distinct = {each.key(members): each for each in replacements}
+    asked = Counter(each.key for each in replacements)
+    distinct = {each.key: each for each in replacements}
     found: dict[Hashable, list[Tensor]] = defaultdict(list)
-    runs = _Runs(where)
-    for rows in _batches(where[0], windows):
+    for rows in _batches(runs.lm, windows, wanted):
         tokens = windows[rows]
-        found[None].append(next_token_nll(runs.whole(tokens), tokens).cpu())
+        found[None].append(next_token_nll(runs.whole(tokens), tokens).double().cpu())
         done(len(tokens))
-        for key, (number, _, rebuild) in distinct.items():
-            scores = runs.replaced(_rebuilding(members[number, rows], rebuild))
-            found[key].append(next_token_nll(scores, tokens).cpu())
+        for key, each in distinct.items():
+            scores = runs.replaced(_rebuilding(members[each.where, rows], each, rows))
+            found[key].append(next_token_nll(scores, tokens).double().cpu())
             done(asked[key] * len(tokens))
     return {key: torch.cat(parts) for key, parts in found.items()}
 
 
-def _batches(lm: LanguageModel, windows: Int[Tensor, "windows context"]) -> Iterator[slice]:
+def _batches(
+    lm: LanguageModel, windows: Int[Tensor, "windows context"], wanted: slice
+) -> Iterator[slice]:
     """Rows of so many windows that their logits fit."""
     limit = LOGITS_AT_ONCE.get(lm.device.type, 2**22)
     per_batch = max(1, limit // (windows.shape[1] * lm.vocabulary_size))
-    for first in range(0, len(windows), per_batch):
-        yield slice(first, first + per_batch)
+    for first in range(wanted.start, wanted.stop, per_batch):
+        yield slice(first, min(first + per_batch, wanted.stop))
 
 
-def _rebuilding(at: Bool[Tensor, "windows context"], rebuild: Rebuild) -> Rebuild:
+def _rebuilding(
+    at: Bool[Tensor, "windows context"], replacement: _Replacement, rows: slice
+) -> Rebuild:
     """New activations with those `at` some positions rebuilt; what is given stays as it is."""
 
     def rebuilt(x: Tensor) -> Tensor:
-        here, x = at.to(x.device), x.clone()
+        here, states = at.to(x.device), replacement.states
+        read, x = states(x, rows) if states else x, x.clone()
         if bool(here.any()):
-            x[here] = rebuild(x[here]).to(x)
+            x[here] = replacement.rebuild(read[here]).to(x)
         return x
 
     return rebuilt
 
 
-def _mean_at(
-    nll: Float[Tensor, "windows predictions"], members: Bool[Tensor, "windows context"]
-) -> float:
-    """Mean over the predictions made at positions of a set, in float64; NaN where there is none."""
-    chosen = nll[members[:, :-1]]
-    return float(chosen.double().mean())
-
-
 # --- restarting at the site ---------------------------------------------------------------------
 
 
-class _Runs:
+class Runs:
     """A batch of windows, run as it is and then again and again from the site on.
 
     The Hugging Face model itself runs, so that masks, rotary angles, the last norm and the head
@@ -213,9 +205,9 @@ class _Runs:
     """
 
     def __init__(self, where: Where) -> None:
-        self._lm, self._name, self._layer = where
+        self.lm, self._name, self._layer = where
         self._site = site_module(*where)
-        self._below = list(self._lm.blocks[: self._layer])
+        self._below = list(self.lm.blocks[: self._layer])
         self._restarts: bool | None = None  # not known before the first batch
         self._calls: Counter[nn.Module] = Counter()
         self._kept: dict[nn.Module, Any] = {}
@@ -230,18 +222,18 @@ class _Runs:
         with contextlib.ExitStack() as hooks:
             for module in (self._site, *self._below):
                 hooks.callback(module.register_forward_hook(self._keep).remove)
-            own = logits(self._lm, tokens)
+            own = logits(self.lm, tokens)
         if self._restarts is None:
             self._restarts = self._gives(own)
             if not self._restarts:
-                log.info("%s cannot be restarted at its site: every run is whole", self._lm.label)
+                log.info("%s cannot be restarted at its site: every run is whole", self.lm.label)
         return own
 
     @torch.no_grad()
     def replaced(self, replace: Rebuild) -> Float[Tensor, "windows context vocabulary"]:
         """The batch's logits with `replace` (which gives new memory) of the site's activations."""
         if not self._restarts:
-            return replace_at_site(self._lm, self._tokens, self._name, self._layer, replace)
+            return replace_at_site(self.lm, self._tokens, self._name, self._layer, replace)
         return self._rerun(replace)
 
     def _keep(self, module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -268,7 +260,7 @@ class _Runs:
             entering = _with_hidden(entering, _hidden(entering).clone())
             answers |= dict.fromkeys(self._below, entering)
         with _answering(answers):
-            return logits(self._lm, self._tokens)
+            return logits(self.lm, self._tokens)
 
 
 @contextlib.contextmanager

@@ -102,13 +102,18 @@ class Moments:
         self.squares = torch.zeros_like(self.total)
 
     def add(
-        self, values: Float[Tensor, "tokens d_model"], members: Bool[Tensor, "sets tokens"]
+        self,
+        values: Float[Tensor, "tokens d_model"],
+        members: Bool[Tensor, "some_sets tokens"],
+        *,
+        first: int = 0,
     ) -> None:
-        """Add tokens to the sets that they are in."""
+        """Add tokens to the sets that they are in, of those from the `first` on."""
         weights, values = members.double(), values.double()
-        self.count += weights.sum(1, keepdim=True)
-        self.total += weights @ values
-        self.squares += weights @ values.square()
+        sets = slice(first, first + len(members))
+        self.count[sets] += weights.sum(1, keepdim=True)
+        self.total[sets] += weights @ values
+        self.squares[sets] += weights @ values.square()
 
     @property
     def mean(self) -> Float64[Tensor, "sets d_model"]:
@@ -126,28 +131,32 @@ class Errors:
 
     def __init__(self, num_sets: int, sae: GivenSae) -> None:
         self.moments = Moments(num_sets, sae.d_model, sae.device)
-        self._active = torch.zeros(num_sets, dtype=torch.float64, device=sae.device)
+        self.active = torch.zeros(num_sets, dtype=torch.float64, device=sae.device)
+        """Active latents, summed over the tokens of each set."""
 
     def add(
         self,
         sae: GivenSae,
         states: Float[Tensor, "tokens d_model"],
-        members: Bool[Tensor, "sets tokens"],
+        members: Bool[Tensor, "some_sets tokens"],
+        *,
+        first: int = 0,
     ) -> None:
-        """Encode and decode tokens, without the SAE's own decoder shift."""
+        """Encode and decode tokens, without the SAE's own decoder shift; sets as in `Moments`."""
         unshifted = dataclasses.replace(sae, decoder_shift=None)
         start = 0
         for x in batches_for(sae, states):
             part = members[:, start : start + len(x)].to(sae.device)
             rebuilt = unshifted.rebuild(x)
-            self.moments.add(x - rebuilt.states, part)
-            self._active += part.double() @ rebuilt.num_active.double()
+            self.moments.add(x - rebuilt.states, part, first=first)
+            sets = slice(first, first + len(part))
+            self.active[sets] += part.double() @ rebuilt.num_active.double()
             start += len(x)
 
     @property
     def l0(self) -> Float64[Tensor, " sets"]:
         """Mean number of active latents per token of each set."""
-        return self._active / self.moments.count.squeeze(1)
+        return self.active / self.moments.count.squeeze(1)
 
 
 def batches_for(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import pathlib
 from typing import Annotated
 
@@ -148,8 +150,8 @@ def transfer(
     dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """May a dense model's SAE still be used after pruning? keep, refit or retrain, and why."""
-    from prunelens.analyses.transfer import TRANSFER_RULE
+    """May a dense model's SAE still be used after pruning? keep, refit, retrain or undecided."""
+    from prunelens.analyses.verdict import LIMITS, TRANSFER_RULE
     from prunelens.study.single import transfer_sae
 
     study, pruning = single_step(
@@ -181,9 +183,18 @@ def transfer(
     if as_json:
         print_json({"rule": TRANSFER_RULE, "rows": records(table)})
         return
-    shown = ["condition", "positions", "refit", "fvu_dense_var", "l0", "ce_recovered", "verdict"]
-    print_table(table[shown])
+    for name in LIMITS:
+        parts = (table[f"{name}{tail}"] for tail in ("", "_low", "_high"))
+        table[name] = list(itertools.starmap(_with_interval, zip(*parts, strict=True)))
+    print_table(table[["condition", "positions", "refit", "ce_recovered", *LIMITS, "verdict"]])
     print(TRANSFER_RULE)
-    answer = table.loc[table["positions"] == "norm_filtered", "verdict"]
-    answer = answer[answer != ""]
-    print(f"believe norm_filtered: {answer.iloc[0] if len(answer) else 'undefined, see --json'}")
+    answer = table[(table["positions"] == "norm_filtered") & (table["verdict"] != "")].iloc[0]
+    print(f"believe norm_filtered: {answer['verdict']}")
+    if answer["reason"]:
+        print(answer["reason"])
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.3g}" if math.isnan(low) else f"{value:.3g} [{low:.3g}, {high:.3g}]"

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from prunelens.analyses.verdict import LIMITS
 from prunelens.config import StudyConfig
 from prunelens.csv_table import as_csv
 from prunelens.paper import published
@@ -109,12 +110,16 @@ def _transfer(tables: Tables) -> pd.DataFrame:
     rows = tables["transfer"]
     keys = [*SITE, "sae"]
     plain = rows[(rows["refit"] == "none") | rows["refit"].isna()]
+    null = plain[plain["source"] == "null"].set_index(["run", "sae"])
+    plain = plain[plain["source"] != "null"]
     every = plain[(plain["positions"] == "all") | plain["positions"].isna()]
     made = every[[*keys, "fvu_raw", "fvu", "l0", "ce_recovered", "reason"]].reset_index(drop=True)
     kept = plain[plain["positions"] == "norm_filtered"].set_index(["run", "sae"])
-    wanted = ["fvu_dense_var", "l0", "ce_recovered", "verdict"]
+    wanted = ["fvu_dense_var", "l0", "ce_recovered"]
     made = made.join(kept[wanted].add_suffix("_filtered"), on=["run", "sae"])
-    made = made.rename(columns={"verdict_filtered": "verdict"})
+    judged = kept[[*LIMITS, "verdict", "reason"]].rename(columns={"reason": "because"})
+    made = made.join(judged, on=["run", "sae"])
+    made = made.join(null["verdict"].rename("null_verdict"), on=["run", "sae"])
     made = beside_published(made, "transfer")
     ours = made["sae"].astype(str).str.fullmatch(OWN)
     for name in ("paper_fvu", "paper_l0", "paper_layer"):

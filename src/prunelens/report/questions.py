@@ -129,9 +129,11 @@ QUESTIONS = (
         "An SAE that was trained on the dense model reads activations of the pruned one.",
         "FVU over all positions. One position with a huge norm can decide it, and a variance that"
         " shrinks or grows moves it. The paper's numbers are of the official SAEs.",
-        "Filtered, that is without the first position and unusual norms: the error over the dense"
-        " variance, and the cross-entropy that the model recovers from the reconstruction. The"
-        f" verdict: {TRANSFER_RULE}.",
+        "Filtered, that is without the first position and unusual norms: how many times the dense"
+        " model's the error is, over the dense variance and over the pruned model's own, and how"
+        " much less of the cross-entropy the model recovers from the reconstruction; each with its"
+        f" interval, on the same tokens of both models. The verdict: {TRANSFER_RULE}. Beside it"
+        " what noise of equal size does; where that gets the same verdict, because says so.",
         figures=("fig3_transfer",),
         tables=("table2_transfer",),
         more=("transfer",),

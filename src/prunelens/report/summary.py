@@ -104,7 +104,8 @@ def _verdicts(rows: pd.DataFrame) -> str:
     """What RQ3 says of the dense SAEs, norm-filtered; all that occur."""
     if rows.empty:
         return "-"
-    found = rows.loc[rows["positions"] == "norm_filtered", "verdict"]
+    own = (rows["positions"] == "norm_filtered") & (rows["source"] == "pruned")
+    found = rows.loc[own, "verdict"]
     return "/".join(sorted(set(found.dropna()) - {""})) or "-"
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 from prunelens.analyses.claims import COLUMNS as CLAIM_COLUMNS
 from prunelens.analyses.grades import COLUMNS as GRADE_COLUMNS
 from prunelens.analyses.noise import COLUMNS as CHANGE_COLUMNS
+from prunelens.analyses.verdict import LIMITS
 from prunelens.csv_table import as_csv
 
 _CONDITION = ["run", "model", "layer", "method", "sparsity"]
@@ -62,7 +63,9 @@ COLUMNS = {
     ],
     "transfer": [
         *_CONDITION, "sae", "positions", "refit", "fvu", "fvu_raw", "fvu_dense_var", "l0",
-        "ce_recovered", "verdict", "ce_model", "ce_mean_ablated", "ce_sae", "reason",
+        "ce_recovered", "verdict", "ce_model", "ce_mean_ablated", "ce_sae", "reason", "source",
+        *(f"{name}{tail}" for name in LIMITS for tail in ("", "_low", "_high")),
+        "num_windows", "num_documents",
     ],
     "fragility": [
         *_CONDITION, "measure", "tau", "quintile", "firing_rate", "survival_rate", "num_latents",

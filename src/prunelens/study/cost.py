@@ -251,14 +251,17 @@ def _sufficiency(
 def _transfer(
     config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
 ) -> Work:
-    """Activations for FVU and refit, then cross-entropies: four without an SAE, six for each."""
+    """Activations for FVU and refit, then cross-entropies on four sets, the null's one of them.
+
+    As many windows as there may be are counted: a pruned model's may be enough before.
+    """
     context, blocks = study.corpus.context_tokens, config["layer"] + 1
     num_saes = max(1, _count(parents, "sae-"))  # one of others is no parent
     below = study.corpus.eval_tokens + config["refit_tokens"]
-    whole = config["ce_tokens"] * (4 + 6 * num_saes)
+    whole = config["ce_tokens"] * (5 + 8 * num_saes)
     flops = forward_flops(shape, below, context_tokens=context, blocks=blocks, head=False)
     flops += forward_flops(shape, whole, context_tokens=context, head=True)
-    encoded = num_saes * (2 * below + 6 * config["ce_tokens"])
+    encoded = num_saes * (4 * below + 8 * config["ce_tokens"])
     return Work(flops + encoding_flops(*sae_size(shape, study), encoded), below + whole)
 
 

@@ -152,6 +152,10 @@ class LayerPlan:
         """RQ3: one stage for our own dense SAEs, one for each SAE of others."""
         dense = {} if self._dense is self else self._dense._transfer()
         shared = {"prune": self.prune, "statistics": self._dense.statistics}
+        if dense:
+            shared["common_change"] = self.common_change
+            shared["dense_activations"] = self._dense.activations
+            shared["pruned_activations"] = self.activations
         own = {f"sae-{s.init_seed}": self._dense.saes[s] for s in self._dense._seeds()}
         stages = {}
         for given in (None, *self._model.pretrained(self._layer)):

@@ -42,7 +42,7 @@ VERSIONS = {  # raise one when the same config would give other numbers
     "subspace": 2,
     "sufficiency": 1,
     "fates": 3,
-    "transfer": 2,
+    "transfer": 3,
     "fragility": 3,
     "causal": 1,
     "evidence": 2,

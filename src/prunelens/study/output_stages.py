@@ -10,9 +10,10 @@ from typing import Literal
 import pandas as pd
 from torch import Tensor
 
-from prunelens.activations import Statistics
+from prunelens.activations import Activations, Statistics
 from prunelens.analyses.causal import Ablations, ablate, nothing_ablated
 from prunelens.analyses.causal_groups import causal_summary, latent_groups
+from prunelens.analyses.null_states import NullSource
 from prunelens.analyses.transfer import DenseReference, transfer, transfer_verdicts
 from prunelens.corpus import spread_over_documents
 from prunelens.sae.formats import GivenSae
@@ -25,6 +26,7 @@ from prunelens.study.model_stages import (
     load_window_documents,
     load_windows,
 )
+from prunelens.study.question_stages import load_common_change
 from prunelens.study.work import Work
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ def _transfer(work: Work) -> None:
     )
     evaluation, refit = load_windows(work, *EVAL), load_windows(work, "train")
     context = evaluation.shape[1]
+    statistics = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
     saes = _given_saes(work)
     if reference and work.config["pretrained"]:
         saes = [dataclasses.replace(sae, name=GIVEN) for sae in saes]
@@ -52,25 +55,41 @@ def _transfer(work: Work) -> None:
         saes,
         evaluation,
         refit[: max(1, config["refit_tokens"] // context)],
+        load_window_documents(work, *EVAL),
         site=config["site"],
         layer=config["layer"],
         dense=reference,
         ce_windows=max(1, config["ce_tokens"] // context),
         max_norm_multiple=config["max_norm_multiple"] or DEFAULT_NORM_MULTIPLE,
-        sigma=Statistics.load(work.parents["statistics"] / "statistics.safetensors").sigma,
+        sigma=statistics.sigma,
+        null=_null_source(work, statistics) if reference else None,
         progress=work.progress,
     )
     for note in found.notes:
         log.warning("%s", note)
     reference, rows = found.reference, found.rows
     if work.config["pretrained"]:
-        (l0,) = reference.refit_l0.values()
-        reference = reference._replace(refit_l0={GIVEN: l0})
-        rows = rows.assign(sae=GIVEN)
+        reference, rows = reference._replace(saes=(GIVEN,)), rows.assign(sae=GIVEN)
     reference.save(work.out / "reference.safetensors")
-    if dense_folder:
-        rows = transfer_verdicts(pd.read_parquet(dense_folder / "transfer.parquet"), rows)
-    rows.to_parquet(work.out / "transfer.parquet")
+    (transfer_verdicts(rows) if dense_folder else rows).to_parquet(work.out / "transfer.parquet")
+
+
+def _null_source(work: Work, statistics: Statistics) -> NullSource:
+    """The stores of both models, whose windows are those of the corpus."""
+
+    def stores(split: str) -> tuple[Activations, Activations]:
+        dense, pruned = (
+            Activations(
+                work.parents[role] / f"{split}.safetensors",
+                statistics=statistics,
+                device=work.device,
+            )
+            for role in ("dense_activations", "pruned_activations")
+        )
+        return dense, pruned
+
+    skip_first = work.stage.parents["pruned_activations"].config["skip_first"]
+    return NullSource(load_common_change(work), stores("eval"), stores("train"), skip_first)
 
 
 def _given_saes(work: Work) -> list[GivenSae]:

@@ -22,7 +22,7 @@ from prunelens.config import (
     TransferConfig,
     part_from_data,
 )
-from prunelens.corpus import TokenSplits, fingerprint, split_tokens, windows
+from prunelens.corpus import TokenSplits, fingerprint, split_documents, split_tokens, windows
 from prunelens.errors import UserError
 from prunelens.match import MatchRates, match_dictionaries, match_rates
 from prunelens.model import LanguageModel, load_model, model_fingerprint
@@ -40,6 +40,7 @@ from prunelens.prune.record import ModelRecord, PruningRecord, TextRecord
 from prunelens.sae.formats import check_fits
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
+from prunelens.study.model_stages import EVAL
 from prunelens.study.run import resolve_device
 
 log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ def transfer_sae(
         device: `auto`, `cpu`, `cuda`, …
         progress: told the share that is done, 0 to 1.
     Returns: condition (dense, then the pruned one) and the columns of `transfer`; verdicts by
-        TRANSFER_RULE on the rows of the pruned model.
+        TRANSFER_RULE on the rows of the pruned model. Without the null, which needs a study.
     Raises: UserError where SAE, model or text are wrong, the SAE does not fit the model, its
         dense L0 is not the nominal one, or no layer is known.
     """
@@ -179,8 +180,9 @@ def transfer_sae(
         return transfer(
             lm,
             [given],
-            torch.cat([_cut(splits, name, width) for name in ("eval_first", "eval_second")]),
+            torch.cat([_cut(splits, name, width) for name in EVAL]),
             _cut(splits, "train", width),
+            split_documents(splits, width, *EVAL),
             site=model.site,
             layer=layer,
             dense=dense,
@@ -196,8 +198,7 @@ def transfer_sae(
     else:
         del lm
         lm = load_model(model.model_copy(update={"name": pruned, "revision": None}), device=device)
-    rows = measure(lm, unpruned.reference, 0.5).rows
-    rows = transfer_verdicts(unpruned.rows, rows)
+    rows = transfer_verdicts(measure(lm, unpruned.reference, 0.5).rows)
     label = pruned if pruning is None else pruning.label
     parts = (("dense", unpruned.rows), (label, rows))
     tables = [table.assign(condition=name) for name, table in parts]
@@ -211,7 +212,7 @@ def _text_for_transfer(
     """Of train only what is refitted on, calibration only where the criterion asks for it."""
     least = max(sizes.refit_tokens, corpus.context_tokens)
     corpus = corpus.model_copy(update={"train_tokens": min(corpus.train_tokens, least)})
-    only = ["train", "eval_first", "eval_second"]
+    only = ["train", *EVAL]
     if pruning is not None and pruning.is_calibrated:
         only.append("calibration")
     return split_tokens(corpus, lm.tokenizer, only=only)

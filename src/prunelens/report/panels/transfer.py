@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from prunelens.analyses.verdict import CE_MARGIN, FVU_FACTOR
+from prunelens.analyses.verdict import LIMITS
 from prunelens.report.panels.panel import (
     Level,
     Line,
@@ -26,7 +26,7 @@ LINES: tuple[Line, ...] = ("solid", "dashed", "dotted")
 
 
 def transfer(tables: Tables, site: Site) -> list[Panel]:
-    """Paper's Figure 3; beside it the two numbers that the verdict rests on."""
+    """Paper's Figure 3; beside it the three numbers that the verdict rests on."""
     plain = rows_of(tables, "transfer", site, refit="none")
     every = plain[plain["positions"] == "all"] if len(plain) else plain
     kept = plain[plain["positions"] == "norm_filtered"] if len(plain) else plain
@@ -35,42 +35,82 @@ def transfer(tables: Tables, site: Site) -> list[Panel]:
         "FVU over all positions, raw space",
         "sparsity",
         "FVU (fvu_raw)",
-        _by_sae(every, "fvu_raw", words=False) + published_points(every, "transfer", "fvu"),
+        _by_sae(every, "fvu_raw") + published_points(every, "transfer", "fvu"),
         x_ticks=ticks(every),
         caption="Unexplained variance of SAEs of the dense model on pruned activations. Hollow:"
         " the paper's numbers, of the official SAEs.",
     )
-    error = Panel(
-        "controlled",
-        "error over the dense variance, unusual norms left out",
-        "sparsity",
-        "fvu_dense_var",
-        _by_sae(kept, "fvu_dense_var", words=True),
-        _limits(kept, "fvu_dense_var", factor=FVU_FACTOR, name=f"{FVU_FACTOR} x dense"),
-        x_ticks=ticks(kept),
-        caption="Error over the variance of dense activations, with the verdict at each point.",
-    )
-    recovered = Panel(
-        "controlled",
-        "what the model still gets from the reconstruction",
-        "sparsity",
-        "CE recovered",
-        _by_sae(kept, "ce_recovered", words=True),
-        _limits(kept, "ce_recovered", minus=CE_MARGIN, name=f"dense - {CE_MARGIN}"),
-        x_ticks=ticks(kept),
-        caption="Cross-entropy recovered when the reconstruction replaces the activations.",
-    )
-    return [paper, error, recovered]
+    return [
+        paper,
+        _judged(
+            kept,
+            "fvu_dense_var_ratio",
+            "error over the dense variance, unusual norms left out",
+            "times the dense model's",
+        ),
+        _judged(
+            kept,
+            "fvu_raw_ratio",
+            "error over the pruned model's own variance",
+            "times the dense model's",
+        ),
+        _judged(
+            kept,
+            "ce_drop",
+            "what less the model gets from the reconstruction",
+            "CE recovered, dense - pruned",
+        ),
+    ]
 
 
-def _by_sae(rows: pd.DataFrame, column: str, *, words: bool) -> list[Points]:
+def _judged(rows: pd.DataFrame, name: str, title: str, y_label: str) -> Panel:
+    """A number of the verdict with its limit, the verdicts, and what noise of equal size does."""
+    null = rows[rows["source"] == "null"] if len(rows) else rows
+    own = rows[rows["source"] == "pruned"] if len(rows) else rows
+    return Panel(
+        "controlled",
+        title,
+        "sparsity",
+        y_label,
+        [
+            *_by_sae(own, name, judged=True),
+            *_by_sae(null, name, judged=True, suffix="null", line="dotted"),
+        ],
+        (Level("limit", LIMITS[name].most, "#7f7f7f"),),
+        x_ticks=ticks(own),
+        caption=f"{name} with the verdict at each point; intervals over documents (of several"
+        " seeds, from the lowest end to the highest). Dotted: noise of equal size in its place.",
+    )
+
+
+def _by_sae(
+    rows: pd.DataFrame,
+    column: str,
+    *,
+    judged: bool = False,
+    suffix: str = "",
+    line: Line | None = None,
+) -> list[Points]:
     points: list[Points] = []
-    for (name, part), line in zip(_saes(rows), LINES * len(rows), strict=False):
-        for series in over_sparsity(part, column, spread="range", line=line):
-            named = series._replace(name=f"{series.name}, {shortened(name, 30)}")
-            verdicts = _verdicts(part, series) if words else None
-            points.append(named._replace(words=verdicts))
+    for (name, part), style in zip(_saes(rows), LINES * len(rows), strict=False):
+        for series in over_sparsity(part, column, spread="range", line=line or style):
+            label = ", ".join(filter(None, (series.name, shortened(name, 30), suffix)))
+            if judged:
+                points.append(_with_intervals(part, column, series)._replace(name=label))
+            else:
+                points.append(series._replace(name=label))
     return points
+
+
+def _with_intervals(rows: pd.DataFrame, column: str, series: Points) -> Points:
+    """The series with the ends of its intervals and its verdicts."""
+    family = rows[(rows["method"] == "dense") | (family_of(rows["run"]) == series.name)]
+    at = [family[family["sparsity"] == sparsity] for sparsity in series.x]
+    return series._replace(
+        low=[float(part[f"{column}_low"].fillna(part[column]).min()) for part in at],
+        high=[float(part[f"{column}_high"].fillna(part[column]).max()) for part in at],
+        words=["/".join(dict.fromkeys(word for word in part["verdict"] if word)) for part in at],
+    )
 
 
 def _saes(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -80,26 +120,3 @@ def _saes(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     names = rows["sae"].astype(str)
     group = names.where(~names.str.fullmatch(OWN), OURS)
     return [(str(name), part) for name, part in rows.groupby(group, sort=False)]
-
-
-def _verdicts(rows: pd.DataFrame, series: Points) -> list[str]:
-    """The verdicts of a family at its sparsities, e.g. `keep` or `keep/refit` between seeds."""
-    family = rows[(family_of(rows["run"]) == series.name) & rows["verdict"].notna()]
-    words = []
-    for sparsity in series.x:
-        found = family[family["sparsity"] == sparsity]["verdict"]
-        words.append("/".join(dict.fromkeys(str(word) for word in found if word)))
-    return words
-
-
-def _limits(
-    rows: pd.DataFrame, column: str, *, name: str, factor: float = 1.0, minus: float = 0.0
-) -> tuple[Level, ...]:
-    """Where the verdict turns, per SAE (the mean over ours)."""
-    found = []
-    for sae, part in _saes(rows):
-        dense = part[part["method"] == "dense"][column].dropna()
-        if len(dense):
-            label = f"{name}, {shortened(sae, 30)}"
-            found.append(Level(label, float(dense.mean()) * factor - minus, "#7f7f7f"))
-    return tuple(found)
