@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from prunelens.activations import Activations, Statistics, capture, capture_sites, statistics
     from prunelens.analyses.activation_matching import activation_matching, latent_series
     from prunelens.analyses.causal import ablate
-    from prunelens.analyses.causal_groups import causal_summary, latent_groups
+    from prunelens.analyses.causal_groups import SeedAblations, causal_summary, latent_groups
     from prunelens.analyses.claims import judge_claims
     from prunelens.analyses.evidence import collect_contexts, read_contexts
     from prunelens.analyses.fates import latent_fates
@@ -112,6 +112,7 @@ _HOMES = {
     ),
     "prunelens.analyses.causal": ("ablate",),
     "prunelens.analyses.causal_groups": (
+        "SeedAblations",
         "causal_summary",
         "latent_groups",
     ),

@@ -10,6 +10,7 @@ what they are given, so masks, sliding windows, rotary angles, the last norm and
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -64,6 +65,11 @@ class UpperBlocks:
             self._entering = run_in_batches(lm, tokens, "resid_post", layer - 1)
         self._in_tuple = False  # some architectures' blocks return (states,)
         self._refuse_if_inexact()
+
+    @functools.cached_property
+    def unchanged(self) -> Baseline:
+        """The baseline of the model as it is, run once."""
+        return self.baseline(self.states)
 
     @torch.no_grad()
     def baseline(self, states: Float[Tensor, "prompts context d_model"]) -> Baseline:

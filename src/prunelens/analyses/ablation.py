@@ -67,7 +67,7 @@ def make_scene(
     skip_first: int,
     seed: int,
 ) -> Scene:
-    """Encode and decode every position, and run both baselines.
+    """Encode and decode every position, and run the baseline of what comes out.
 
     Args:
         columns: (`latent` or `random_direction`, index) pairs.
@@ -90,7 +90,7 @@ def make_scene(
     directions = torch.stack(
         [_direction(sae, sigma, kind, latent, seed) for kind, latent in columns]
     )
-    original = States(x.float(), upper.baseline(x))
+    original = States(x.float(), upper.unchanged)
     replaced = States(reconstruction, upper.baseline(reconstruction.to(x.dtype)))
     return Scene(upper, original, replaced, values, directions.to(x.device))
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from prunelens.activations import Statistics
@@ -27,9 +27,7 @@ from prunelens.analyses.ablation import (
     measure,
     where_it_matters,
 )
-from prunelens.config import Site
 from prunelens.errors import UserError
-from prunelens.model import LanguageModel
 from prunelens.sae.topk import TopKSAE
 from prunelens.upper_blocks import UpperBlocks
 
@@ -56,13 +54,10 @@ def nothing_ablated(num_prompts: int) -> Ablations:
 
 @torch.no_grad()
 def ablate(
-    lm: LanguageModel,
+    upper: UpperBlocks,
     sae: TopKSAE,
     statistics: Statistics,
-    windows: Int[Tensor, "prompts context"],
     *,
-    site: Site,
-    layer: int,
     latents: Sequence[int],
     random_direction_latents: Sequence[int],
     contexts_per_latent: int,
@@ -86,8 +81,9 @@ def ablate(
     KL is summed in float64; rounding below 0 (1e-15 or so) is cut to 0.
 
     Args:
+        upper: the model above the SAE's site, with the prompts, BOS included; several SAEs of one
+            model share it.
         sae: in normalised space, with the `statistics` that it was trained under.
-        windows: token ids, BOS included.
         latents: whose own directions are ablated; duplicates count once.
         random_direction_latents: for which random directions are.
         contexts_per_latent: places where it fires, at most, drawn from all of them.
@@ -95,13 +91,11 @@ def ablate(
         skip_first: positions at the start that the SAE was not trained on: they are neither
             reconstructed nor changed. 0 is the paper's protocol.
         progress: called with the share that is done.
-    Raises: UserError for latents that the SAE does not have, widths that differ, no contexts, or a
-        model that `UpperBlocks` refuses.
+    Raises: UserError for latents that the SAE does not have, widths that differ, or no contexts.
     """
-    _check(lm, sae, windows, [*latents, *random_direction_latents], contexts_per_latent, skip_first)
+    _check(upper, sae, [*latents, *random_direction_latents], contexts_per_latent, skip_first)
     columns = [("latent", latent) for latent in sorted(set(latents))]
     columns += [("random_direction", latent) for latent in sorted(set(random_direction_latents))]
-    upper = UpperBlocks(lm, windows, site=site, layer=layer)
     scene = make_scene(upper, sae, statistics, columns, skip_first=skip_first, seed=seed)
     final = where_it_matters(scene.z)
     firing = firing_contexts(scene.z, columns, contexts_per_latent, seed)
@@ -112,8 +106,9 @@ def ablate(
     isolated = measure(scene, firing, scene.replaced, [scene.replaced], counted)
     preserving = measure(scene, firing, scene.original, [scene.original], counted)
 
-    every = torch.arange(len(windows))
-    last = torch.full_like(every, windows.shape[1] - 1)
+    num_prompts, context, _ = upper.states.shape
+    every = torch.arange(num_prompts)
+    last = torch.full_like(every, context - 1)
     states = (scene.original, scene.replaced)
     ends = [upper.logits_at(part.kept, every, last) for part in states]
     reconstruction = divergence(*ends).numpy()
@@ -181,9 +176,8 @@ def _table(
 
 
 def _check(
-    lm: LanguageModel,
+    upper: UpperBlocks,
     sae: TopKSAE,
-    windows: Tensor,
     latents: Sequence[int],
     contexts_per_latent: int,
     skip_first: int,
@@ -193,17 +187,18 @@ def _check(
     if min(latents) < 0 or max(latents) >= sae.num_latents:
         wrong = next(latent for latent in latents if not 0 <= latent < sae.num_latents)
         raise UserError(f"latents: {wrong} is not one of the SAE's {sae.num_latents}, from 0")
-    if sae.d_model != lm.d_model:
+    _, context, width = upper.states.shape
+    if sae.d_model != width:
         raise UserError(
-            f"sae: made for d_model {sae.d_model}, but {lm.label} has {lm.d_model}; use the SAE of"
-            " this model"
+            f"sae: made for d_model {sae.d_model}, but the model has {width}; use the SAE of this"
+            " model"
         )
     if contexts_per_latent < 1:
         raise UserError(
             f"causal.contexts_per_latent: {contexts_per_latent} is too few; make it at least 1"
         )
-    if not 0 <= skip_first < windows.shape[1]:
+    if not 0 <= skip_first < context:
         raise UserError(
-            f"activations.skip_first: {skip_first} leaves nothing of a window of"
-            f" {windows.shape[1]} tokens; make it smaller"
+            f"activations.skip_first: {skip_first} leaves nothing of a window of {context} tokens;"
+            " make it smaller"
         )

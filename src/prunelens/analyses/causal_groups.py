@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
 
 from prunelens.analyses.causal import Ablations
-from prunelens.analyses.statistics import PromptInterval, PromptTerm, interval_over_prompts
+from prunelens.analyses.statistics import (
+    FEWEST_UNITS,
+    Estimate,
+    LatentSample,
+    crossed,
+    difference,
+    no_estimate,
+    ratio_of_means,
+)
+from prunelens.corpus import document_groups
 from prunelens.errors import UserError
 
 GROUPS = ("robust", "fragile", "matched", "random", "random_direction")
@@ -21,11 +33,26 @@ MEASURED = (
     ("isolated", "firing"),
     ("error_preserving", "firing"),
 )
-_CONTRASTS = {
+MODELS = {"dense": ("dense",), "pruned": ("pruned",), "pruned_minus_dense": ("pruned", "dense")}
+PARTS = {  # of what is made from several groups
+    "robust_and_fragile": ("robust", "fragile"),
     "robust_minus_fragile": ("robust", "fragile"),
     "matched_minus_fragile": ("matched", "fragile"),
 }
+FEWEST_LATENTS = 20  # per seed; intervals from fewer are too narrow (benchmarks/group_coverage.py)
+LARGEST_SHARE = 1 / 3  # of a group's mean in one latent, beyond which the table says so
 _NEEDED = ("latent", "match", "match_alive", "firing_rate", "mean_activation")
+
+
+class SeedAblations(NamedTuple):
+    """What was measured with the dense and the pruned SAE of one seed."""
+
+    groups: Mapping[str, pd.DataFrame]
+    """grouping -> what `latent_groups` gives."""
+    dense: Ablations
+    """Of the groups' latents in the dense model."""
+    pruned: Ablations
+    """Of their matches (those that are alive) in the pruned model, on the same prompts."""
 
 
 def latent_groups(
@@ -73,146 +100,274 @@ def latent_groups(
 
 
 def causal_summary(
-    groups_by_grouping: Mapping[str, pd.DataFrame],
-    dense: Ablations,
-    pruned: Ablations,
-    *,
-    seed: int,
+    seeds: Sequence[SeedAblations], documents: Int[np.ndarray, " prompts"]
 ) -> pd.DataFrame:
-    """Mean KL of every group with its interval over prompts (methods §7, RQ5; Table 4).
+    """Mean KL of every group over latents and seeds, with its interval (methods §7 RQ5, §10).
 
     Args:
-        groups_by_grouping: grouping -> what `latent_groups` gives.
-        dense: ablations of the groups' latents in the dense model.
-        pruned: of their matches (those that are alive) in the pruned model, on the same prompts.
-        seed: of the bootstrap; all rows use the same draws.
+        seeds: all on the same prompts.
+        documents: which document each prompt is from.
     Returns: a row per ablated_in, grouping, group, protocol and contexts.
-        ablated_in: `dense`, `pruned`, or `pruned_minus_dense` (paired by prompt; only the latents
-        whose match is alive, on either side).
+        ablated_in: `dense`, `pruned`, or `pruned_minus_dense`: of each latent whose match is alive
+        the difference between the models.
         group: those of `latent_groups`, `robust_and_fragile` (both together), and the contrasts
-        robust_minus_fragile and matched_minus_fragile.
-        kl_mean (nats): mean over latents of the latent's mean over its contexts; ci_low and
-        ci_high: 95 % bootstrap over prompts. num_latents: latents with at least one context (of the
-        smaller side of a difference); num_prompts: prompts with one. firing_share: share of
-        (latent, prompt) pairs where the latent fires at the last position. reconstruction_share:
+        robust_minus_fragile (of means) and matched_minus_fragile (the mean of the differences
+        between a fragile latent and its match in firing rate and strength).
+        kl_mean (nats): mean over seeds of the mean over latents of the latent's mean over its
+        contexts; ci_low and ci_high: its 95 % interval; error, df, least, most, skew, resampled:
+        see `Estimate`. num_seeds: seeds in which the group was measured; num_latents: latents (or
+        pairs) with a context, over all seeds, of the smaller side of a difference; num_prompts and
+        num_documents: with a context on every side. largest_share: of the mean, what each seed's
+        largest latent holds; of a difference that of the side where it is more. firing_share: share
+        of (latent, prompt) pairs where the latent fires at the last position. reconstruction_share:
         mean KL(original || SAE) over kl_mean, protocol `paper` only. The last two are NaN for
-        differences; everything is NaN where nothing was measured.
+        differences. reason: why there is no number or no interval, or that one latent holds much.
     """
+    prompts = _Prompts(documents, document_groups(torch.from_numpy(documents)).numpy())
+    worlds = [_World(seed, prompts.groups) for seed in seeds]
+    every = itertools.product(seeds[0].groups, MODELS, (*GROUPS, *PARTS), MEASURED)
     rows = []
-    for grouping, groups in groups_by_grouping.items():
-        alive = groups["match_alive"]
-        sides = (
-            _Side(dense, groups, "latent", pd.Series(True, index=groups.index)),
-            _Side(pruned, groups, "match", alive),
-            _Side(dense, groups, "latent", alive),
-        )
-        for ablated_in, group, parts in _comparisons(*sides):
-            for protocol, contexts in MEASURED:
-                row = {"ablated_in": ablated_in, "grouping": grouping, "group": group}
-                row |= {"protocol": protocol, "contexts": contexts}
-                rows.append(row | _measures(parts, protocol, contexts, seed))
+    for grouping, ablated_in, group, (protocol, contexts) in every:
+        row = {"ablated_in": ablated_in, "grouping": grouping, "group": group}
+        row |= {"protocol": protocol, "contexts": contexts}
+        rows.append(row | _measures(worlds, prompts, **row))
     return pd.DataFrame(rows)
 
 
-def _measures(parts: list[_Part], protocol: str, contexts: str, seed: int) -> dict[str, Any]:
+def _measures(
+    worlds: list[_World],
+    prompts: _Prompts,
+    *,
+    ablated_in: str,
+    grouping: str,
+    group: str,
+    protocol: str,
+    contexts: str,
+) -> dict[str, Any]:
     """The columns with numbers of one row of `causal_summary`."""
-    terms = [part.side.term(part.sign, part.group, protocol, contexts) for part in parts]
-    found = interval_over_prompts(terms, seed=seed)
-    first, *others = parts
-    firing_share = math.nan if others else first.side.firing_share(first.group)
-    share = math.nan
-    if protocol == "paper" and not others and found.mean > 0:
-        share = first.side.reconstruction / found.mean
+    where, parts, models = (protocol, contexts), PARTS.get(group, (group,)), MODELS[ablated_in]
+    by_seed = [world.sides(grouping, ablated_in, group, where) for world in worlds]
+    measured = [sides for sides in by_seed if all(side.known.any() for side in sides)]
+    found, num_prompts, num_documents = _estimate(measured, prompts)
+    largest = max(
+        _largest_share([world.values(grouping, model, part, where) for world in worlds])
+        for model, part in itertools.product(models, parts)
+    )
+    firing_share = reconstruction = math.nan
+    if len(models) == len(parts) == 1:
+        firing_share = _mean([world.firing_share(grouping, *models, group) for world in worlds])
+    if len(models) == 1 and "_minus_" not in group and protocol == "paper" and found.value > 0:
+        reconstruction = _mean([world.reconstruction(*models) for world in worlds])
     return {
-        "kl_mean": found.mean,
+        "kl_mean": found.value,
         "ci_low": found.low,
         "ci_high": found.high,
-        "num_latents": min(int(term.counts.any(0).sum()) for term in terms),
-        "num_prompts": min(int(term.counts.any(1).sum()) for term in terms),
+        **{name: getattr(found, name) for name in ("error", "df", "least", "most", "skew")},
+        "resampled": found.resampled,
+        "num_seeds": len(measured),
+        "num_latents": sum(min(int(side.known.sum()) for side in sides) for sides in measured),
+        "num_prompts": num_prompts,
+        "num_documents": num_documents,
+        "largest_share": largest,
         "firing_share": firing_share,
-        "reconstruction_share": share,
-        "reason": _why_undefined(found),
+        "reconstruction_share": reconstruction / found.value,
+        "reason": "; ".join(_remarks(found, largest)),
     }
 
 
-def _why_undefined(found: PromptInterval) -> str:
-    if math.isnan(found.mean):
-        return "no latent of the group was measured"
-    return "too few prompts for an interval" if math.isnan(found.low) else ""
+class _Prompts(NamedTuple):
+    """Where the prompts are from."""
+
+    documents: Int[np.ndarray, " prompts"]
+    groups: Int[np.ndarray, " prompts"]
+    """Of documents, which are left out together."""
 
 
-class _Part(NamedTuple):
-    """One side of a difference: a group in one model."""
+class _Values(NamedTuple):
+    """One number for each latent of a group (or each pair of them), where it was measured."""
 
-    sign: int
-    side: _Side
-    group: str
+    means: Float[np.ndarray, "latents 1+groups"]
+    """Mean KL over the latent's contexts; after it the same without each group of documents. NaN
+    where there is no context."""
+    latents: Int[np.ndarray, " latents"]
+    prompts: Bool[np.ndarray, " prompts"]
+    """That hold a context of any latent."""
+
+    @property
+    def known(self) -> Bool[np.ndarray, " latents"]:
+        """Which latents have a context."""
+        return np.isfinite(self.means[:, 0])
+
+    def minus(self, other: _Values) -> _Values:
+        """Latent by latent; only those with a context on both sides are left."""
+        return _Values(self.means - other.means, self.latents, self.prompts & other.prompts)
+
+    def sample(self) -> LatentSample:
+        """The mean over latents. One that stands in the group twice (as a match) is one draw."""
+        ones = np.ones_like(self.means)
+        found = ratio_of_means(self.means[:, 0], self.means[:, 1:], ones[:, 0], ones[:, 1:])
+        own, where = np.unique(self.latents[self.known], return_inverse=True)
+        same = (where[:, None] == np.arange(len(own))).astype(float)
+        there = np.isfinite(found.parts_without)
+        without = np.where(there, found.parts_without, 0) @ same
+        without[there @ same == 0] = np.nan
+        return found._replace(parts=found.parts @ same, parts_without=without)
 
 
-class _Side:
-    """The groups in one model, and what was measured there."""
+class _Measured(NamedTuple):
+    """What was measured in one model, of one kind, protocol and kind of contexts."""
 
-    def __init__(
-        self, ablations: Ablations, groups: pd.DataFrame, index: str, usable: pd.Series
-    ) -> None:
-        """`index` names the column with this model's latents, `usable` the rows that count."""
-        kept = groups[usable.to_numpy(dtype=bool)]
-        self._latents = {
-            group: kept.loc[kept["group"] == group, index].to_numpy(dtype=np.int64)
-            for group in GROUPS
+    latents: Int[np.ndarray, " latents"]
+    """In rising order."""
+    means: Float[np.ndarray, "latents 1+groups"]
+    """As in `_Values`."""
+    prompts: Bool[np.ndarray, "latents prompts"]
+    """That hold a context."""
+    fires: Float[np.ndarray, " latents"]
+    """Share of the contexts in which it fires at the position that is read."""
+
+
+class _World:
+    """What was measured with the SAEs of one seed."""
+
+    def __init__(self, seed: SeedAblations, document_groups: Int[np.ndarray, " prompts"]) -> None:
+        self._groups = seed.groups
+        self._ablations = {"dense": seed.dense, "pruned": seed.pruned}
+        self._measured = {
+            (model, *which): _measured(rows, document_groups)
+            for model, ablations in self._ablations.items()
+            for which, rows in ablations.kl.groupby(["kind", "protocol", "contexts"])
         }
-        both = [self._latents[group] for group in ("robust", "fragile")]
-        self._latents["robust_and_fragile"] = np.concatenate(both)
-        self._num_prompts = len(ablations.reconstruction)
-        self.reconstruction = float(ablations.reconstruction.mean())
-        self._measured = dict(iter(ablations.kl.groupby(["kind", "protocol", "contexts"])))
+        self._shape = (1 + int(document_groups.max()) + 1, len(document_groups))
 
-    def term(self, sign: int, group: str, protocol: str, contexts: str) -> PromptTerm:
-        """Sums and counts per prompt; latents in the group twice (as matches) count twice."""
-        kind = "random_direction" if group == "random_direction" else "latent"
-        latents = self._latents[group]
-        shape = (self._num_prompts, len(latents))
-        rows = self._measured.get((kind, protocol, contexts))
-        if rows is None:
-            return PromptTerm(sign, np.zeros(shape), np.zeros(shape))
-        own, where = np.unique(latents, return_inverse=True)
-        rows = rows[rows["latent"].isin(own)]
-        assert contexts == "firing" or len(rows) == len(own) * self._num_prompts, "not all ablated"
-        cell = (rows["prompt"].to_numpy(), np.searchsorted(own, rows["latent"].to_numpy()))
-        sums, counts = np.zeros((2, self._num_prompts, len(own)))
-        np.add.at(sums, cell, rows["kl"].to_numpy())
-        np.add.at(counts, cell, 1)
-        return PromptTerm(sign, sums[:, where], counts[:, where])
+    def sides(
+        self, grouping: str, ablated_in: str, group: str, where: tuple[str, str]
+    ) -> list[_Values]:
+        """What a row's number is the mean of; with two sides that of the first minus the second."""
+        parts = []
+        for part in PARTS.get(group, (group,)):
+            first, *others = (
+                self.values(grouping, model, part, where) for model in MODELS[ablated_in]
+            )
+            parts.append(first.minus(*others) if others else first)
+        if group == "matched_minus_fragile":
+            return [parts[0].minus(parts[1])]
+        if group == "robust_and_fragile":
+            means, latents, prompts = zip(*parts, strict=True)
+            return [_Values(np.vstack(means), np.hstack(latents), np.any(prompts, axis=0))]
+        return parts
 
-    def firing_share(self, group: str) -> float:
+    def values(self, grouping: str, model: str, group: str, where: tuple[str, str]) -> _Values:
+        """One group in one model; of the pruned one the matches that are alive."""
+        latents, usable = self._members(grouping, model, group)
+        num_columns, num_prompts = self._shape
+        means = np.full((len(latents), num_columns), np.nan)
+        found = self._measured.get((model, _kind(group), *where))
+        if found is None:
+            return _Values(means, latents, np.zeros(num_prompts, dtype=bool))
+        place = np.searchsorted(found.latents, latents).clip(max=len(found.latents) - 1)
+        there = usable & (found.latents[place] == latents)
+        assert where[1] == "firing" or (there == usable).all(), "not all ablated"
+        means[there] = found.means[place[there]]
+        return _Values(means, latents, found.prompts[place[there]].any(0))
+
+    def firing_share(self, grouping: str, model: str, group: str) -> float:
         """Share of (latent, prompt) pairs in which the latent fires at the last position."""
-        kind = "random_direction" if group == "random_direction" else "latent"
-        rows = self._measured.get((kind, "isolated", "final"))
-        if rows is None or not len(self._latents[group]):
+        latents, usable = self._members(grouping, model, group)
+        found = self._measured.get((model, _kind(group), "isolated", "final"))
+        if found is None or not usable.any():
             return math.nan
-        fires = rows.groupby("latent")["fires_final"].mean()
-        return float(fires.loc[self._latents[group]].mean())
+        return float(found.fires[np.searchsorted(found.latents, latents[usable])].mean())
+
+    def reconstruction(self, model: str) -> float:
+        """Mean KL(original || SAE) over prompts."""
+        return float(self._ablations[model].reconstruction.mean())
+
+    def _members(self, grouping: str, model: str, group: str) -> tuple[np.ndarray, np.ndarray]:
+        """The group's latents in the model, and whether they can be ablated there."""
+        rows = self._groups[grouping]
+        rows = rows[rows["group"] == group]
+        if model == "dense":
+            return rows["latent"].to_numpy(np.int64), np.ones(len(rows), dtype=bool)
+        return rows["match"].to_numpy(np.int64), rows["match_alive"].to_numpy(bool)
 
 
-def _comparisons(
-    dense: _Side, pruned: _Side, paired: _Side
-) -> Iterator[tuple[str, str, list[_Part]]]:
-    """Every row's ablated_in, group and parts; `paired` is dense with living matches only."""
-    models = {
-        "dense": {1: dense},
-        "pruned": {1: pruned},
-        "pruned_minus_dense": {1: pruned, -1: paired},
-    }
-    for ablated_in, sides in models.items():
-        for group in (*GROUPS, "robust_and_fragile"):
-            yield ablated_in, group, [_Part(sign, side, group) for sign, side in sides.items()]
-        for contrast, groups in _CONTRASTS.items():
-            parts = [
-                _Part(sign * of_group, side, group)
-                for sign, side in sides.items()
-                for of_group, group in zip((1, -1), groups, strict=True)
-            ]
-            yield ablated_in, contrast, parts
+def _kind(group: str) -> str:
+    return "random_direction" if group == "random_direction" else "latent"
+
+
+def _measured(rows: pd.DataFrame, document_groups: Int[np.ndarray, " prompts"]) -> _Measured:
+    """From the table of single measurements."""
+    latents, where = np.unique(rows["latent"].to_numpy(np.int64), return_inverse=True)
+    prompt, kl = rows["prompt"].to_numpy(np.int64), rows["kl"].to_numpy(float)
+    sums, counts = np.zeros((2, len(latents), document_groups.max() + 1))
+    np.add.at(sums, (where, document_groups[prompt]), kl)
+    np.add.at(counts, (where, document_groups[prompt]), 1)
+    sums, counts = (
+        np.hstack([part.sum(1, keepdims=True), part.sum(1, keepdims=True) - part])
+        for part in (sums, counts)
+    )
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    prompts = np.zeros((len(latents), len(document_groups)), dtype=bool)
+    prompts[where, prompt] = True
+    fires = np.bincount(where, rows["fires_final"]) / np.bincount(where)
+    return _Measured(latents, means, prompts, fires)
+
+
+def _estimate(measured: list[list[_Values]], prompts: _Prompts) -> tuple[Estimate, int, int]:
+    """The mean over seeds, and in how many prompts and documents every side has a context."""
+    if not measured:
+        return no_estimate(math.nan, "no latent of the group was measured"), 0, 0
+    there = np.any([np.all([side.prompts for side in sides], axis=0) for sides in measured], axis=0)
+    num_prompts, num_documents = int(there.sum()), len(np.unique(prompts.documents[there]))
+    # Documents without a context say nothing, and are none of those that are left out.
+    kept = np.unique(prompts.groups[there])
+    samples = []
+    for sides in measured:
+        first, *others = (side.sample() for side in sides)
+        both = difference(first, *others) if others else first
+        samples.append(
+            both._replace(without=both.without[kept], parts_without=both.parts_without[kept])
+        )
+    value, fewest = _mean([sample.value for sample in samples]), _fewest_latents(measured)
+    if num_documents < FEWEST_UNITS:
+        found = no_estimate(value, f"no interval: {num_documents} documents, fewer than 5")
+    elif fewest < FEWEST_LATENTS:
+        why = f"no interval: {fewest} latents in a group, fewer than {FEWEST_LATENTS}"
+        found = no_estimate(value, why)
+    else:
+        found = crossed(samples)
+    return found, num_prompts, num_documents
+
+
+def _fewest_latents(measured: list[list[_Values]]) -> int:
+    """Different latents of the smallest group."""
+    return min(len(np.unique(side.latents[side.known])) for sides in measured for side in sides)
+
+
+def _largest_share(by_seed: list[_Values]) -> float:
+    """Of the mean over seeds, how much each seed's largest latent holds."""
+    largest = total = 0.0
+    for values in by_seed:
+        if values.known.any():
+            kl = values.means[values.known, 0]
+            own = np.bincount(values.latents[values.known], kl)
+            largest, total = largest + own.max() / len(kl), total + kl.mean()
+    return largest / total if total > 0 else math.nan
+
+
+def _remarks(found: Estimate, largest: float) -> list[str]:
+    """What a reader has to know of a row."""
+    remarks = [found.resampled] if math.isnan(found.error) else []
+    if largest > LARGEST_SHARE:
+        remarks.append(f"one latent of each seed holds {largest:.0%} of a mean")
+    return remarks
+
+
+def _mean(values: list[float]) -> float:
+    """Of what is known."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _matched(known: pd.DataFrame, fragile: np.ndarray) -> np.ndarray:

@@ -266,11 +266,12 @@ def _transfer(
 
 
 def _causal(
-    config: Mapping[str, Any], _parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+    config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
 ) -> Work:
-    """Two protocols in two models, every latent of every group, through the blocks above."""
+    """Two protocols with every SAE, every latent of every group, through the blocks above."""
     context, blocks = study.corpus.context_tokens, shape.num_blocks - config["layer"] - 1
-    ablations = 2 * 2 * ABLATION_GROUPS * config["group_size"]
+    saes = _count(parents, "dense-") + _count(parents, "pruned-")
+    ablations = 2 * saes * ABLATION_GROUPS * config["group_size"]
     tokens = round(ABLATED_SHARE * config["prompts"] * context) * ablations
     return Work(
         forward_flops(shape, tokens, context_tokens=context, blocks=blocks, head=False), tokens

@@ -208,14 +208,9 @@ class LayerPlan:
         return self._pruning is not None and (wanted is None or self._pruning.label in wanted)
 
     def _causal(self, fates: Stage) -> Stage:
-        """With the SAEs of the first seed, the paper's reference for all comparisons."""
-        first = self._seeds()[0]
-        parents = {
-            "prune": self.prune,
-            "fates": fates,
-            "dense_sae": self._dense.saes[first],
-            "pruned_sae": self.saes[first],
-        }
+        """With the SAEs of every seed of the condition, each beside the dense one of that seed."""
+        pruned = {_role("pruned", sae): self.saes[sae] for sae in self._seeds()}
+        parents = {"prune": self.prune, "fates": fates} | self._dense_saes("dense") | pruned
         return self._model.causal(self._layer, parents, self._name)
 
     def _dense_saes(self, role: str) -> dict[str, Stage]:

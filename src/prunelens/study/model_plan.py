@@ -44,7 +44,7 @@ VERSIONS = {  # raise one when the same config would give other numbers
     "fates": 3,
     "transfer": 3,
     "fragility": 3,
-    "causal": 1,
+    "causal": 2,
     "evidence": 2,
     "predictor": 2,
     "planted_world": 1,

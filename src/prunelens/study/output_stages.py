@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunelens.activations import Activations, Statistics
 from prunelens.analyses.causal import Ablations, ablate, nothing_ablated
-from prunelens.analyses.causal_groups import causal_summary, latent_groups
+from prunelens.analyses.causal_groups import SeedAblations, causal_summary, latent_groups
 from prunelens.analyses.null_states import NullSource
 from prunelens.analyses.transfer import DenseReference, transfer, transfer_verdicts
 from prunelens.corpus import spread_over_documents
@@ -28,13 +28,14 @@ from prunelens.study.model_stages import (
 )
 from prunelens.study.question_stages import load_common_change
 from prunelens.study.work import Work
+from prunelens.upper_blocks import UpperBlocks
 
 log = logging.getLogger(__name__)
 
 GIVEN = "given"  # an SAE of others inside its artifact, whose identity has no names
 GROUPINGS: tuple[Literal["cosine", "persistence"], ...] = ("cosine", "persistence")
 DEFAULT_NORM_MULTIPLE = 10.0  # `norm_filtered` filters also where the study keeps every token
-SEED = 0  # of prompts, groups, contexts, directions and bootstraps
+SEED = 0  # of prompts, groups, contexts and directions
 
 
 def _transfer(work: Work) -> None:
@@ -105,67 +106,80 @@ def _given_saes(work: Work) -> list[GivenSae]:
 
 
 def _causal(work: Work) -> None:
-    """RQ5: the same latents in the dense model, and their matches in the pruned one."""
+    """RQ5: the same latents in the dense model, and their matches in the pruned one; all seeds."""
     fates = pd.read_parquet(work.parents["fates"] / "fates.parquet")
-    alive = pd.read_parquet(work.parents["pruned_sae"] / "latents.parquet")["firing_rate"] > 0
-    groups = _groups(fates, alive, work.config["group_size"])
-    prompts = _prompts(work)
+    groups = {int(seed): _groups(work, table, int(seed)) for seed, table in fates.groupby("seed")}
+    prompts, documents = _prompts(work)
     dense = _ablations(work, groups, prompts, "dense", "latent")
     pruned = _ablations(work, groups, prompts, "pruned", "match")
-    for grouping, table in groups.items():
-        table.to_parquet(work.out / f"groups_{grouping}.parquet")
-    causal_summary(groups, dense, pruned, seed=SEED).to_parquet(work.out / "causal.parquet")
+    seeds = [SeedAblations(groups[seed], dense[seed], pruned[seed]) for seed in groups]
+    causal_summary(seeds, documents.numpy()).to_parquet(work.out / "causal.parquet")
 
 
-def _prompts(work: Work) -> Tensor:
-    """Windows as even over the documents of eval as can be; which ones is kept."""
+def _prompts(work: Work) -> tuple[Tensor, Tensor]:
+    """Windows as even over the documents of eval as can be, and their documents; both are kept."""
     documents = load_window_documents(work, *EVAL)
     drawn = spread_over_documents(documents, seed=SEED)[: work.config["prompts"]]
     table = pd.DataFrame({"window": drawn, "document": documents[drawn]})
     table.rename_axis("prompt").reset_index().to_parquet(work.out / "prompts.parquet")
-    return load_windows(work, *EVAL)[drawn]
+    return load_windows(work, *EVAL)[drawn], documents[drawn]
 
 
-def _groups(fates: pd.DataFrame, alive: pd.Series, group_size: int) -> dict[str, pd.DataFrame]:
-    """Groups of the first seed's alive dense latents, by cosine and by persistence."""
-    first = fates[(fates["seed"] == fates["seed"].iloc[0]) & fates["alive"]]
-    match = first["match_shared_init"].astype(int)
-    table = first[["latent", "persistence", "firing_rate", "mean_activation"]].assign(
-        match=match, match_alive=alive.to_numpy()[match], cosine=first["cosine_shared_init"]
+def _groups(work: Work, fates: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
+    """Groups of one seed's alive dense latents, by cosine and by persistence."""
+    folder = work.parents[f"pruned-{seed}-{seed}"]
+    alive = pd.read_parquet(folder / "latents.parquet")["firing_rate"] > 0
+    known = fates[fates["alive"]]
+    match = known["match_shared_init"].astype(int)
+    table = known[["latent", "persistence", "firing_rate", "mean_activation"]].assign(
+        match=match, match_alive=alive.to_numpy()[match], cosine=known["cosine_shared_init"]
     )
-    return {
-        grouping: latent_groups(table, grouping=grouping, group_size=group_size, seed=SEED)
+    size = work.config["group_size"]
+    found = {
+        grouping: latent_groups(table, grouping=grouping, group_size=size, seed=SEED)
         for grouping in GROUPINGS
     }
+    for grouping, groups in found.items():
+        groups.to_parquet(work.out / f"groups_{grouping}_{seed}.parquet")
+    return found
 
 
 def _ablations(
-    work: Work, groups: dict[str, pd.DataFrame], prompts: Tensor, condition: str, column: str
-) -> Ablations:
-    """Every latent of any group, ablated in one of the two models; the raw values are kept."""
-    folder = work.parents[f"{condition}_sae"]
-    before = 0.5 if condition == "pruned" else 0.0
-    wanted = pd.concat(groups.values())
+    work: Work,
+    groups: dict[int, dict[str, pd.DataFrame]],
+    prompts: Tensor,
+    condition: Literal["dense", "pruned"],
+    column: str,
+) -> dict[int, Ablations]:
+    """Every latent of any group of each seed, ablated in one of the two models.
+
+    The raw values are kept.
+    """
+    wanted = {seed: pd.concat(tables.values()) for seed, tables in groups.items()}
     if condition == "pruned":
-        wanted = wanted[wanted["match_alive"]]
-    if wanted.empty:  # too few latents are alive or defined; the table says NaN
-        return nothing_ablated(len(prompts))
-    random = wanted["group"] == "random_direction"
-    found = ablate(
-        load_stage_model(work, pruned=condition == "pruned"),
-        TopKSAE.load(folder).to(work.device),
-        Statistics.load(folder / "normalisation.safetensors"),
-        prompts,
-        site=work.config["site"],
-        layer=work.config["layer"],
-        latents=sorted(set(wanted.loc[~random, column])),
-        random_direction_latents=sorted(set(wanted.loc[random, column])),
-        contexts_per_latent=work.config["contexts_per_latent"],
-        skip_first=work.config["skip_first"],
-        seed=SEED,
-        progress=lambda share: work.progress(before + share / 2),
-    )
-    found.kl.to_parquet(work.out / f"kl_{condition}.parquet")
+        wanted = {seed: rows[rows["match_alive"]] for seed, rows in wanted.items()}
+    found = {seed: nothing_ablated(len(prompts)) for seed in wanted}
+    asked = {seed: rows for seed, rows in wanted.items() if len(rows)}
+    if not asked:  # too few latents are alive or defined; the table says NaN
+        return found
+    lm = load_stage_model(work, pruned=condition == "pruned")
+    upper = UpperBlocks(lm, prompts, site=work.config["site"], layer=work.config["layer"])
+    before = len(asked) if condition == "pruned" else 0
+    for number, (seed, rows) in enumerate(asked.items(), start=before):
+        folder = work.parents[f"{condition}-{seed}-{seed}"]
+        random = rows["group"] == "random_direction"
+        found[seed] = ablate(
+            upper,
+            TopKSAE.load(folder).to(work.device),
+            Statistics.load(folder / "normalisation.safetensors"),
+            latents=sorted(set(rows.loc[~random, column])),
+            random_direction_latents=sorted(set(rows.loc[random, column])),
+            contexts_per_latent=work.config["contexts_per_latent"],
+            skip_first=work.config["skip_first"],
+            seed=SEED,
+            progress=work.share(2 * len(asked), before=number),
+        )
+        found[seed].kl.to_parquet(work.out / f"kl_{condition}_{seed}.parquet")
     return found
 
 

@@ -19,9 +19,6 @@ from prunelens.analyses.statistics.estimates import (
     t_quantile,
 )
 from prunelens.analyses.statistics.intervals import (
-    PromptInterval,
-    PromptTerm,
-    interval_over_prompts,
     interval_over_windows,
     jackknife_over_seeds,
 )
@@ -46,8 +43,6 @@ __all__ = [
     "ExactTest",
     "LatentSample",
     "LogisticFit",
-    "PromptInterval",
-    "PromptTerm",
     "RankSample",
     "Scale",
     "clustered_auc",
@@ -57,7 +52,6 @@ __all__ = [
     "fisher_z",
     "fit_logistic",
     "holm_adjusted",
-    "interval_over_prompts",
     "interval_over_windows",
     "jackknife_over_seeds",
     "jackknifed",

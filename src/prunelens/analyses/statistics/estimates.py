@@ -37,6 +37,8 @@ class Estimate(NamedTuple):
     of a share."""
     added: float = 0.0
     """What part of the squared error is not by leaving units out: what latents add."""
+    skew: float = 0.0
+    """Third standardised moment of the value, on its scale: the interval reaches further there."""
 
     @property
     def low(self) -> float:
@@ -50,8 +52,9 @@ class Estimate(NamedTuple):
 
     def bounds(self) -> tuple[float, float]:
         """Both ends of the 95 % interval."""
-        half, middle = t_quantile(self.df) * self.error, on_scale(self.value, self.scale)
-        low, high = from_scale(np.array([middle - half, middle + half]), self.scale)
+        quantile, middle = t_quantile(self.df), on_scale(self.value, self.scale)
+        off = np.array([_skewed(sign * quantile, self.skew) for sign in (1, -1)])
+        low, high = from_scale(middle - off * self.error, self.scale)
         return float(low), float(high)
 
     def shifted(self, by: float) -> Estimate:
@@ -63,7 +66,9 @@ class Estimate(NamedTuple):
         from scipy.special import stdtr
 
         value, edge = (on_scale(each, self.scale) for each in (self.value, limit))
-        return float(stdtr(self.df, (edge - value) / self.error)) if self.error > 0 else math.nan
+        if not self.error > 0:  # NaN is not
+            return math.nan
+        return float(stdtr(self.df, -_symmetric(float(value - edge) / self.error, self.skew)))
 
     def p_below(self, limit: float) -> float:
         """One-sided p of `not below limit`."""
@@ -174,6 +179,9 @@ def crossed(
     below 0 it stands (up to twice the variance), for cutting it at 0 would leave the errors of one
     sign and make the interval too narrow. A statistic without documents (samples without groups)
     has its latents alone.
+
+    A few latents may hold most of a mean. The degrees of freedom follow the kurtosis of the parts,
+    and the interval their skewness (Hall 1992), for what a sample misses lies on that side.
     """
     count, groups = len(samples), len(samples[0].without)
     values = np.array([sample.value for sample in samples])
@@ -182,20 +190,25 @@ def crossed(
     between = _between_beyond_documents(values, each) if count > 1 else 0.0
     shared = beyond - (1 - 1 / count) * between
     added = float(np.clip(shared, beyond / count, 2 * beyond if groups else beyond))
-    df = max(sum(len(sample.parts) for sample in samples) / count - 1, 1)
+    df = float(np.mean([_latent_df(sample) for sample in samples]))
     resampled = "latents" + (" of every seed" if count > 1 else " of one seed")
     value = float(values.mean())
+    third = 0.0
     if scale == "fisher":
         added /= (1 - min(value**2, 1 - 1e-6)) ** 2
+    elif beyond > 0:
+        third = float(np.mean([np.power(sample.parts, 3).sum() for sample in samples]))
+        third *= min(added / beyond, 1) ** 2  # of a mean of as many as the seeds count for
     if groups:
-        return jackknifed(
+        found = jackknifed(
             value, each.mean(0), f"{units} and {resampled}", added=added, added_df=df, scale=scale
         )
+        return found._replace(skew=third / found.error**3)
     if not added > 0:  # NaN is not
         return no_estimate(value, f"no interval: the {resampled} do not differ")
     least, most = (min(values), max(values)) if count > 1 else (value, value)
-    ends = float(least), float(most)
-    return Estimate(value, math.sqrt(added), df, resampled, *ends, scale, added)
+    ends, skew = (float(least), float(most)), third / added**1.5
+    return Estimate(value, math.sqrt(added), df, resampled, *ends, scale, added, skew)
 
 
 def mean_over(values: Sequence[float], units: str, *, scale: Scale = "plain") -> Estimate:
@@ -234,6 +247,27 @@ def t_quantile(degrees_of_freedom: float) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees_of_freedom, 0.975))
+
+
+def _symmetric(t: float, skew: float) -> float:
+    """Hall's transformation, which takes the skewness out of a studentised value."""
+    return t + skew * t**2 / 3 + skew**2 * t**3 / 27 + skew / 6
+
+
+def _skewed(t: float, skew: float) -> float:
+    """Its inverse."""
+    if abs(skew) < 1e-6:  # NaN is not
+        return t
+    return 3 / skew * (float(np.cbrt(1 + skew * (t - skew / 6))) - 1)
+
+
+def _latent_df(sample: LatentSample) -> float:
+    """Degrees of freedom of the variance over latents: latents - 1 where they are normal."""
+    count, squares = len(sample.parts), np.square(sample.parts)
+    if count < 2 or not squares.sum() > 0:
+        return 1.0
+    kurtosis = count * np.square(squares).sum() / squares.sum() ** 2
+    return float(np.clip(2 / ((kurtosis - 3) / count + 2 / (count - 1)), 1, count - 1))
 
 
 def _between_beyond_documents(

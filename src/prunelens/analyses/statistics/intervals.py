@@ -1,10 +1,8 @@
-"""Means over seeds, over windows of text, over prompts."""
+"""Means over seeds, over windows of text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,9 +10,7 @@ from jaxtyping import Float
 
 from prunelens.analyses.statistics.estimates import Estimate, jackknifed, no_estimate
 
-FEWEST_PROMPTS = 5
 MOST_STRETCHES = 20  # of neighbouring windows of a text
-DRAWS = 1000
 
 
 def jackknife_over_seeds(rows: pd.DataFrame) -> Estimate:
@@ -52,66 +48,3 @@ def interval_over_windows(values: Float[np.ndarray, " windows"]) -> Estimate:
     without = [(total - s.sum()) / max(len(values) - len(s), 1) for s in stretches]
     mean = float(values.mean()) if len(values) else math.nan
     return jackknifed(mean, np.array(without), "stretches of text")
-
-
-class PromptTerm(NamedTuple):
-    """What one group of latents adds to a contrast: sign times the mean over its latents."""
-
-    sign: float
-    """+1 or -1."""
-    sums: Float[np.ndarray, "prompts latents"]
-    """Per prompt and latent the sum over that latent's contexts in that prompt."""
-    counts: Float[np.ndarray, "prompts latents"]
-    """How many contexts that are."""
-
-
-class PromptInterval(NamedTuple):
-    """A mean, or a contrast of means, with its 95 % interval over prompts; NaN where undefined."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def interval_over_prompts(
-    terms: Sequence[PromptTerm], *, seed: int = 0, draws: int = DRAWS
-) -> PromptInterval:
-    """Sum of sign x mean over latents of (the latent's mean over its contexts).
-
-    The interval is a percentile bootstrap over prompts: what belongs to a prompt is drawn together,
-    in all terms alike (a contrast is therefore paired by prompt). Equal seeds and numbers of
-    prompts give equal draws. A latent without a context in a draw is left out of that draw.
-
-    Returns: NaN throughout where a term has no latent with a context; no interval where a term's
-        contexts come from fewer than 5 prompts.
-    """
-    num_prompts = len(terms[0].sums)
-    mean = float(_contrast(terms, np.ones((1, num_prompts)))[0])
-    fewest = min(int(term.counts.any(1).sum()) for term in terms)
-    if math.isnan(mean) or fewest < FEWEST_PROMPTS:
-        return PromptInterval(mean, math.nan, math.nan)
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), draws)
-    values = _contrast(terms, weights.astype(float))
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return PromptInterval(mean, float(low), float(high))
-
-
-def span(values: Sequence[float] | np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """Two percentiles of the values that are known; NaN where none is."""
-    known = np.asarray(values, dtype=float)
-    known = known[np.isfinite(known)]
-    if not len(known):
-        return float("nan"), float("nan")
-    return float(np.percentile(known, low)), float(np.percentile(known, high))
-
-
-def _contrast(terms: Sequence[PromptTerm], weights: np.ndarray) -> Float[np.ndarray, " draws"]:
-    """`weights` is [draws, prompts]."""
-    total = np.zeros(len(weights))
-    for sign, sums, counts in terms:
-        with np.errstate(invalid="ignore"):
-            latents = (weights @ sums) / (weights @ counts)  # [draws, latents]; 0 / 0 is NaN
-            known = np.isfinite(latents)
-            total += sign * np.where(known, latents, 0).sum(1) / known.sum(1)
-    return total

@@ -106,7 +106,7 @@ class Source(NamedTuple):
             if (matches := self._table(run, role)) is not None:
                 parts.append(by_latent(matches, self.seed, seeds))
         fates = pd.concat(parts, axis=1)
-        effects = _mean_kl(self._table(run, "causal", "kl_pruned.parquet"))
+        effects = _mean_kl(self._table(run, "causal", f"kl_pruned_{self.seed}.parquet"))
         if effects is not None and "match_shared_init" in fates:
             of_match = effects.reindex(fates["match_shared_init"]).to_numpy()
             fates["causal_effect_pruned"] = of_match
@@ -125,7 +125,7 @@ class Source(NamedTuple):
         return every[~every.index.duplicated()]
 
     def _dense_kl(self, run: Run) -> pd.Series | None:
-        return _mean_kl(self._table(run, "causal", "kl_dense.parquet"))
+        return _mean_kl(self._table(run, "causal", f"kl_dense_{self.seed}.parquet"))
 
     def _table(self, run: Run, role: str, file: str = "latents.parquet") -> pd.DataFrame | None:
         folder = self._folder(run, role)
