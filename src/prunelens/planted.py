@@ -77,29 +77,36 @@ class Truth(NamedTuple):
     to 1; 0.5 where it was split or merged. Gains leave it as it is."""
 
 
-def dense_world(*, seed: int = 0) -> World:
+def dense_world(
+    *,
+    seed: int = 0,
+    num_directions: int = NUM_DIRECTIONS,
+    d_model: int = D_MODEL,
+    firing_rates: tuple[float, float] = FIRING_RATES,
+) -> World:
     """Before any pruning."""
     generator = _generator("directions", seed)
-    directions = _unit(torch.randn(NUM_DIRECTIONS, D_MODEL, generator=generator))
-    rarest, most_frequent = (rate**-RATE_TAIL for rate in FIRING_RATES)
-    share = torch.rand(NUM_DIRECTIONS, generator=generator)
+    directions = _unit(torch.randn(num_directions, d_model, generator=generator))
+    rarest, most_frequent = (rate**-RATE_TAIL for rate in firing_rates)
+    share = torch.rand(num_directions, generator=generator)
     rates = (rarest + (most_frequent - rarest) * share) ** (-1 / RATE_TAIL)
     halves, own = directions[:, None].expand(-1, 2, -1), torch.tensor(OWN_NOISE["dense"])
-    return World(halves.clone(), torch.ones(NUM_DIRECTIONS), rates, torch.ones(D_MODEL), own)
+    return World(halves.clone(), torch.ones(num_directions), rates, torch.ones(d_model), own)
 
 
 def pruned_world(dense: World, choice: Choice, *, seed: int = 0) -> tuple[World, Truth]:
     """The same directions, each with its fate."""
     generator = _generator("fates", seed)
-    gains = GAIN * (GAIN_SPREAD * torch.randn(D_MODEL, generator=generator)).exp()
+    num_directions, _, d_model = dense.directions.shape
+    gains = GAIN * (GAIN_SPREAD * torch.randn(d_model, generator=generator)).exp()
     if choice == "none":
-        nothing = torch.zeros(NUM_DIRECTIONS)
+        nothing = torch.zeros(num_directions)
         world = dense._replace(gains=gains, own_noise=torch.tensor(OWN_NOISE["none"]))
-        return world, Truth(["kept"] * NUM_DIRECTIONS, nothing, 1 - nothing)
+        return world, Truth(["kept"] * num_directions, nothing, 1 - nothing)
     fates = _fates(dense.firing_rates, choice, generator)
     before = dense.directions[:, 0]
     after, scales = dense.directions.clone(), dense.scales.clone()
-    angles = torch.full((NUM_DIRECTIONS,), math.nan)
+    angles = torch.full((num_directions,), math.nan)
     for name, (low, high) in DEGREES.items():
         where = _with(fates, name)
         degrees = low + (high - low) * torch.rand(len(where), generator=generator)
@@ -143,7 +150,7 @@ def world_activations(
     rates = world.firing_rates
     signal_variance = float((rates * (1 + 1 / ACTIVATION_SHAPE - rates)).sum())
     common, own = (
-        math.sqrt(share * signal_variance / D_MODEL)
+        math.sqrt(share * signal_variance / len(world.gains))
         for share in (NOISE_SHARE, float(world.own_noise))
     )
     parts = []
@@ -184,16 +191,16 @@ def _fates(rates: Tensor, choice: Choice, generator: torch.Generator) -> list[Fa
     names = [name for name, count in PER_BLOCK.items() for _ in range(count)]
     by_rate = rates.argsort()
     dealt: list[Fate] = []
-    while len(dealt) < NUM_DIRECTIONS:
+    while len(dealt) < len(rates):
         dealt += [names[i] for i in torch.randperm(BLOCK, generator=generator)]
-    del dealt[NUM_DIRECTIONS:]
+    del dealt[len(rates):]
     if dealt.count("merged") % 2:  # two make one
         dealt[dealt.index("merged")] = "kept"
-    fates: list[Fate] = ["kept"] * NUM_DIRECTIONS
-    order = list(range(NUM_DIRECTIONS))
+    fates: list[Fate] = ["kept"] * len(rates)
+    order = list(range(len(rates)))
     if choice == "by_rate":
-        rank = torch.arange(NUM_DIRECTIONS) / (NUM_DIRECTIONS - 1)
-        uniform = torch.rand(NUM_DIRECTIONS, generator=generator)
+        rank = torch.arange(len(rates)) / (len(rates) - 1)
+        uniform = torch.rand(len(rates), generator=generator)
         score = 2 * RATE_STRENGTH * (0.5 - rank) - (-uniform.log()).log()  # Gumbel: top k
         order = score.argsort(descending=True).tolist()
         dealt.sort(key=lambda fate: -(2 * (fate in DESTROYED) + (fate in PARTLY)))
