@@ -1,9 +1,10 @@
 """How well each measure tells the truth, in the planted world where the truth is known.
 
 A latent's truth is the fate of the planted direction that its decoder row is nearest to. A measure
-is asked three things: does it tell survived latents from destroyed ones, does it give the angle
-that was planted, and does it depend on firing rate where the truth does not. Marks are set here,
-once; a measure that misses its mark is to be improved.
+is asked four things: does it tell survived latents from destroyed ones, does it give the angle
+that was planted, does it depend on firing rate where the truth does not, and does it say anything
+where nothing is there. Marks are set here, once; a measure that misses its mark is to be improved,
+or decides nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunelens import planted
+from prunelens.analyses.fragility import fragility_contrasts
 from prunelens.analyses.measures import latent_measures
-from prunelens.analyses.statistics import RankSample, rank_correlation
+from prunelens.analyses.statistics import Estimate, RankSample, rank_correlation
 from prunelens.match import unit_rows
 
 TAU = 0.7
@@ -29,11 +31,16 @@ RHO_MARK = 0.1  # |rate_rho - truth_rho|; an interval alone gets wider the less 
 COLUMNS = [
     "measure", "step", "threshold", "num_latents", "share_defined", "auc", "precision", "recall",
     "false_survival", "bias", "bias_rotated", "rate_rho", "rate_low", "rate_high", "truth_rho",
-    "follows_rate", "mark", "passed", "reason",
+    "follows_rate", "mark", "passed", "reason", "share_rho",
+]  # fmt: skip
+NULL_COLUMNS = [
+    "measure", "source", "statistic", "value", "low", "high", "nothing", "says_nothing", "mark",
+    "passed", "reason",
 ]  # fmt: skip
 
-GRADED = (*planted.SURVIVES, *planted.DESTROYED)  # split and merged are neither
+GRADED = (*planted.SURVIVES, *planted.DESTROYED)  # of the others a part survived
 SAME_TOKENS = (*planted.SURVIVES, "rotated")  # a rotated direction fires where it did before
+FIRES_AS_BEFORE = (*planted.SURVIVES, *planted.PARTLY, "rotated")
 
 
 class Measure(NamedTuple):
@@ -67,11 +74,23 @@ MEASURES = {
 }
 SEPARATES = ("persistence", "relative_shuffled", "scaling", "activation_cross_init")
 FOLLOWS_RATE = ("relative_shuffled", "scaling")  # only where the truth does: controlled RQ4
+NO_EFFECT = (
+    f"no effect of firing rate: interval covers 0, rho within {RHO_MARK} of the truth's"
+)
 RATE_MARKS: dict[planted.Choice, str] = {
-    "independent": "no effect of firing rate: interval covers 0,"
-    f" rho within {RHO_MARK} of the truth's",
+    "independent": NO_EFFECT,
+    "none": NO_EFFECT,
     "by_rate": "finds the effect of firing rate: interval above 0,"
     f" rho within {RHO_MARK} of the truth's",
+}
+SMALLEST_P = 0.001  # of what is found where nothing is; a dozen rows are marked
+NULL_MARK = f"nothing is found where nothing is: p at least {SMALLEST_P}"
+GROUP_RATIOS = ("relative_isotropic", "relative_shuffled")
+WITH_RATE = "rank correlation with firing rate"
+DECIDES = {  # measure -> statistics that claims are decided by: what they say of nothing is marked
+    "relative_shuffled": ("Q1 - Q5", "all", WITH_RATE),
+    "scaling": (WITH_RATE,),
+    "beyond_noise": (WITH_RATE,),
 }
 
 
@@ -90,43 +109,46 @@ def latent_truth(
     Returns: latent, direction, recovered (cosine of the decoder row to that direction), fate,
         true_cosine (between that direction before and after, both divided by the dense `sigma`,
         also where the pruned SAE was trained in coordinates of its own; NaN where the direction was
-        removed, split or merged) and true_scale (what scaling measures: the part of the later
-        direction along the earlier one, in lengths of the earlier one, times the factor of its
-        activations; 0 where it was removed, NaN where it was split or merged).
+        removed, split or merged), true_scale (what scaling measures: the part of the later
+        direction, with the gains of its dimensions, along the earlier one, in lengths of the
+        earlier one, times the factor of its activations; 0 where it was removed, NaN where it was
+        split or merged) and true_share (`Truth.shares`).
     """
     earlier, later = (world.directions[:, 0] / sigma for world in (before, after))
     recovered, nearest = (unit_rows(decoder) @ unit_rows(earlier).T).max(1)
     fates = np.array(truth.fates)[nearest.numpy()]
     cosines = (unit_rows(earlier) * unit_rows(later)).sum(1)
-    scales = after.scales * (earlier * later).sum(1) / earlier.square().sum(1)
-    cosine, scale = (each[nearest].numpy().astype(float) for each in (cosines, scales))
-    one_direction = np.isin(fates, ("kept", "rescaled", "rotated"))
+    scales = after.scales * (earlier * later * after.gains).sum(1) / earlier.square().sum(1)
+    cosine, scale, share = (
+        each[nearest].numpy().astype(float) for each in (cosines, scales, truth.shares)
+    )
+    one_direction = np.isin(fates, FIRES_AS_BEFORE)
     cosine[~one_direction] = scale[~one_direction] = math.nan
     scale[fates == "removed"] = 0.0
     columns = {"direction": nearest.numpy(), "recovered": recovered.numpy(), "fate": fates}
-    table = pd.DataFrame({**columns, "true_cosine": cosine, "true_scale": scale})
+    known = {"true_cosine": cosine, "true_scale": scale, "true_share": share}
+    table = pd.DataFrame({**columns, **known})
     return table.reset_index(names="latent")
 
 
-def grades(fates: pd.DataFrame, *, choice: planted.Choice, seed: int = 0) -> pd.DataFrame:
+def grades(fates: pd.DataFrame, *, choice: planted.Choice) -> pd.DataFrame:
     """One row per measure that `fates` has, with COLUMNS.
 
     Args:
         fates: one row per seed and latent, as `analyses.fates` makes it, with `latent_truth`'s
             columns.
         choice: what the planted fates depend on.
-        seed: of the bootstrap.
     Returns: `share_defined`: share of the alive latents with a fate of GRADED, over all seeds, for
         which the measure has a value (the others count nowhere else); `auc`, `precision`, `recall`
         of survived (kept, rescaled) against destroyed (removed, rotated) alive latents with a value
         (for matching by activation, which does not look at directions, rotated ones survived);
         `false_survival`: share of the destroyed ones that the measure calls survived; `bias`: mean
         of measure minus truth over survived ones, `bias_rotated` over rotated ones; `rate_rho` with
-        a 95 % interval (bootstrap of seeds, and latents within each): rank correlation with firing
-        rate over all of them, split and merged ones included; `truth_rho`: that of the truth itself
-        (1 for what the measure is to call survived, 0.5 for split and merged, 0 otherwise);
-        `follows_rate`: whether the former is shown to be that of the truth, by the rule of
-        RATE_MARKS (False where it is undefined). `passed` is NaN without a mark.
+        a 95 % interval (over latents): rank correlation with firing rate over all of them, whatever
+        their fate; `truth_rho`: that of the truth itself (the share that survived; for matching by
+        activation how much fires where it did); `follows_rate`: whether the former is shown to be
+        that of the truth, by the rule of RATE_MARKS (False where it is undefined); `share_rho`:
+        rank correlation of measure and truth, whatever the rate. `passed` is NaN without a mark.
     """
     values = latent_measures(fates)
     alive = fates["alive"].to_numpy()
@@ -137,8 +159,9 @@ def grades(fates: pd.DataFrame, *, choice: planted.Choice, seed: int = 0) -> pd.
             row: dict[str, Any] = {"measure": name, "threshold": measure.threshold}
             row |= _separation(fates, value, values[name].mutual, measure)
             row |= _bias(fates, value, measure)
-            truth = _amounts(fates["fate"], measure)
-            row |= _rate(fates, value, truth, fates[values[name].rate].to_numpy(dtype=float), seed)
+            truth, rate = _amounts(fates, measure), fates[values[name].rate].to_numpy(dtype=float)
+            row |= _rate(fates, value, truth, rate)
+            row["share_rho"] = rank_correlation(_samples(fates, value, truth, value)).value
             row["follows_rate"] = _follows_rate(row, choice)
             rows.append(row | _judged(name, row, choice))
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
@@ -162,6 +185,60 @@ def undertrained_grades(matches: pd.DataFrame) -> pd.DataFrame:
             row |= _verdict({mark: bool(survived >= FALSE_SURVIVAL_MARK)})
         rows.append(row)
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
+
+
+def null_grades(fates: pd.DataFrame, *, choice: planted.Choice) -> pd.DataFrame:
+    """What measures that read pruned activations find where nothing is, with NULL_COLUMNS.
+
+    On the null arm, where noise stands in the place of the pruned activations; in the world `none`
+    on these as well, to which nothing was done but gains and noise.
+
+    Args: fates: as for `grades`.
+    Returns: statistic (Q1 - Q5 and all: a ratio of group means; or the rank correlation of latents
+        with firing rate), value with its 95 % interval, nothing: what it should be, says_nothing:
+        whether the interval holds that. Marked are those that decide claims; `passed` is NaN for
+        the others. `beyond_noise` is the predictor's target.
+    """
+    rows = []
+    contrasts = fragility_contrasts(fates)
+    for source in ("pruned", "null") if choice == "none" else ("null",):
+        for part in contrasts[contrasts["source"] == source].itertuples():
+            if part.measure in GROUP_RATIOS and part.group in ("Q1 - Q5", "all"):
+                found = Estimate(part.value, part.error, part.df, part.resampled)
+                nothing = 1.0 if part.group == "all" else 0.0
+                rows.append(_of_nothing(part.measure, source, part.group, found, nothing))
+        measures = latent_measures(fates, source)
+        for name in latent_measures(fates, "null"):
+            value, _, column, means = measures[name]
+            rate = fates[column].to_numpy(dtype=float)
+            without = None if means is None else means.above_without / means.below_without
+            samples = _samples(fates, rate, value, np.where(rate > 0, value, np.nan), without)
+            rows.append(_of_nothing(name, source, WITH_RATE, rank_correlation(samples), 0.0))
+        target = _beyond_noise(fates, source)
+        rate = fates["firing_rate_first_half"].to_numpy(dtype=float)
+        samples = _samples(fates, rate, target, np.where(rate > 0, target, np.nan))
+        rows.append(_of_nothing("beyond_noise", source, WITH_RATE, rank_correlation(samples), 0.0))
+    return pd.DataFrame(rows).reindex(columns=NULL_COLUMNS)
+
+
+def _beyond_noise(fates: pd.DataFrame, source: str) -> np.ndarray:
+    """The predictor's target: 1 above the median of the draws of shuffled noise, else 0."""
+    own = fates["persistence" if source == "pruned" else f"persistence_{source}"].to_numpy(float)
+    median = np.median(np.stack(fates["persistence_noise_shuffled_draws"]), axis=1)
+    return np.where(np.isnan(own), np.nan, own > median)
+
+
+def _of_nothing(
+    measure: str, source: str, statistic: str, found: Estimate, nothing: float
+) -> dict[str, Any]:
+    """A row of `null_grades`."""
+    row = {"measure": measure, "source": source, "statistic": statistic, "value": found.value}
+    row |= {"low": found.low, "high": found.high, "nothing": nothing}
+    row["says_nothing"] = bool(found.low <= nothing <= found.high)
+    if statistic in DECIDES.get(measure, ()):
+        p = 2 * min(found.p_above(nothing), found.p_below(nothing))
+        row |= _verdict({NULL_MARK: bool(p >= SMALLEST_P)})
+    return row
 
 
 def _separation(
@@ -201,44 +278,61 @@ def _of(fates: pd.DataFrame, values: np.ndarray, which: Sequence[str]) -> np.nda
     return chosen[~np.isnan(chosen)]
 
 
-def _amounts(fates: pd.Series, measure: Measure) -> np.ndarray:
+def _amounts(fates: pd.DataFrame, measure: Measure) -> np.ndarray:
     """How much of every latent's feature is left, of what this measure looks at."""
-    neither = ~fates.isin(GRADED)
-    return np.select([fates.isin(measure.survives), neither], [1.0, 0.5], default=0.0)
+    if measure.survives == planted.SURVIVES:
+        return fates["true_share"].to_numpy(dtype=float)
+    neither = fates["fate"].isin(("split", "merged"))
+    return np.select([fates["fate"].isin(FIRES_AS_BEFORE), neither], [1.0, 0.5], default=0.0)
 
 
 def _rate(
-    fates: pd.DataFrame, value: np.ndarray, truth: np.ndarray, rate: np.ndarray, seed: int
+    fates: pd.DataFrame, value: np.ndarray, truth: np.ndarray, rate: np.ndarray
 ) -> dict[str, float]:
-    given = fates["init_retention"].to_numpy(dtype=float)
-    samples: list[list[RankSample]] = [[], []]
-    for each in fates["seed"].unique():
-        rows = (fates["seed"] == each).to_numpy() & (rate > 0) & ~np.isnan(value)
-        for which, numbers in zip(samples, (value, truth), strict=True):
-            if rows.any():  # control arms are there for the first seeds alone
-                no_groups = np.empty((int(rows.sum()), 0))
-                which.append(RankSample(rate[rows], numbers[rows], no_groups, given[rows]))
-    found, of_truth = map(rank_correlation, samples)
+    known = np.where(rate > 0, value, np.nan)
+    found = rank_correlation(_samples(fates, rate, known, known))
+    of_truth = rank_correlation(_samples(fates, rate, truth, known))
     return {
         "rate_rho": found.value,
         "rate_low": found.low,
         "rate_high": found.high,
-        "truth_rho": of_truth.value,
+        "truth_rho": 0.0 if np.ptp(truth) == 0 else of_truth.value,  # nothing that could follow
     }
+
+
+def _samples(
+    fates: pd.DataFrame,
+    x: np.ndarray,
+    y: np.ndarray,
+    known: np.ndarray,
+    without: np.ndarray | None = None,
+) -> list[RankSample]:
+    """The latents of every seed where `known` is; control arms are there for the first alone.
+
+    `without`: y without each group of documents, of a measure of tokens.
+    """
+    given = fates["init_retention"].to_numpy(dtype=float)
+    without = np.empty((len(fates), 0)) if without is None else without
+    samples = []
+    for seed in fates["seed"].unique():
+        rows = (fates["seed"] == seed).to_numpy() & ~np.isnan(known)
+        if rows.any():
+            samples.append(RankSample(x[rows], y[rows], without[rows], given[rows]))
+    return samples
 
 
 def _follows_rate(row: dict[str, Any], choice: planted.Choice) -> bool:
     """No effect of firing rate where none was planted, and the planted one where there is one."""
     near = abs(row["rate_rho"] - row["truth_rho"]) <= RHO_MARK
-    if choice == "independent":
-        return bool(near and row["rate_low"] <= 0 <= row["rate_high"])
-    return bool(near and row["rate_low"] > 0)
+    if choice == "by_rate":
+        return bool(near and row["rate_low"] > 0)
+    return bool(near and row["rate_low"] <= 0 <= row["rate_high"])
 
 
 def _judged(name: str, row: dict[str, Any], choice: planted.Choice) -> dict[str, str | bool]:
     """The marks of a measure, and which it missed; nothing where it has none."""
     marks: dict[str, bool] = {}
-    if name in SEPARATES:
+    if name in SEPARATES and choice != "none":
         marks[f"AUC >= {AUC_MARK}"] = row["auc"] >= AUC_MARK
     if name in FOLLOWS_RATE:
         marks[RATE_MARKS[choice]] = row["follows_rate"]

@@ -14,7 +14,7 @@ from prunelens.config.frozen import Frozen
 from prunelens.config.model import PLANTED
 from prunelens.config.names import Place, refuse_as_name
 
-PLANTED_SCOPES = ("independent", "by_rate")
+PLANTED_SCOPES = ("independent", "by_rate", "none")
 CALIBRATED = ("wanda", "sparsegpt")  # criteria that read the inputs of every matrix
 READS_WEIGHTS_ALONE = ("magnitude", "random")
 CHECKPOINT = "checkpoint"  # what tables call the method of a condition that is a checkpoint
@@ -29,10 +29,11 @@ class _Pruning(Frozen):
 
     `planted` changes the directions of the planted world.
     """
-    scope: Literal["global", "matrix", "row", "independent", "by_rate"]
+    scope: Literal["global", "matrix", "row", "independent", "by_rate", "none"]
     """Which weights compete: all, those of one matrix, those of one output row.
 
-    Of the planted world: whether a direction's fate is independent of its firing rate.
+    Of the planted world: a direction's fate is independent of its firing rate, goes by it, or none
+    changes.
     """
     pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
     """Which weights of a scope group may go; `2:4`: exactly two of every four neighbours in a row.
@@ -77,7 +78,7 @@ class _Pruning(Frozen):
         if (self.criterion == PLANTED) != (self.scope in PLANTED_SCOPES):
             raise ValueError(
                 f"scope: {self.scope!r} does not go with criterion {self.criterion!r}; use"
-                " independent or by_rate with planted; global, matrix or row with the others"
+                " independent, by_rate or none with planted; global, matrix or row with the others"
             )
         if self.criterion == "sparsegpt" and self.scope == "global":
             raise ValueError(

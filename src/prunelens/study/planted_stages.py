@@ -12,7 +12,12 @@ from torch import Tensor
 
 from prunelens import planted
 from prunelens.activations import Statistics
-from prunelens.analyses.grades import grades, latent_truth, undertrained_grades
+from prunelens.analyses.grades import (
+    grades,
+    latent_truth,
+    null_grades,
+    undertrained_grades,
+)
 from prunelens.match import match_dictionaries
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.sae_stages import decoders_by_step
@@ -20,7 +25,6 @@ from prunelens.study.work import Work, read_json, write_json
 
 CONDITIONS = ("dense", "pruned")
 TOKEN_SEEDS = {"train": 1, "eval": 2}  # the same for every condition: its tokens are paired
-BLOCKS = 20  # of each half of eval, in the place of documents; all tokens are independent
 PRUNED_NOISE = 1000  # added to a noise seed under pruning: the noise is each condition's own
 
 
@@ -30,9 +34,8 @@ def _world(work: Work) -> None:
         {name: part.contiguous() for name, part in world._asdict().items()},
         work.out / "world.safetensors",
     )
-    pd.DataFrame({"fate": truth.fates, "angle": truth.angles.numpy()}).to_parquet(
-        work.out / "truth.parquet"
-    )
+    known = {"fate": truth.fates, "angle": truth.angles.numpy(), "share": truth.shares.numpy()}
+    pd.DataFrame(known).to_parquet(work.out / "truth.parquet")
     write_json(work.out / "choice.json", work.config["choice"])
 
 
@@ -48,11 +51,10 @@ def _activations(work: Work) -> None:
         norms = torch.linalg.vector_norm(rows, dim=1)
         save_file({"norms": norms}, work.out / f"{split}_norms.safetensors")
         work.progress(0.5)
-    first_half = work.config["eval_tokens"] // 2
+    documents = planted.document_of(work.config["eval_tokens"])
+    first_half = int((documents < (int(documents[-1]) + 1) // 2).sum())
     write_json(work.out / "rows.json", {"eval_first_rows": first_half})
-    halves = (first_half, work.config["eval_tokens"] - first_half)
-    documents = [n * BLOCKS + torch.arange(rows) * BLOCKS // rows for n, rows in enumerate(halves)]
-    save_file({"documents": torch.cat(documents).int()}, work.out / "eval_documents.safetensors")
+    save_file({"documents": documents.int()}, work.out / "eval_documents.safetensors")
 
 
 def _grades(work: Work) -> None:
@@ -67,6 +69,7 @@ def _grades(work: Work) -> None:
         found = pd.concat([found, undertrained_grades(pd.concat(early))], ignore_index=True)
     fates.to_parquet(work.out / "fates.parquet")
     found.to_parquet(work.out / "grades.parquet")
+    null_grades(fates, choice=truth.choice).to_parquet(work.out / "null.parquet")
 
 
 def _early_matches(
@@ -89,7 +92,8 @@ class _Truth:
     def __init__(self, folder: pathlib.Path) -> None:
         self._before, self._after = planted.dense_world(), _load_world(folder)
         known = pd.read_parquet(folder / "truth.parquet")
-        self._truth = planted.Truth(list(known["fate"]), torch.tensor(known["angle"].to_numpy()))
+        angles, shares = (torch.tensor(known[name].to_numpy()) for name in ("angle", "share"))
+        self._truth = planted.Truth(list(known["fate"]), angles, shares)
         self.choice: planted.Choice = read_json(folder / "choice.json")
 
     def of(self, sae: pathlib.Path, *, decoder: Tensor | None = None) -> pd.DataFrame:
