@@ -1,4 +1,4 @@
-"""Tests, fits and bootstraps from their definitions: counting, loops, plain Newton."""
+"""Tests, fits and errors from their definitions: counting, loops, plain Newton, leaving out."""
 
 import itertools
 import math
@@ -99,6 +99,70 @@ def bootstrap_rank_correlation(seeds, draws, generator):
         raw.append(np.mean([f[0] for f in found]))
         partial.append(np.mean([f[1] for f in found]))
     return np.percentile(raw, (2.5, 97.5)), np.percentile(partial, (2.5, 97.5))
+
+
+def jackknife(values):
+    """Squared error of a statistic from its values without each unit: the delete-one jackknife."""
+    count, mean = len(values), math.fsum(values) / len(values)
+    return (count - 1) / count * math.fsum((value - mean) ** 2 for value in values)
+
+
+def influence(statistic, num_latents, groups):
+    """By how much the statistic moves as each latent counts more, per weight; numerically."""
+    step, found = 1e-4, []
+    for latent in range(num_latents):
+        moved = [np.ones(num_latents), np.ones(num_latents)]
+        moved[0][latent] += step
+        moved[1][latent] -= step
+        up, down = (statistic(weights, groups) for weights in moved)
+        found.append((up - down) / (2 * step))
+    return np.array(found)
+
+
+def crossed(statistics, num_latents, num_groups, *, fisher=False):
+    """(value, squared error by documents, squared error by latents) of a mean over seeds.
+
+    statistics: per seed a function of the latents' weights and of the groups of documents that are
+    left. What latents add is their variance (infinitesimal jackknife, L / (L - 1)) less what
+    documents explain of it. Of that, the seeds' mean has what they share: less (1 - 1/S) times what
+    the seeds differ by (less what documents explain of their differences); at least a share of 1/S,
+    at most twice of it.
+    """
+    ones, every = np.ones(num_latents), list(range(num_groups))
+    rest = [[group for group in every if group != left_out] for left_out in every]
+    values = [statistic(ones, every) for statistic in statistics]
+    without = [[statistic(ones, left) for left in rest] for statistic in statistics]
+    beyond = []
+    for statistic in statistics:
+        own = influence(statistic, num_latents, every)
+        parts = [influence(statistic, num_latents, left) for left in rest]
+        explained = sum(jackknife(part) for part in zip(*parts, strict=True))
+        beyond.append(max(0.0, num_latents / (num_latents - 1) * float(own @ own) - explained))
+    latents, seeds = float(np.mean(beyond)), len(statistics)
+    means = [float(np.mean(each)) for each in zip(*without, strict=True)]
+    if seeds > 1:
+        off = [[v - m for v, m in zip(part, means, strict=True)] for part in without]
+        explained = sum(jackknife(part) for part in off if part) / (seeds - 1)
+        differ = float(np.var(values, ddof=1)) - explained
+        most = 2 * latents if num_groups else latents
+        latents = min(max(latents - (1 - 1 / seeds) * differ, latents / seeds), most)
+    value = float(np.mean(values))
+    if fisher:
+        means, latents = np.arctanh(means), latents / (1 - value**2) ** 2
+    return value, jackknife(list(means)) if num_groups else 0.0, latents
+
+
+def weighted_pearson(a, b, weights):
+    a, b = (v - np.average(v, weights=weights) for v in (a, b))
+    return float((weights * a) @ b / math.sqrt(((weights * a) @ a) * ((weights * b) @ b)))
+
+
+def weighted_partial_pearson(a, b, c, weights):
+    """Of what is left after a weighted line in c."""
+    root = np.sqrt(weights)
+    design = np.column_stack([np.ones(len(c)), c])
+    left = [v - design @ np.linalg.lstsq(design * root[:, None], v * root)[0] for v in (a, b)]
+    return weighted_pearson(*left, weights)
 
 
 def bootstrap_auc(y, scores, clusters, draws, generator):

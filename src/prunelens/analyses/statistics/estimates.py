@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 Scale = Literal["plain", "fisher", "logit"]
 FEWEST_UNITS = 5  # documents, prompts, windows; left out in turn, fewer say too little
+ROUNDING = 1e-12  # numbers that differ by less do not differ
 
 
 class Estimate(NamedTuple):
@@ -121,11 +122,13 @@ def jackknifed(
     if not math.isfinite(value) or not np.isfinite(without).all():
         return no_estimate(value, f"no interval: undefined without some of the {resampled}")
     replicates = on_scale(without, scale)
-    own = (count - 1) / count * float(np.square(replicates - replicates.mean()).sum())
+    differ = np.ptp(replicates) > ROUNDING * max(1.0, float(np.abs(replicates).max()))
+    own = (count - 1) / count * float(np.square(replicates - replicates.mean()).sum()) * differ
     variance = own + added
     if not variance > 0:
         return no_estimate(value, f"no interval: the same without any of the {resampled}")
-    df = variance**2 / (own**2 / (count - 1) + added**2 / added_df)  # Welch and Satterthwaite
+    shares = own**2 / (count - 1) + added**2 / added_df  # Welch and Satterthwaite
+    df = variance**2 / shares if shares > 0 else math.inf
     ends = float(without.min()), float(without.max())
     return Estimate(value, math.sqrt(variance), df, resampled, *ends, scale, added)
 
@@ -289,6 +292,8 @@ def _beyond_documents(sample: LatentSample) -> float:
     if latents < 2:
         return 0.0
     over_latents = latents / (latents - 1) * float(np.square(sample.parts).sum())
+    if not over_latents > ROUNDING**2:
+        return 0.0
     if not groups:
         return over_latents
     known = np.isfinite(sample.parts_without)

@@ -43,7 +43,7 @@ def jackknife_over_seeds(rows: pd.DataFrame) -> Estimate:
 
 def interval_over_windows(values: Float[np.ndarray, " windows"]) -> Estimate:
     """The mean over windows of text; stretches of neighbouring windows are left out in turn."""
-    stretches = np.array_split(values, min(MOST_STRETCHES, len(values)))
+    stretches = np.array_split(values, min(MOST_STRETCHES, max(len(values), 1)))
     total = values.sum()
     without = [(total - s.sum()) / max(len(values) - len(s), 1) for s in stretches]
     mean = float(values.mean()) if len(values) else math.nan
