@@ -14,6 +14,7 @@ from prunelens.errors import UserError
 INTERCEPT, LOG_RATE, SPARSITY = 0.5, -0.5, -4.0  # the planted truth
 T_975_DF5 = 2.570581835636314  # Student's t with 5 degrees of freedom, from a printed table
 KEYS = ["target", "tau", "evaluation", "features"]
+HALVES = ("persistence", "beyond_noise")  # targets without a tau
 
 
 def rows(num_latents=100, models=("a", "b"), sparsities=(0.2, 0.4, 0.6), seed=0):
@@ -36,6 +37,8 @@ def rows(num_latents=100, models=("a", "b"), sparsities=(0.2, 0.4, 0.6), seed=0)
             "cosine_shared_init": np.where(survives, 0.75, 0.65),
             "mutual_shared_init": 1.0,
             "persistence": np.where(persists, 0.8, 0.6),
+            "persistence_null": generator.uniform(0.6, 0.8, num_latents),
+            "persistence_noise_shuffled_draws": list(generator.uniform(0.6, 0.8, (num_latents, 3))),
         }
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
@@ -52,9 +55,11 @@ def result(table):
     return quiet_fit(table, (0.7, 0.9))
 
 
-def row_of(result, target, evaluation="in_sample", features="rate_sparsity", tau=0.7):
-    found = result.table.set_index(KEYS).sort_index()
-    return found.loc[(target, np.nan if target == "persistence" else tau, evaluation, features)]
+def row_of(
+    result, target, evaluation="in_sample", features="rate_sparsity", tau=0.7, source="pruned"
+):
+    found = result.table[result.table["source"] == source].set_index(KEYS).sort_index()
+    return found.loc[(target, np.nan if target in HALVES else tau, evaluation, features)]
 
 
 def design(table, features="rate_sparsity"):
@@ -94,10 +99,10 @@ def auc_that_knows_the_truth(table):
     return (chance * below).sum() / (chance.sum() * (1 - chance).sum())
 
 
-def test_the_fit_equals_plain_newton_and_an_explicit_sandwich(table, result):
+def test_the_fit_equals_plain_newton_and_its_errors_leave_conditions_out(table, result):
     x, y = design(table), (table["cosine_shared_init"] >= 0.7).to_numpy(dtype=float)
     beta = slow.logistic(x, y)
-    covariance = slow.clustered_covariance(x, y, beta, table["condition"].to_numpy())
+    covariance = slow.jackknife_covariance(x, y, table["condition"].to_numpy())
     [model] = [m for m in result.models if (m["target"], m["tau"]) == ("shared_init", 0.7)]
     found = [model["coefficients"][name] for name in ("intercept", "log_rate", "sparsity")]
     np.testing.assert_allclose(found, beta, atol=1e-6)
@@ -139,17 +144,37 @@ def test_held_out_predictions_come_from_fits_that_never_saw_the_group(
     assert row["auc_within"] == pytest.approx(within, abs=1e-6)
 
 
-def test_the_interval_of_the_auc_is_that_of_an_explicit_bootstrap():
+def test_the_interval_of_the_auc_leaves_clusters_out():
     generator = np.random.default_rng(0)
     clusters = np.repeat(np.arange(6), 20)
     y = generator.random(120) < 0.2 + 0.1 * clusters
-    scores = np.round(generator.normal(y + 0.3 * clusters, 1))  # many ties
-    found = clustered_auc(y, scores, clusters, seed=0, draws=2000)
-    assert found.value == pytest.approx(slow.auc(y, scores))
-    low, high = slow.bootstrap_auc(y, scores, clusters, 200, np.random.default_rng(1))
-    assert high - low > 0.05
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.03)
-    assert found == clustered_auc(y, scores, clusters, seed=0, draws=2000)
+    scores, less = (np.round(generator.normal(y + 0.3 * clusters, 1)) for _ in range(2))  # ties
+    names = sorted(set(clusters))
+
+    def within(rows, of):
+        inside = [rows & (clusters == name) for name in names if (rows & (clusters == name)).any()]
+        pairs = [y[i].sum() * (~y[i]).sum() for i in inside]
+        return np.average([slow.auc(y[i], of[i]) for i in inside], weights=pairs)
+
+    everything = np.ones(120, dtype=bool)
+    found = clustered_auc(y, scores, clusters)
+    for estimate, statistic in (
+        (found.pooled, lambda rows: slow.auc(y[rows], scores[rows])),
+        (found.within, lambda rows: within(rows, scores)),
+    ):
+        value, left = statistic(everything), [statistic(clusters != name) for name in names]
+        assert estimate.value == pytest.approx(value)
+        odds = np.log(np.array([value, *left]) / (1 - np.array([value, *left])))
+        half = T_975_DF5 * np.sqrt(slow.jackknife(odds[1:].tolist()))
+        ends = [1 / (1 + np.exp(-(odds[0] + side * half))) for side in (-1, 1)]
+        assert estimate.bounds() == pytest.approx(ends)
+    beyond = clustered_auc(y, scores, clusters, less=less).within
+    gains = [
+        within(rows, scores) - within(rows, less)
+        for rows in (everything, *[clusters != name for name in names])
+    ]
+    assert beyond.value == pytest.approx(gains[0])
+    assert beyond.error == pytest.approx(np.sqrt(slow.jackknife(gains[1:])))
 
 
 def test_targets_are_what_methods_say():
@@ -159,9 +184,13 @@ def test_targets_are_what_methods_say():
     result = fit_predictor(table, (0.5, 0.6, 0.7))
     targets = zip(result.table["target"], result.table["tau"], strict=True)
     tau = {(t, -1.0 if np.isnan(v) else v) for t, v in targets}
-    assert tau == {(t, v) for t in ("shared_init", "index_mean") for v in (0.6, 0.7)} | {
-        ("persistence", -1.0)
-    }
+    matched = ("shared_init", "quintile", "index_mean")
+    assert tau == {(t, v) for t in matched for v in (0.6, 0.7)} | {(t, -1.0) for t in HALVES}
+    draws = np.sort(np.stack(table["persistence_noise_shuffled_draws"]), axis=1)
+    for source, column in (("pruned", "persistence"), ("null", "persistence_null")):
+        above = (table[column] > draws[:, 1])[table[column].notna()]
+        base = row_of(result, "beyond_noise", source=source)["base_rate"]
+        assert base == max(above.mean(), 1 - above.mean())
     y = (table["mutual_shared_init"] == 1) & (table["cosine_shared_init"] >= 0.7)
     assert row_of(result, "shared_init")["base_rate"] == max(y.mean(), 1 - y.mean())
     known = table["persistence"].dropna() > 0.7
@@ -181,8 +210,9 @@ def test_targets_are_what_methods_say():
 
 
 def test_calibration_bins_hold_equal_shares_and_average_to_the_observed_rate(table, result):
-    for _, part in result.calibration.groupby(KEYS, dropna=False):
-        assert part["num_rows"].sum() in (len(table), len(table) // 2)
+    for key, part in result.calibration.groupby(KEYS, dropna=False):
+        rows_of_target = {"quintile": 5 * 6, "index_mean": len(table) // 2}
+        assert part["num_rows"].sum() == rows_of_target.get(key[0], len(table))
         assert part["predicted"].is_monotonic_increasing
     part = result.calibration.query(
         "target == 'persistence' and evaluation == 'in_sample' and features == 'rate_sparsity'"
@@ -205,7 +235,7 @@ def test_predictions_of_a_saved_model(table, result):
     assert found.iloc[0][["probability", "low", "high"]].isna().all()
     x, y = design(table), (table["persistence"] > 0.7).to_numpy(dtype=float)
     beta = slow.logistic(x, y)
-    covariance = slow.clustered_covariance(x, y, beta, table["condition"].to_numpy())
+    covariance = slow.jackknife_covariance(x, y, table["condition"].to_numpy())
     for row in found.iloc[1:].itertuples():
         at = np.array([1, np.log(row.firing_rate), 0.5])
         linear, half = at @ beta, T_975_DF5 * np.sqrt(at @ covariance @ at)
@@ -219,7 +249,7 @@ def test_one_condition_is_nan_with_a_reason_and_no_model():
     table = rows(models=("a",), sparsities=(0.5,))
     result = quiet_fit(table)
     assert result.table["reason"].ne("").all()
-    assert len(result.table) == 9
+    assert len(result.table) == 10 * 4  # both halves' targets, pruned and null
     row = row_of(result, "persistence")
     assert np.isnan(row["auc"])
     assert row["reason"] == "sparsity is the same in every row"
@@ -231,7 +261,7 @@ def test_one_condition_is_nan_with_a_reason_and_no_model():
     held_out = row_of(result, "persistence", "held_out_condition", "init_retention")
     assert held_out["reason"] == "nothing to hold out: fewer than two conditions"
     with pytest.raises(UserError, match=r"persistence has no predictor.*sparsity is the same"):
-        predict_survival(result.models[-1], np.array([0.1]), 0.5)
+        predict_survival(result.models[0], np.array([0.1]), 0.5)
 
 
 def test_few_conditions_have_coefficients_without_intervals():
@@ -240,7 +270,7 @@ def test_few_conditions_have_coefficients_without_intervals():
     assert np.isfinite(row[["auc", "coef_log_rate"]].astype(float)).all()
     assert row[["auc_low", "coef_log_rate_low", "coef_sparsity_high"]].isna().all()
     assert "3 conditions; intervals of coefficients need 4" in row["reason"]
-    prediction = predict_survival(result.models[-1], np.array([0.1]), 0.5)
+    prediction = predict_survival(result.models[0], np.array([0.1]), 0.5)
     assert np.isfinite(prediction["probability"][0])
     assert np.isnan(prediction["low"][0])
     held_out = row_of(result, "persistence", "held_out_model")
@@ -260,7 +290,7 @@ def test_one_class_separation_and_no_rows_are_nan_with_a_reason(table):
     row = row_of(quiet_fit(table.assign(persistence=np.nan)), "persistence")
     assert (row["num_rows"], row["reason"]) == (0, "no rows")
     assert np.isnan(row["base_rate"])
-    assert len(quiet_fit(table.iloc[:0], (0.7, 0.8)).table) == 9 * 5
+    assert len(quiet_fit(table.iloc[:0], (0.7, 0.8)).table) == 10 * (2 * 3 + 4)
 
 
 def test_separation_is_recognised_exactly():
@@ -296,3 +326,48 @@ def test_persistence_goes_by_the_first_half_and_the_arms_by_the_whole(table):
     assert row_of(found, "shared_init")["auc"] == expected
     silent = table.assign(firing_rate_first_half=table["firing_rate"].where(table["latent"] > 9, 0))
     assert row_of(quiet_fit(silent, (0.7,)), "persistence")["num_rows"] == 0.9 * len(table)
+
+
+def test_nothing_is_predicted_of_the_null(table):
+    """A further draw of the noise lies above the median of three with even odds, whatever the rate;
+    how far it lies from a fixed 0.7 depends on the rate."""
+    generator = np.random.default_rng(4)
+    spread = 0.3 * np.abs(np.log(table["firing_rate"].to_numpy()))[:, None] / 7
+    draws = 0.75 + spread * generator.normal(size=(len(table), 4))
+    known = table.assign(
+        persistence_null=draws[:, 0], persistence_noise_shuffled_draws=list(draws[:, 1:])
+    )
+    found = quiet_fit(known)
+    honest = row_of(found, "beyond_noise", "stated_sign", source="null")
+    assert honest["auc_within_low"] < 0.5 < honest["auc_within_high"]
+    assert honest["gain_low"] < 0 < honest["gain_high"]
+    fixed = row_of(found, "persistence", "stated_sign", source="null")
+    assert fixed["auc_within_high"] < 0.5
+
+
+def test_the_stated_sign_is_not_fitted(table):
+    """Where the frequent survive, a fit turns round; what the paper states does not."""
+    frequent = table.assign(persistence=np.where(table["firing_rate"] > 0.02, 0.9, 0.1))
+    frequent.loc[::9, "persistence"] = 0.5
+    found = quiet_fit(frequent)
+    assert row_of(found, "persistence", "held_out_condition")["auc_within"] > 0.8
+    assert row_of(found, "persistence", "stated_sign")["auc_within"] < 0.2
+
+
+def test_a_quintile_of_the_first_seed_is_a_row_of_the_paper(table):
+    """19 conditions of five quintiles: 95 rows."""
+    many = rows(num_latents=23, models=("a",), sparsities=tuple(s / 40 for s in range(1, 20)))
+    quintile = row_of(quiet_fit(many, (0.7,)), "quintile")
+    assert quintile["num_rows"] == 95
+    first = many[many["seed"] == 0]
+    rates, shares, sparsities = [], [], []
+    for _, part in first.groupby("condition"):
+        ordered = part.sort_values("firing_rate").reset_index()
+        for q in range(5):
+            own = ordered[ordered.index * 5 // len(ordered) == q]
+            rates.append(own["firing_rate"].mean())
+            shares.append((own["cosine_shared_init"] >= 0.7).mean() > 0.5)
+            sparsities.append(own["sparsity"].iloc[0])
+    x = np.column_stack([np.log(rates), sparsities])
+    expected = slow.logistic(x, np.array(shares, float))
+    assert quintile["coef_log_rate"] == pytest.approx(expected[1], rel=1e-4)

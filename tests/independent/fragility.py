@@ -6,22 +6,29 @@ import numpy as np
 
 
 def survived(latent, measure, tau):
-    """What the measure says of one latent (a row of fates), or None where it says nothing."""
+    """What the measure says of one latent (a row of fates), or None where it says nothing.
+
+    Of a measure that is a share of something else: what is shared, see `whole`.
+    """
     kind, _, noise = measure.partition("_")
     if measure in ("persistence", "scaling"):
         value = latent[measure]
     elif kind == "excess":
-        value = latent["persistence_z"] - latent[f"persistence_z_noise_{noise}"]
-    elif kind == "relative":  # the share of what noise leaves; noise must leave a tenth
-        left = latent[f"persistence_noise_{noise}"]
-        share = latent["persistence"] / left if left >= 0.1 else np.nan
-        value = share if np.isnan(share) else min(1.0, max(0.0, share))
+        value = latent["persistence_z"] - latent[f"persistence_noise_{noise}_z"]
+    elif kind == "relative":
+        value = latent["persistence"] + 0 * whole(latent, measure)  # NaN where either is
     elif np.isnan(latent[f"cosine_{measure}"]):
         return None
     else:
         mutual = latent[f"mutual_{measure}"] == 1
         value = 1.0 if mutual and latent[f"cosine_{measure}"] >= tau else 0.0
     return None if np.isnan(value) else value
+
+
+def whole(latent, measure):
+    """What the group's sum is divided by, latent by latent: 1, or what noise leaves."""
+    kind, _, noise = measure.partition("_")
+    return latent[f"persistence_noise_{noise}"] if kind == "relative" else 1.0
 
 
 def sorting_rate(latent, measure):
@@ -55,7 +62,8 @@ def quintiles(latents, measure, tau):
             known = [latent for latent in group if survived(latent, measure, tau) is not None]
             if known:
                 rates[quintile].append(mean(sorting_rate(latent, measure) for latent in known))
-                values[quintile].append(mean(survived(latent, measure, tau) for latent in known))
+                share = mean(survived(latent, measure, tau) for latent in known)
+                values[quintile].append(share / mean(whole(latent, measure) for latent in known))
                 counts[quintile].append(len(known))
     return {q: (mean(rates[q]), mean(values[q]), sum(counts[q])) for q in range(1, 6)}
 

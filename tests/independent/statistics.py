@@ -69,36 +69,12 @@ def logistic(x, y):
     return beta
 
 
-def clustered_covariance(x, y, beta, clusters):
-    """Sandwich with summed scores per cluster and the factor G/(G-1) (n-1)/(n-k)."""
-    x = np.column_stack([np.ones(len(x)), x])
-    n, k = x.shape
-    p = 1 / (1 + np.exp(-x @ beta))
-    bread = np.linalg.inv(x.T @ (x * (p * (1 - p))[:, None]))
-    meat, names = np.zeros((k, k)), sorted(set(clusters))
-    for name in names:
-        score = sum((y[i] - p[i]) * x[i] for i in range(n) if clusters[i] == name)
-        meat += np.outer(score, score)
-    groups = len(names)
-    return bread @ meat @ bread * groups / (groups - 1) * (n - 1) / (n - k)
-
-
-def bootstrap_rank_correlation(seeds, draws, generator):
-    """2.5 and 97.5 percentiles, raw and partial; seeds: list of (x, y, z), all defined.
-
-    Seeds are drawn, then the latents of each drawn seed; ranks are those of the whole seed.
-    """
-    ranked = [tuple(ranks(v) for v in sample) for sample in seeds]
-    raw, partial = [], []
-    for _ in range(draws):
-        found = []
-        for s in generator.integers(len(ranked), size=len(ranked)):
-            index = generator.integers(len(ranked[s][0]), size=len(ranked[s][0]))
-            a, b, c = (r[index] for r in ranked[s])
-            found.append((pearson(a, b), partial_pearson(a, b, c)))
-        raw.append(np.mean([f[0] for f in found]))
-        partial.append(np.mean([f[1] for f in found]))
-    return np.percentile(raw, (2.5, 97.5)), np.percentile(partial, (2.5, 97.5))
+def jackknife_covariance(x, y, clusters):
+    """Of the coefficients, fitted again without each cluster."""
+    names = sorted(set(clusters))
+    fits = np.array([logistic(x[clusters != name], y[clusters != name]) for name in names])
+    off = fits - fits.mean(0)
+    return (len(names) - 1) / len(names) * off.T @ off
 
 
 def jackknife(values):
@@ -163,16 +139,3 @@ def weighted_partial_pearson(a, b, c, weights):
     design = np.column_stack([np.ones(len(c)), c])
     left = [v - design @ np.linalg.lstsq(design * root[:, None], v * root)[0] for v in (a, b)]
     return weighted_pearson(*left, weights)
-
-
-def bootstrap_auc(y, scores, clusters, draws, generator):
-    """Whole clusters are drawn; their rows are put together and every pair is compared."""
-    names = sorted(set(clusters))
-    values = []
-    for _ in range(draws):
-        rows = np.concatenate(
-            [np.flatnonzero(clusters == name) for name in generator.choice(names, len(names))]
-        )
-        if y[rows].any() and not y[rows].all():
-            values.append(auc(y[rows], scores[rows]))
-    return np.percentile(values, (2.5, 97.5))
