@@ -12,7 +12,7 @@ from prunelens.analyses.fragility import (
     quintiles,
     quintiles_by_seed,
 )
-from prunelens.analyses.statistics import exact_spearman, t_quantile
+from prunelens.analyses.statistics import Estimate, exact_spearman
 
 TAUS = (0.5, 0.7)
 GROUPS = 8  # of documents
@@ -233,8 +233,9 @@ def test_contrasts_of_groups_equal_leaving_documents_out_by_hand():
         documents = (GROUPS - 1) / GROUPS * np.square(without - np.mean(without)).sum()
         assert row["error"] ** 2 == pytest.approx(documents + row["beyond"])
         assert row["beyond"] >= 0
-        half = t_quantile(row["df"]) * row["error"]
-        assert (row["low"], row["high"]) == pytest.approx((value - half, value + half))
+        numbers = (row["error"], row["df"], row["resampled"])
+        interval = Estimate(value, *numbers, skew=row["skew"]).bounds()
+        assert (row["low"], row["high"]) == pytest.approx(interval)
     counts = found["num_latents"]
     q1, q5 = (counts["relative_shuffled", "pruned", name] for name in ("Q1", "Q5"))
     assert counts["relative_shuffled", "pruned", "Q1 - Q5"] == q1 + q5
@@ -242,7 +243,7 @@ def test_contrasts_of_groups_equal_leaving_documents_out_by_hand():
     assert fragility_contrasts(dense).empty
 
 
-def tests_of(table):
+def of_pruned(table):
     """Of what was pruned, by measure."""
     found = fragility_tests(table, (0.7,))
     return found[found["source"] != "null"].set_index("measure")
@@ -258,7 +259,7 @@ def test_what_init_retention_explains_is_gone_from_the_partial_correlation():
     table = table.assign(
         firing_rate_first_half=rate, init_retention=retention, persistence=survival
     )
-    row = tests_of(table).loc["persistence"]
+    row = of_pruned(table).loc["persistence"]
     assert row["ci_high"] < -0.3
     assert row["partial_low"] < 0.05 < 0.1 > row["partial_high"] > -0.05
     assert abs(row["partial_rho"]) < 0.08
@@ -270,7 +271,7 @@ def test_undefined_is_nan_with_a_reason():
     table["mutual_shared_init"] = 1.0
     table["cosine_shared_start"] = np.nan
     table.loc[table["seed"] == 1, "scaling"] = 0.5
-    tests = tests_of(table)
+    tests = of_pruned(table)
     all_survive = tests.loc["shared_init"]
     assert all_survive[["rho", "p_exact", "latent_rho", "ci_low", "partial_high"]].isna().all()
     assert "same value in every group" in all_survive["reason"]
@@ -287,7 +288,7 @@ def test_undefined_is_nan_with_a_reason():
     dead = table.assign(firing_rate=0.0, firing_rate_first_half=0.0)
     assert fragility_tests(dead, (0.7,))["latent_rho"].isna().all()
     assert fragility_contrasts(dead).empty
-    row = tests_of(table.assign(init_retention=0.5)).loc["excess_isotropic"]
+    row = of_pruned(table.assign(init_retention=0.5)).loc["excess_isotropic"]
     assert np.isfinite(row["latent_rho"])
     assert np.isnan(row["partial_rho"])
     assert "partial" in row["reason"]

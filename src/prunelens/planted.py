@@ -193,7 +193,7 @@ def _fates(rates: Tensor, choice: Choice, generator: torch.Generator) -> list[Fa
     dealt: list[Fate] = []
     while len(dealt) < len(rates):
         dealt += [names[i] for i in torch.randperm(BLOCK, generator=generator)]
-    del dealt[len(rates):]
+    del dealt[len(rates) :]
     if dealt.count("merged") % 2:  # two make one
         dealt[dealt.index("merged")] = "kept"
     fates: list[Fate] = ["kept"] * len(rates)

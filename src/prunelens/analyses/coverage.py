@@ -61,7 +61,9 @@ class Found(NamedTuple):
     """Whether the interval holds it, or the verdict was reached; NaN where there is none."""
 
 
-def coverage(world: str, num_sets: int, *, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
+def coverage(
+    world: str, num_sets: int, *, progress: Callable[[int], None] | None = None
+) -> pd.DataFrame:
     """How often intervals hold the truth and verdicts are wrong, with COLUMNS.
 
     Args:

@@ -116,7 +116,9 @@ def persistence_by_latent(persistence: pd.DataFrame, seed: int) -> pd.DataFrame:
     for noise in NOISES:
         above, below = by_source["pruned"], by_source[f"noise_{noise}"]
         arrays = [_stacked(part["without"]) for part in (above, below)]
-        relative = relative_to_noise(above["correlation"], below["correlation"])
+        relative = relative_to_noise(
+            above["correlation"].to_numpy(), below["correlation"].to_numpy()
+        )
         columns[f"relative_{noise}"] = relative
         columns[f"relative_{noise}_error"] = relative_error(*arrays)
     return pd.DataFrame(columns, index=by_source["pruned"].index)

@@ -86,7 +86,7 @@ def fragility_contrasts(fates: pd.DataFrame) -> pd.DataFrame:
     """The groups of CONTRASTED measures, rarest against most frequent, with their intervals.
 
     Returns: measure, source, group (Q1 .. Q5, all, Q1 - Q5), value (mean over seeds), low, high,
-        error, df, least, most, resampled (see `Estimate`), num_latents, num_dropped; and for
+        error, df, least, most, skew, resampled (see `Estimate`), num_latents, num_dropped; and for
         contrasts of contrasts: beyond (the variance that latents add to that by documents),
         without (the value without each group of documents) and by_seed (the same of every seed, one
         after the other), which are arrays. Nothing for the dense condition.
@@ -105,7 +105,7 @@ def fragility_contrasts(fates: pd.DataFrame) -> pd.DataFrame:
             rows.append(
                 {"measure": measure.name, "source": measure.source, "group": group}
                 | {"value": found.value, "low": found.low, "high": found.high}
-                | {name: getattr(found, name) for name in ("error", "df", "least", "most")}
+                | {name: getattr(found, name) for name in ("error", "df", "least", "most", "skew")}
                 | {"resampled": found.resampled, "num_latents": int(counted.sum())}
                 | {"num_dropped": int(dropped.sum()), "beyond": found.added}
                 | {"without": without.mean(0), "by_seed": without.ravel()}
