@@ -167,7 +167,7 @@ def test_fates_fragility_and_transfer_say_the_same_as_the_tables_they_come_from(
     missing = transfer[transfer["sae"] == "pretrained"]
     assert missing["fvu"].isna().all()
     assert missing["reason"].str.contains("no pretrained SAE").all()
-    assert set(transfer["verdict"].dropna()) <= {"keep", "refit", "retrain"}
+    assert set(transfer["verdict"].dropna()) <= {"keep", "refit", "retrain", "undecided"}
 
 
 def test_prediction_before_pruning(finished):

@@ -47,7 +47,7 @@ def tiny_study(checkpoint_folder: pathlib.Path, text_file: pathlib.Path) -> dict
             "checkpoint_every": 5,
             "seeds": [0, 1],
         },
-        "transfer": {"ce_tokens": 64, "refit_tokens": 320},
+        "transfer": {"ce_tokens": 320, "refit_tokens": 320},
         "causal": {"prompts": 4, "group_size": 4, "contexts_per_latent": 4},
         "threads_per_stage": 1,
     }

@@ -74,7 +74,9 @@ def fit(
     filtered = reading.sets.index(FILTERED)
     sigma = (moments.around(moments.mean)[filtered] / moments.count[filtered]).sqrt()
     refitted = {
-        sae.name: refit(sae, states, members, dense_l0=dense_l0 and dense_l0[sae.name])
+        sae.name: refit(
+            sae, states, members, dense_l0=None if dense_l0 is None else dense_l0[sae.name]
+        )
         for sae in saes
     }
     return Fit(moments.mean + centre, torch.where(sigma > 0, sigma, 1.0), refitted)

@@ -52,8 +52,8 @@ class Place(NamedTuple):
 class Nats(NamedTuple):
     """-log p(next token), summed over each window's predictions at the positions of a set."""
 
-    count: Float64[Tensor, " windows"]
-    """How many predictions are made there."""
+    num_predictions: Float64[Tensor, " windows"]
+    """How many are made there."""
     model: Float64[Tensor, " windows"]
     """The model with what it reads there."""
     mean_ablated: Float64[Tensor, " windows"]
@@ -67,8 +67,12 @@ class Nats(NamedTuple):
 
     def followed_by(self, others: Nats) -> Nats:
         """These windows, then those."""
-        both = (torch.cat(pair) for pair in zip(self[:3], others[:3], strict=True))
-        return Nats(*both, {n: torch.cat([part, others.saes[n]]) for n, part in self.saes.items()})
+        return Nats(
+            torch.cat([self.num_predictions, others.num_predictions]),
+            torch.cat([self.model, others.model]),
+            torch.cat([self.mean_ablated, others.mean_ablated]),
+            {name: torch.cat([part, others.saes[name]]) for name, part in self.saes.items()},
+        )
 
 
 def cross_entropies(

@@ -189,13 +189,13 @@ class _ReadSet(NamedTuple):
     reading: Reading
     fit: Fit
     sums: Evaluation
-    index: int
-    """Among the sets of the reading."""
+    place_in_reading: int
+    """Among its sets."""
 
     @property
     def number(self) -> int:
         """In POSITIONS."""
-        return self.reading.sets[self.index]
+        return self.reading.sets[self.place_in_reading]
 
     def place(
         self,
@@ -208,27 +208,28 @@ class _ReadSet(NamedTuple):
         saes = {
             (sae, name): variant
             for sae, sets in self.fit.refitted.items()
-            for name, variant in sets[self.index].variants.items()
+            for name, variant in sets[self.place_in_reading].variants.items()
         }
-        members = self.reading.members(norms, limit)[self.index]
-        null = self.reading.eval_null
-        states = null and (lambda x, rows: null.of(x, windows[rows]))
-        return Place(members, means[self.number], saes, states)
+        members = self.reading.members(norms, limit)[self.place_in_reading]
+        place = Place(members, means[self.number], saes)
+        if null := self.reading.eval_null:
+            place = place._replace(states=lambda x, rows: null.of(x, windows[rows]))
+        return place
 
     def rows(
         self, sae: GivenSae, nats: Nats, dense: DenseReference, groups: Int[Tensor, " ce_windows"]
     ) -> Iterator[dict[str, Any]]:
         """One SAE's rows."""
         precision = dense.sigma.square().reciprocal()
-        variance = self.sums.variance()[:, self.index]
-        for name, variant in self.fit.refitted[sae.name][self.index].variants.items():
-            error = self.sums.error(variant)[:, self.index]
+        variance = self.sums.variance()[:, self.place_in_reading]
+        for name, variant in self.fit.refitted[sae.name][self.place_in_reading].variants.items():
+            error = self.sums.error(variant)[:, self.place_in_reading]
             recovery = nats.recovery(sae.name, name, groups)
             estimates = dense.estimates(
                 sae.name, self.number, error.sum(-1), variance.sum(-1), recovery, groups
             )
             whole = Recovery(*(part.sum(keepdims=True) for part in recovery))
-            count = float(nats.count.sum())
+            count = float(nats.num_predictions.sum())
             model, mean_ablated, with_sae = (_ratio(part[0], count) for part in whole)
             yield {
                 "sae": sae.name,
@@ -238,7 +239,7 @@ class _ReadSet(NamedTuple):
                 "fvu": _ratio((precision * error).sum(), (precision * variance).sum()),
                 "fvu_raw": _ratio(error.sum(), variance.sum()),
                 "fvu_dense_var": _ratio(error.sum(), dense.variance[self.number].sum()),
-                "l0": float(self.sums.l0(variant)[self.index]),
+                "l0": float(self.sums.l0(variant)[self.place_in_reading]),
                 "ce_recovered": float(recovery.shares()[0]),
                 "ce_model": model,
                 "ce_mean_ablated": mean_ablated,
@@ -248,7 +249,7 @@ class _ReadSet(NamedTuple):
                     math.nan if sae.threshold is None else variant.threshold_scale
                 ),
                 "nominal_l0": sae.nominal_l0,
-                "num_tokens": int(self.sums.num_tokens[self.index]),
+                "num_tokens": int(self.sums.num_tokens[self.place_in_reading]),
                 "verdict": "",
                 "reason": "; ".join(_reasons(count, recovery, estimates)),
             }
