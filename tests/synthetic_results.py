@@ -225,10 +225,20 @@ def _add_pruned(
             ]
             mean = {"survival_rate": sum(rates) / 3, "num_latents": 201}
             rows["fragility"].append(run | which | mean)
+            if tau != tau:
+                nothing = {"source": "null", "survival_rate": 1.0, "num_latents": 201}
+                rows["fragility"].append(run | which | nothing)
         rho = draw.uniform(-0.8, 0.2)
         rows["fragility_tests"].append(
             run
-            | {"measure": measure, "tau": tau, "rho": -1.0, "p_exact": 2 / 120, "p_holm": 0.067}
+            | {
+                "measure": measure,
+                "source": "pruned",
+                "tau": tau,
+                "rho": -1.0,
+                "p_exact": 2 / 120,
+                "p_holm": 0.067,
+            }
             | {"latent_rho": rho, "ci_low": rho - 0.1, "ci_high": rho + 0.1, "partial_rho": NAN}
             | {"num_latents": 1000, "resampled": "seeds, latents", "reason": "constant"}
             | (
@@ -238,6 +248,20 @@ def _add_pruned(
                     "partial_high": rho / 2 + 0.1,
                 }
             )
+        )
+    for group, source in itertools.product(("Q1", "Q5", "all", "Q1 - Q5"), ("pruned", "null")):
+        value = 0.0 if " - " in group else 1.0 if source == "null" else 1 - damage / 4
+        rows["fragility_contrasts"].append(
+            run
+            | {"measure": "relative_shuffled", "source": source, "group": group, "value": value}
+            | {"low": value - 0.02, "high": value + 0.02, "error": 0.01, "df": 19.0}
+            | {"num_latents": 201, "num_dropped": 3, "resampled": "documents and latents"}
+        )
+    for kind, rest in (("scalar", 0.5), ("diagonal", 0.45), ("low_rank", 0.3)):
+        rows["common_change"].append(
+            run
+            | {"kind": kind, "gain": 1 + damage, "difference": damage, "share_shift": 0.1}
+            | {"share_map": 0.9 - rest, "share_remainder": rest}
         )
     _add_causal(rows["causal"], run, draw)
 
@@ -258,12 +282,14 @@ def _add_causal(rows: list[dict], run: dict, draw: np.random.Generator) -> None:
 
 
 def _add_study(rows: dict[str, list[dict]], draw: np.random.Generator) -> None:
-    for target, tau in (("shared_init", 0.7), ("quintile", 0.7), ("persistence", NAN)):
+    targets = (("shared_init", 0.7), ("quintile", 0.7), ("persistence", NAN), ("beyond_noise", NAN))
+    for target, tau in targets:
         for evaluation, features in itertools.product(
             ("in_sample", "held_out_condition", "held_out_model"),
             ("rate_sparsity", "init_retention"),
         ):
             which = {"target": target, "tau": tau, "evaluation": evaluation, "features": features}
+            which["source"] = "pruned"
             known = evaluation != "held_out_model"
             auc = draw.uniform(0.6, 0.9) if known else NAN
             rows["predictor"].append(

@@ -111,10 +111,11 @@ QUESTIONS = (
         "A direction that is found again need not mean that the feature is, nor the reverse.",
         "Decoder directions alone: the mutual nearest neighbour at a cosine of 0.7.",
         "By activations: do two latents fire alike on the same tokens, wherever they point? A"
-        " rotated feature counts as the same here. Latent scaling: how many times its own size is"
+        " rotated feature counts as the same here; null: the pruned SAE reads noise in the place of"
+        " pruning's particular doing. Latent scaling: how many times its own size is"
         " a dense direction in pruned activations, by regression on paired tokens? A multiple of"
         " the direction, not a share: a gain common to all activations raises every latent's, so"
-        " read one latent's beside the run's median. 1 is expected of noise of equal size, 0 of"
+        " read one latent's beside the null's, where that gain is all there is. 0 is expected of"
         " unpaired tokens. Subspace overlap: does the direction lie in the span"
         " of its four nearest in the pruned SAE, as that of a split feature would? Among many"
         " directions chance alone finds much of it there. Warm start: the dense SAE trained on with"

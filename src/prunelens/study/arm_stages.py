@@ -92,7 +92,7 @@ class _Renormalised(NamedTuple):
         rows = self.given.rows(index)
         scale = self.before.sigma / self.after.sigma
         shift = (self.before.mean - self.after.mean) / self.after.sigma
-        return rows * scale.to(rows) + shift.to(rows)
+        return rows.mul_(scale.to(rows)).add_(shift.to(rows))
 
 
 def _survival(work: Work) -> None:
