@@ -7,11 +7,11 @@ from tests.independent import causal as slow
 from conftest import ARCHITECTURES, VOCABULARY, tiny_language_model
 from prunelens.activations import Statistics
 from prunelens.analyses.causal import Ablations, ablate, nothing_ablated
-from prunelens.analyses.causal_groups import causal_summary, latent_groups
-from prunelens.analyses.statistics import PromptTerm, interval_over_prompts
+from prunelens.analyses.causal_groups import SeedAblations, causal_summary, latent_groups
 from prunelens.errors import UserError
 from prunelens.model import run_to_site
 from prunelens.sae.topk import TopKSAE
+from prunelens.upper_blocks import UpperBlocks
 
 PROMPTS, CONTEXT, LATENTS, NEVER = 4, 24, 48, 47  # the context is longer than conftest's window
 
@@ -45,8 +45,8 @@ def ablations(lm, sae=None, *, site="resid_post", layer=1, **changes):
         **changes,
     }
     sae = sparse_sae() if sae is None else sae
-    statistics = statistics_of(lm, site, layer)
-    return ablate(lm, sae, statistics, tokens(), site=site, layer=layer, **given)
+    upper = UpperBlocks(lm, tokens(), site=site, layer=layer)
+    return ablate(upper, sae, statistics_of(lm, site, layer), **given)
 
 
 PLACES = [(architecture, "resid_post", 0) for architecture in ARCHITECTURES]
@@ -152,6 +152,15 @@ def test_latents_with_the_same_activation_and_direction_matter_the_same(tiny_lla
     one, other = (part["kl"].to_numpy() for _, part in final.groupby("latent"))
     assert one.max() > 0
     np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_saes_that_share_the_blocks_above_find_the_same(tiny_llama):
+    upper = UpperBlocks(tiny_llama, tokens(), site="resid_post", layer=1)
+    given = {"latents": [12], "random_direction_latents": [], "contexts_per_latent": 3, "seed": 5}
+    normalisation, sae = statistics_of(tiny_llama, "resid_post", 1), sparse_sae()
+    own = ablate(upper, sae, normalisation, **given)
+    ablate(upper, sparse_sae(k=7), normalisation, **given)
+    pd.testing.assert_frame_equal(ablate(upper, sae, normalisation, **given).kl, own.kl)
 
 
 def test_batches_and_other_latents_do_not_change_a_result(tiny_llama, monkeypatch):
@@ -262,7 +271,11 @@ def test_what_groups_refuse():
         latent_groups(fates(), grouping="cosine", group_size=0, seed=0)
 
 
-def made_up(latents, num_prompts, seed, scale=1.0):
+NUM, SIZE = 100, 48  # latents of a made-up dictionary, and of a group
+NUM_DOCUMENTS, PER_DOCUMENT = 6, 2
+
+
+def made_up(latents, seed, scale=1.0, num_prompts=NUM_DOCUMENTS * PER_DOCUMENT):
     """Ablations with numbers from a hat, each latent at its own level."""
     generator = np.random.default_rng(seed)
     rows = []
@@ -273,117 +286,193 @@ def made_up(latents, num_prompts, seed, scale=1.0):
                     kl = scale * (latent + generator.exponential())
                     fires = prompt % 2 == 0
                     rows.append((latent, kind, protocol, "final", prompt, 9, kl, fires))
-                    if protocol != "paper" and prompt != 1:
+                    if protocol != "paper" and prompt != 1 and generator.random() < 0.3:
                         kl = scale * (latent + generator.exponential())
                         rows.append((latent, kind, protocol, "firing", prompt, 4, kl, True))
     columns = ["latent", "kind", "protocol", "contexts", "prompt", "position", "kl", "fires_final"]
     return Ablations(pd.DataFrame(rows, columns=columns), np.full(num_prompts, 2.0))
 
 
-def summary(num_prompts=8):
-    groups = {"cosine": latent_groups(fates(), grouping="cosine", group_size=3, seed=0)}
-    dense = made_up(range(100, 110), num_prompts, 1)
-    pruned = made_up(range(10), num_prompts, 2, scale=2.0)
-    table = causal_summary(groups, dense, pruned, seed=0)
-    key = ["ablated_in", "group", "protocol", "contexts"]
-    return groups["cosine"], dense, pruned, table.set_index(key).sort_index()
+def world(seed):
+    """Latents 100 and up, whose matches are 0 and up; every fourth match is dead."""
+    table = fates(NUM).assign(match=lambda t: (t["match"] // 2) * 2)  # two and two have the same
+    groups = {"cosine": latent_groups(table, grouping="cosine", group_size=SIZE, seed=0)}
+    dense = made_up(range(100, 100 + NUM), 10 * seed + 1)
+    return SeedAblations(groups, dense, made_up(range(NUM), 10 * seed + 2, scale=2.0))
 
 
-def mean_kl(found, kind, protocol, contexts, latents):
-    rows = found.kl.query("kind == @kind and protocol == @protocol and contexts == @contexts")
-    return np.mean([rows.loc[rows["latent"] == latent, "kl"].mean() for latent in latents])
+def documents(num_prompts=NUM_DOCUMENTS * PER_DOCUMENT):
+    return np.arange(num_prompts) // PER_DOCUMENT
 
 
-def test_summary_equals_means_taken_by_hand():
-    groups, dense, pruned, table = summary()
+KEY = ["ablated_in", "group", "protocol", "contexts"]
+
+
+def summary(seeds, where=None):
+    table = causal_summary(seeds, documents() if where is None else where)
+    return table.set_index(KEY).sort_index()
+
+
+def contexts(world, model, group, protocol, contexts):
+    """(document, KL) of every context, by member of a group; none where the match is dead."""
+    kl = getattr(world, model).kl
+    kind = "random_direction" if group == "random_direction" else "latent"
+    kl = kl[(kl["kind"] == kind) & (kl["protocol"] == protocol) & (kl["contexts"] == contexts)]
+    by_latent = {
+        latent: list(zip(documents()[own["prompt"]], own["kl"], strict=True))
+        for latent, own in kl.groupby("latent")
+    }
+    members = world.groups["cosine"].query("group == @group")
+    if model == "dense":
+        return [by_latent.get(latent, []) for latent in members["latent"]]
+    pairs = zip(members["match"], members["match_alive"], strict=True)
+    return [by_latent.get(match, []) if alive else [] for match, alive in pairs]
+
+
+def test_groups_and_contrasts_equal_latents_and_documents_left_out_one_by_one():
+    worlds = [world(seed) for seed in range(3)]
+    table = summary(worlds)
     assert len(table) == 3 * (5 + 1 + 2) * 5
     for group in ("robust", "fragile", "matched", "random", "random_direction"):
-        kind = "random_direction" if group == "random_direction" else "latent"
-        part = groups[groups["group"] == group]
-        alive = part[part["match_alive"]]
-        for protocol, contexts in (("paper", "final"), ("isolated", "firing")):
-            means = [
-                mean_kl(dense, kind, protocol, contexts, part["latent"]),
-                mean_kl(pruned, kind, protocol, contexts, alive["match"]),
-                mean_kl(dense, kind, protocol, contexts, alive["latent"]),
-            ]
-            rows = [
-                table.loc[(where, group, protocol, contexts)]
-                for where in ("dense", "pruned", "pruned_minus_dense")
-            ]
-            found = [row["kl_mean"] for row in rows]
-            assert found == pytest.approx([*means[:2], means[1] - means[2]])
-            assert [row["num_latents"] for row in rows] == [3, len(alive), len(alive)]
-            assert rows[0]["num_prompts"] == (7 if contexts == "firing" else 8)
-            assert rows[0]["ci_low"] < found[0] < rows[0]["ci_high"]
-            assert rows[0]["firing_share"] == 0.5
-            assert np.isnan(rows[2]["firing_share"])
-            share = 2.0 / means[0] if protocol == "paper" else np.nan
-            assert rows[0]["reconstruction_share"] == pytest.approx(share, nan_ok=True)
-    dense_rows = table.loc["dense"]["kl_mean"]
-    difference = dense_rows.loc["robust"] - dense_rows.loc["fragile"]
-    assert dense_rows.loc["robust_minus_fragile"].to_numpy() == pytest.approx(
-        difference.loc[dense_rows.loc["robust_minus_fragile"].index].to_numpy()
-    )
+        for where in (("paper", "final"), ("isolated", "firing")):
+            sides = [[slow.Side(contexts(w, "dense", group, *where))] for w in worlds]
+            assert_same(table.loc[("dense", group, *where)], slow.group_interval(sides))
+    where = ("isolated", "firing")
+    both = [
+        [slow.Side(contexts(w, "dense", name, *where), sign) for name, sign in SIDES]
+        for w in worlds
+    ]
+    assert_same(table.loc[("dense", "robust_minus_fragile", *where)], slow.group_interval(both))
+    one = table.loc[("dense", "robust", *where)]
+    assert one["num_seeds"] == 3
+    assert one["num_documents"] == NUM_DOCUMENTS
+    assert one["num_prompts"] == NUM_DOCUMENTS * PER_DOCUMENT - 1
+    assert one["resampled"] == "documents and latents of every seed"
+    assert one["reason"] == ""
 
 
-def test_summary_without_living_matches_or_with_few_prompts_is_undefined():
-    groups = latent_groups(fates(), grouping="cosine", group_size=3, seed=0)
-    dense, pruned = made_up(range(100, 110), 4, 1), made_up(range(10), 4, 2)
-    table = causal_summary({"cosine": groups.assign(match_alive=False)}, dense, pruned, seed=0)
-    of_dense = table[table["ablated_in"] == "dense"]
+SIDES = (("robust", 1), ("fragile", -1))
+
+
+def assert_same(row, expected):
+    names = ["kl_mean", "error", "df", "ci_low", "ci_high"]
+    assert row[names].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def latent_means(world, model, group, where):
+    pairs = contexts(world, model, group, *where)
+    return np.array([np.mean([kl for _, kl in each]) if each else np.nan for each in pairs])
+
+
+def test_the_same_latent_in_two_models_and_matched_latents_are_paired():
+    worlds = [world(seed) for seed in range(2)]
+    table = summary(worlds)
+    where = ("isolated", "firing")
+
+    def of(model, group):
+        return [latent_means(w, model, group, where) for w in worlds]
+
+    def change(group):
+        return [p - d for p, d in zip(of("pruned", group), of("dense", group), strict=True)]
+
+    for name, change_in in (("dense", lambda g: of("dense", g)), ("pruned_minus_dense", change)):
+        pairs = [m - f for m, f in zip(change_in("matched"), change_in("fragile"), strict=True)]
+        row = table.loc[(name, "matched_minus_fragile", *where)]
+        assert row["kl_mean"] == pytest.approx(np.mean([np.nanmean(pair) for pair in pairs]))
+        assert row["num_latents"] == sum(np.isfinite(pair).sum() for pair in pairs)
+    row = table.loc[("pruned_minus_dense", "robust", *where)]
+    expected = np.mean([np.nanmean(c) for c in change("robust")])
+    assert row["kl_mean"] == pytest.approx(expected)
+    assert np.isnan(row["firing_share"])
+    dead = 1 - table.loc[("pruned", "robust", "paper", "final"), "num_latents"] / (2 * SIZE)
+    assert 0.2 < dead < 0.3
+
+
+def test_a_constant_more_in_the_pruned_model_leaves_only_what_varies():
+    """Pairing by latent: what a latent's level adds to the spread is no part of the difference."""
+    first = world(0)
+    alone = {"match": lambda t: t["latent"] - 100, "match_alive": True}
+    groups = {"cosine": first.groups["cosine"].assign(**alone)}
+    kl = first.dense.kl.copy()
+    noise = np.random.default_rng(9).normal(size=len(kl))
+    moved = kl.assign(latent=kl["latent"] - 100, kl=kl["kl"] + 5 + 0.01 * noise)
+    table = summary([first._replace(groups=groups, pruned=first.dense._replace(kl=moved))])
+    row = table.loc[("pruned_minus_dense", "robust", "paper", "final")]
+    assert row["kl_mean"] == pytest.approx(5, abs=2e-3)
+    assert row["ci_high"] - row["ci_low"] < 0.01
+    of_dense = table.loc[("dense", "robust", "paper", "final")]
+    assert of_dense["ci_high"] - of_dense["ci_low"] > 1
+
+
+def test_matches_that_are_one_latent_count_as_one_draw():
+    first = world(0)
+    table = summary([first])
+    groups = {"cosine": first.groups["cosine"].assign(match=lambda t: t["latent"] - 100)}
+    apart = summary([first._replace(groups=groups)])
+    where = ("pruned", "robust", "paper", "final")
+    assert table.loc[where, "df"] < 0.7 * apart.loc[where, "df"]
+
+
+def test_a_latent_that_holds_much_of_a_mean_is_told():
+    first = world(0)
+    members = first.groups["cosine"].query("group == 'robust'")["latent"].tolist()
+    kl = first.dense.kl.copy()
+    huge = kl["latent"] == members[3]
+    kl.loc[huge, "kl"] *= 15
+    table = summary([first._replace(dense=first.dense._replace(kl=kl))])
+    own = kl[(kl["kind"] == "latent") & (kl["protocol"] == "isolated")]
+    means = own[own["contexts"] == "firing"].groupby("latent")["kl"].mean()[members]
+    row = table.loc[("dense", "robust", "isolated", "firing")]
+    assert row["largest_share"] == pytest.approx(means.max() / means.sum())
+    assert row["reason"] == f"one latent of each seed holds {row['largest_share']:.0%} of a mean"
+    contrast = table.loc[("dense", "robust_minus_fragile", "isolated", "firing")]
+    assert contrast["largest_share"] == row["largest_share"]
+    assert table.loc[("dense", "fragile", "isolated", "firing"), "reason"] == ""
+    # What may lie beyond such a sample lies above it.
+    assert row["ci_high"] - row["kl_mean"] > 2 * (row["kl_mean"] - row["ci_low"])
+
+
+def test_summary_without_living_matches_few_documents_or_few_latents_is_undefined():
+    first = world(0)
+    dead = first.groups["cosine"].assign(match_alive=False)
+    few = np.arange(NUM_DOCUMENTS * PER_DOCUMENT) % 4
+    table = summary([first._replace(groups={"cosine": dead})], few)
+    of_dense = table.loc["dense"]
     assert of_dense["kl_mean"].notna().all()
-    assert of_dense["ci_low"].isna().all()  # four prompts
-    others = table[table["ablated_in"] != "dense"]
-    assert others[["kl_mean", "ci_low", "firing_share", "reconstruction_share"]].isna().all().all()
-    assert (others["num_latents"] == 0).all()
-    empty = causal_summary({"cosine": groups[:0]}, dense, pruned, seed=0)
+    numbers = ["ci_low", "ci_high", "error", "df", "least", "most"]
+    assert of_dense[numbers].isna().all().all()
+    assert (of_dense["reason"] == "no interval: 4 documents, fewer than 5").all()
+    for name in ("pruned", "pruned_minus_dense"):
+        others = table.loc[name]
+        columns = ["kl_mean", *numbers, "firing_share", "reconstruction_share", "largest_share"]
+        assert others[columns].isna().all().all()
+        assert (others["num_latents"] == 0).all()
+        assert (others["reason"] == "no latent of the group was measured").all()
+    small = latent_groups(fates(NUM), grouping="cosine", group_size=3, seed=0)
+    table = summary([first._replace(groups={"cosine": small})]).loc["dense"]
+    assert table["kl_mean"].notna().all()
+    assert table[numbers].isna().all().all()
+    robust = table.loc[("robust", "paper", "final")]
+    assert robust["reason"].startswith("no interval: 3 latents in a group, fewer than ")
+    empty = summary([first._replace(groups={"cosine": small[:0]})])
     assert empty["kl_mean"].isna().all()
 
 
 def test_nothing_to_ablate_in_the_pruned_model_is_undefined_with_a_reason():
-    groups, dense, _, _ = summary()
-    table = causal_summary(
-        {"cosine": groups.assign(match_alive=False)}, dense, nothing_ablated(8), seed=0
-    ).set_index("ablated_in")
+    first = world(0)
+    groups = {"cosine": first.groups["cosine"].assign(match_alive=False)}
+    nothing = nothing_ablated(NUM_DOCUMENTS * PER_DOCUMENT)
+    table = summary([first._replace(groups=groups, pruned=nothing)])
     assert table.loc["pruned", "kl_mean"].isna().all()
     assert (table.loc["pruned", "reason"] == "no latent of the group was measured").all()
     assert table.loc["dense", "kl_mean"].notna().all()
     assert (table.loc["dense", "reason"] == "").all()
 
 
-def test_interval_over_prompts_equals_a_loop_and_pairs_the_terms():
-    generator = np.random.default_rng(3)
-    counts = generator.integers(0, 3, (9, 4)).astype(float)
-    sums = generator.random((9, 4)) * counts
-    term = PromptTerm(1, sums, counts)
-    found = interval_over_prompts([term], seed=7, draws=200)
-    draws = np.random.default_rng(7).multinomial(9, np.full(9, 1 / 9), 200)
-    values = []
-    for drawn in draws:
-        prompts = np.repeat(np.arange(9), drawn)
-        means = [
-            sums[prompts, i].sum() / counts[prompts, i].sum()
-            for i in range(4)
-            if counts[prompts, i].sum()
-        ]
-        values.append(np.mean(means))
-    assert found.mean == pytest.approx(np.mean(sums.sum(0) / counts.sum(0)))
-    assert [found.low, found.high] == pytest.approx(np.percentile(values, [2.5, 97.5]))
-    # The same thing on both sides, and a constant more of it, vary together: no width is left.
-    more = PromptTerm(1, sums + 0.5 * counts, counts)
-    paired = interval_over_prompts([more, term._replace(sign=-1)], seed=7)
-    assert list(paired) == pytest.approx([0.5, 0.5, 0.5])
-
-
-def test_interval_over_prompts_covers_the_truth():
-    generator = np.random.default_rng(0)
-    hits = 0
-    for trial in range(200):
-        prompt_effect = generator.normal(size=(40, 1))  # what makes prompts the unit
-        values = 1.0 + prompt_effect + generator.normal(size=(40, 6))
-        found = interval_over_prompts(
-            [PromptTerm(1, values, np.ones((40, 6)))], seed=trial, draws=300
-        )
-        hits += found.low <= 1.0 <= found.high
-    assert 0.88 <= hits / 200 <= 0.99
+def test_no_interval_has_zero_width():
+    first = world(0)
+    same = first.dense._replace(kl=first.dense.kl.assign(kl=1.0))
+    row = summary([first._replace(dense=same)]).loc[("dense", "robust", "paper", "final")]
+    assert row["kl_mean"] == 1.0
+    assert np.isnan(row["ci_low"])
+    assert row["reason"].startswith("no interval: the same without any")

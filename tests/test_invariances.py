@@ -44,6 +44,7 @@ from prunelens.perplexity import measure_perplexity
 from prunelens.prune import calibrate, input_norms, prune_model
 from prunelens.sae import TopKSAE, evaluate_sae
 from prunelens.sae.formats import given as given_sae
+from prunelens.upper_blocks import UpperBlocks
 from test_properties import SEEDS, exactly, examples, fates, rare_sae
 from test_sae import InMemory
 
@@ -208,9 +209,10 @@ def kl_of(lm, sae, normalisation, latents):
     Every place where a latent fires is a context. Random directions are drawn by the number of the
     latent and along the axes, so they keep neither a new order nor a rotation.
     """
+    upper = UpperBlocks(lm, prompts(), site="resid_post", layer=1)
     found = ablate(
-        lm, sae, normalisation, prompts(), site="resid_post", layer=1, latents=latents,
-        random_direction_latents=[], contexts_per_latent=1000, seed=0,
+        upper, sae, normalisation, latents=latents, random_direction_latents=[],
+        contexts_per_latent=1000, seed=0,
     )  # fmt: skip
     key = ["protocol", "contexts", "prompt", "position"]
     return found.kl.pivot_table(index=key, columns="latent", values="kl")[latents], found

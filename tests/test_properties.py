@@ -41,6 +41,7 @@ from prunelens.prune import input_norms, keep_masks, prunable_matrices, prune_mo
 from prunelens.prune.matrices import as_matrix
 from prunelens.sae import evaluate_sae
 from prunelens.sae.topk import TopKSAE
+from prunelens.upper_blocks import UpperBlocks
 from test_sae import InMemory
 
 TAUS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0)
@@ -479,9 +480,10 @@ def test_the_kl_of_every_protocol_is_that_of_whole_forward_passes(
     x = run_to_site(lm, tokens, site, layer).flatten(0, 1)
     statistics = Statistics(x.mean(0), x.std(0))
     latents = [0, *generator.choice(np.arange(1, 24), 2, replace=False).tolist()]
+    upper = UpperBlocks(lm, tokens, site=site, layer=layer)
     found = ablate(
-        lm, sae, statistics, tokens, site=site, layer=layer, latents=latents,
-        random_direction_latents=[], contexts_per_latent=2, seed=seed, skip_first=skip_first,
+        upper, sae, statistics, latents=latents, random_direction_latents=[],
+        contexts_per_latent=2, seed=seed, skip_first=skip_first,
     )  # fmt: skip
     world = slow_causal.World(lm, sae, *statistics, tokens, site, layer, skip_first)
     expected = [world.reconstruction_kl(prompt) for prompt in range(2)]

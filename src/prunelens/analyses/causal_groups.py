@@ -41,7 +41,8 @@ PARTS = {  # of what is made from several groups
 }
 FEWEST_LATENTS = 20  # per seed; intervals from fewer are too narrow (benchmarks/group_coverage.py)
 LARGEST_SHARE = 1 / 3  # of a group's mean in one latent, beyond which the table says so
-_NEEDED = ("latent", "match", "match_alive", "firing_rate", "mean_activation")
+_MEMBERS = ("latent", "match", "match_alive")
+_NEEDED = (*_MEMBERS, "firing_rate", "mean_activation")
 
 
 class SeedAblations(NamedTuple):
@@ -94,7 +95,7 @@ def latent_groups(
         "random": drawn,
         "random_direction": drawn,
     }
-    columns = ["latent", "match", "match_alive"]
+    columns = list(_MEMBERS)
     parts = [known.loc[index, columns].assign(group=group) for group, index in rows.items()]
     return pd.concat(parts, ignore_index=True)[["group", *columns]]
 
@@ -231,7 +232,10 @@ class _World:
     """What was measured with the SAEs of one seed."""
 
     def __init__(self, seed: SeedAblations, document_groups: Int[np.ndarray, " prompts"]) -> None:
-        self._groups = seed.groups
+        self._groups = {
+            grouping: {name: rows[name].to_numpy() for name in ("group", *_MEMBERS)}
+            for grouping, rows in seed.groups.items()
+        }
         self._ablations = {"dense": seed.dense, "pruned": seed.pruned}
         self._measured = {
             (model, *which): _measured(rows, document_groups)
@@ -285,11 +289,12 @@ class _World:
 
     def _members(self, grouping: str, model: str, group: str) -> tuple[np.ndarray, np.ndarray]:
         """The group's latents in the model, and whether they can be ablated there."""
-        rows = self._groups[grouping]
-        rows = rows[rows["group"] == group]
+        table = self._groups[grouping]
+        rows = table["group"] == group
+        latent, match, alive = (table[name][rows] for name in _MEMBERS)
         if model == "dense":
-            return rows["latent"].to_numpy(np.int64), np.ones(len(rows), dtype=bool)
-        return rows["match"].to_numpy(np.int64), rows["match_alive"].to_numpy(bool)
+            return latent.astype(np.int64), np.ones(len(latent), dtype=bool)
+        return match.astype(np.int64), alive.astype(bool)
 
 
 def _kind(group: str) -> str:
