@@ -282,14 +282,17 @@ def test_a_pure_gain_is_told_from_noise_exactly():
     assert difference_shuffled < summary.loc["pruned", "mean_correlation"] - 0.1
 
 
-def test_harm_along_a_latent_exceeds_the_noise(world):
+def test_harm_along_a_latent_exceeds_the_noise():
     """Removing the features' own directions hurts more than noise of equal size."""
-    basis = torch.linalg.qr(world.sae.encoder_weight.detach()[2:5].T).Q
-    pruned = world.x - world.x @ basis @ basis.T
-    table, _ = measured(world, pruned=Rows(pruned), y=pruned)
-    hit = table[table["latent"].between(2, 4)].groupby("source")["correlation"].mean()
-    assert hit["pruned"] < hit["noise_isotropic"] - 0.2
-    assert hit["pruned"] < hit["null"] - 0.2
+    dense = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
+    sae = sae_of(16, 30, 30, -0.5 * torch.ones(30))
+    basis = torch.linalg.qr(sae.encoder_weight.detach()[:3].T).Q
+    rows = Rows(dense), Rows(dense - dense @ basis @ basis.T), torch.arange(600)
+    change = fit_common_change(*rows)
+    table = persistence(sae, *rows, change=change, groups=torch.arange(600) // 100, seed=1)
+    hit = table[table["latent"] < 3].groupby("source")["correlation"].mean()
+    others = [hit[source] for source in ("null", "noise_isotropic", "noise_shuffled")]
+    assert hit["pruned"] < min(others) - 0.2
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +350,9 @@ def test_the_mean_of_clipped_ratios_finds_what_is_not_there(nulls):
             strict=True,
         )
         rare, frequent = (
-            np.nanmean(np.clip(relative_to_noise(*(p["correlation"].to_numpy() for p in pair)), 0, 1))
+            np.nanmean(
+                np.clip(relative_to_noise(*(p["correlation"].to_numpy() for p in pair)), 0, 1)
+            )
             for pair in groups
         )
         found.append(rare - frequent)
