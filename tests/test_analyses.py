@@ -1,16 +1,14 @@
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from tests.independent import matching
+from tests.independent import statistics as slow
 
-from prunelens.analyses.noise import other_token
-from prunelens.analyses.persistence import persistence, persistence_summary
 from prunelens.analyses.stability import seed_stability
-from prunelens.analyses.statistics import fisher_z, interval_over_seeds
 from prunelens.analyses.survival import (
     Dictionary,
     control_arms,
@@ -18,7 +16,6 @@ from prunelens.analyses.survival import (
     pruned_arms,
     survival,
 )
-from prunelens.sae.topk import TopKSAE
 
 TAUS = (0.5, 0.7, 0.9)
 
@@ -100,11 +97,49 @@ def test_corrected_survival_is_between_floor_and_ceiling():
     )
     table = corrected_survival(pruned, controls).set_index("arm")
     assert table.loc["shared", "corrected"] == pytest.approx(0.5)
-    assert table.loc["shared", "interval"] == "range"
     assert table.loc["cross", "corrected"] == pytest.approx((0.2 + 0.2) / (0.4 + 0.3))
-    assert table.loc["cross", "low"] == pytest.approx(0.5)
-    assert table.loc["cross", "high"] == pytest.approx(2 / 3)
-    assert (table["reason"] == "").all()
+    assert table[["low", "high"]].isna().all().all()
+    assert (table["interval"] == "").all()
+    assert table.loc["shared", "reason"] == "no interval: 1 seeds, fewer than 2"
+    assert table.loc["cross", "reason"] == "no interval: undefined without some of the seeds"
+
+
+def test_corrected_survival_of_several_control_seeds_leaves_each_out():
+    measured, floors, ceilings = [0.6, 0.5, 0.7], [0.1, 0.2, 0.1], [0.9, 1.0, 0.8]
+    pruned = rates_table([("shared_start", s, s, rate) for s, rate in enumerate(measured)])
+    controls = rates_table(
+        [("floor_shared", s, s, rate) for s, rate in enumerate(floors)]
+        + [("ceiling_shared", s, s, rate) for s, rate in enumerate(ceilings)]
+    )
+    row = corrected_survival(pruned, controls).set_index("arm").loc["shared"]
+
+    def ratio(seeds):
+        m, f, c = (np.mean([part[s] for s in seeds]) for part in (measured, floors, ceilings))
+        return (m - f) / (c - f)
+
+    assert row["corrected"] == pytest.approx(ratio([0, 1, 2]))
+    error = np.sqrt(slow.jackknife([ratio([1, 2]), ratio([0, 2]), ratio([0, 1])]))
+    ends = stats.t.interval(0.95, 2, row["corrected"], error)
+    assert (row["low"], row["high"]) == pytest.approx(ends)
+    assert (row["interval"], row["reason"]) == ("seeds left out, t", "")
+
+
+def test_corrected_survival_over_pairs_leaves_out_seeds_and_not_pairs():
+    generator = np.random.default_rng(0)
+    pairs = list(itertools.permutations(range(4), 2))
+    rate = {pair: 0.5 + 0.1 * generator.normal() for pair in pairs}
+    pruned = rates_table([("cross_init", *pair, rate[pair]) for pair in pairs])
+    controls = rates_table(
+        [("chance", *pair, 0.1) for pair in pairs]
+        + [("ceiling_cross", *pair, 0.9) for pair in pairs]
+    )
+    row = corrected_survival(pruned, controls).set_index("arm").loc["cross"]
+    without = [
+        (np.mean([rate[pair] for pair in pairs if s not in pair]) - 0.1) / 0.8 for s in range(4)
+    ]
+    assert row["corrected"] == pytest.approx((np.mean(list(rate.values())) - 0.1) / 0.8)
+    half = stats.t.ppf(0.975, 3) * np.sqrt(slow.jackknife(without))
+    assert row["high"] - row["corrected"] == pytest.approx(half)
 
 
 def test_corrected_survival_without_room_is_nan_with_a_reason():
@@ -121,135 +156,3 @@ def test_corrected_survival_without_room_is_nan_with_a_reason():
     assert table["corrected"].isna().all()
     assert table["low"].isna().all()
     assert table["reason"].str.contains("is below 0.02").all()
-
-
-def test_interval_is_a_range_below_five_seeds_and_a_bootstrap_from_five_on():
-    values = np.array([0.1, 0.4, 0.2, 0.3, 0.5, 0.35])
-
-    def mean(weights):
-        return float(np.average(values[: len(weights)], weights=weights))
-
-    few = interval_over_seeds([(s,) for s in range(4)], mean)
-    assert (few.low, few.high, few.kind) == (0.1, 0.4, "range")
-    many = interval_over_seeds([(s,) for s in range(6)], mean)
-    assert many.kind == "bootstrap"
-    generator = np.random.default_rng(1)
-    means = [generator.choice(values, 6).mean() for _ in range(4000)]
-    expected = np.percentile(means, (2.5, 97.5))
-    assert (many.low, many.high) == pytest.approx(expected, abs=0.015)
-    assert many == interval_over_seeds([(s,) for s in range(6)], mean)
-
-
-def test_fisher_z_stays_finite():
-    assert np.isfinite(fisher_z(np.array([-1.0, 0.0, 1.0]))).all()
-
-
-class Rows:
-    """Rows in memory."""
-
-    def __init__(self, rows):
-        self._rows = rows
-
-    def rows(self, index):
-        return self._rows[index]
-
-
-@pytest.fixture
-def world():
-    generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(700, 10, generator=generator)
-    pruned = dense + 0.4 * torch.randn(700, 10, generator=generator)
-    sae = TopKSAE.initialise(10, 30, 4, init_seed=0)
-    return SimpleNamespace(sae=sae, dense=dense, pruned=pruned, tokens=torch.arange(100, 700))
-
-
-def slow_persistence(sae, dense, disturbed):
-    """From the definitions: dense latent matrices, numpy's own correlation."""
-    a = sae.dense_latents(sae.encode(dense)).detach().double().numpy()
-    b = sae.dense_latents(sae.encode(disturbed)).detach().double().numpy()
-    correlation, jaccard = [], []
-    for one, two in zip(a.T, b.T, strict=True):
-        if (one > 0).sum() < 10:
-            correlation.append(np.nan)
-            jaccard.append(np.nan)
-            continue
-        correlation.append(np.corrcoef(one, two)[0, 1] if (two > 0).any() else 0.0)
-        jaccard.append(((one > 0) & (two > 0)).sum() / ((one > 0) | (two > 0)).sum())
-    return np.array(correlation), np.array(jaccard)
-
-
-def test_persistence_equals_the_slow_definition(world, monkeypatch):
-    monkeypatch.setattr("prunelens.analyses.persistence.BATCH_TOKENS", 128)
-    table = persistence(world.sae, Rows(world.dense), Rows(world.pruned), world.tokens, seed=3)
-    pruned = table[table["source"] == "pruned"]
-    correlation, jaccard = slow_persistence(world.sae, world.dense[100:], world.pruned[100:])
-    np.testing.assert_allclose(pruned["correlation"], correlation, atol=1e-6)
-    np.testing.assert_allclose(pruned["jaccard"], jaccard, atol=1e-12)
-
-
-def test_shuffled_noise_equals_the_slow_definition_over_its_draws(world, monkeypatch):
-    monkeypatch.setattr("prunelens.analyses.persistence.BATCH_TOKENS", 250)
-    table = persistence(world.sae, Rows(world.dense), Rows(world.pruned), world.tokens, seed=3)
-    found = table[table["source"] == "noise_shuffled"]
-    draws = []
-    for draw in range(3):
-        generator = torch.Generator().manual_seed(3000 + draw)
-        other = world.tokens[other_token(len(world.tokens), generator)]
-        shuffled = world.dense[100:] + world.pruned[other] - world.dense[other]
-        draws.append(slow_persistence(world.sae, world.dense[100:], shuffled))
-    correlation, jaccard = np.mean(draws, axis=0)
-    np.testing.assert_allclose(found["correlation"], correlation, atol=1e-5)
-    np.testing.assert_allclose(found["jaccard"], jaccard, atol=1e-3)
-
-
-def test_persistence_without_pruning_is_one_for_pruned_and_for_noise_of_no_size(world):
-    table = persistence(world.sae, Rows(world.dense), Rows(world.dense), world.tokens, seed=0)
-    known = table.dropna(subset="correlation")
-    assert len(known) > 30
-    np.testing.assert_allclose(known["correlation"], 1.0, atol=1e-6)
-    assert (known["jaccard"] == 1.0).all()
-    assert not table["silenced"].any()
-
-
-def test_noise_has_the_size_of_the_difference_and_excess_is_zero_for_noise(world):
-    """The 'pruned' activations here are isotropic noise themselves: nothing exceeds the control."""
-    table = persistence(world.sae, Rows(world.dense), Rows(world.pruned), world.tokens, seed=1)
-    summary = persistence_summary(table).set_index("source")
-    pruned, noise = summary["mean_correlation"][["pruned", "noise_isotropic"]]
-    assert abs(pruned - noise) < 0.03
-    assert abs(summary.loc["noise_isotropic", "excess_z"]) < 0.15
-    assert np.isnan(summary.loc["pruned", "excess_z"])
-
-
-def test_harm_along_a_latent_exceeds_the_noise(world):
-    """Removing the features' own directions hurts more than noise of equal size."""
-    basis = torch.linalg.qr(world.sae.decoder_weight.detach()[:5].T).Q
-    pruned = world.dense - world.dense @ basis @ basis.T
-    table = persistence(world.sae, Rows(world.dense), Rows(pruned), world.tokens, seed=1)
-    first = table[table["latent"] < 5].groupby("source")["correlation"].mean()
-    assert first["pruned"] < first["noise_isotropic"] - 0.2
-
-
-def test_a_silenced_latent_counts_as_zero_and_a_rare_one_as_undefined(world):
-    direction = world.sae.decoder_weight.detach()[0]
-    pruned = world.dense.clone()
-    pruned[:] = -5 * direction + 0.01 * world.dense
-    table = persistence(world.sae, Rows(world.dense), Rows(pruned), world.tokens, seed=1)
-    row = table[(table["source"] == "pruned") & (table["latent"] == 0)].iloc[0]
-    assert row["silenced"]
-    assert row["correlation"] == 0.0
-    few = persistence(world.sae, Rows(world.dense), Rows(world.pruned), world.tokens[:12], seed=1)
-    summary = persistence_summary(few).set_index("source")
-    assert (
-        summary.loc["pruned", "num_undefined"]
-        == (few[few["source"] == "pruned"]["dense_firings"] < 10).sum()
-    )
-    assert summary.loc["pruned", "num_undefined"] > 0
-
-
-def test_persistence_is_reproducible(world):
-    first, second = (
-        persistence(world.sae, Rows(world.dense), Rows(world.pruned), world.tokens, seed=1)
-        for _ in range(2)
-    )
-    pd.testing.assert_frame_equal(first, second)

@@ -1,10 +1,68 @@
-"""Same-dictionary persistence of one latent, from methods §7: two series over the same tokens."""
+"""Same-dictionary persistence from methods §7 and §10: two series over the same tokens."""
 
 import math
 
 import numpy as np
+import torch
+from tests.independent import noise
 
 FEWEST_FIRINGS = 10
+NULL_SEED = 999_999
+
+
+def disturbed(x, y, change, groups, *, change_seed, seed):
+    """Source -> the disturbed activations of every draw, of float64 x and y [tokens, d_model].
+
+    Partners come from a random cycle, isotropic noise group of documents after group.
+    """
+    m, a = change
+    common = np.array([m + a @ one for one in x])
+    r = noise.remainder(x, y, change)
+    generators = [torch.Generator().manual_seed(change_seed + 1000 * seed + n) for n in range(3)]
+    partners = [partner_of(len(x), generator) for generator in generators]
+    null = partner_of(len(x), torch.Generator().manual_seed(change_seed + NULL_SEED))
+    isotropic = [np.empty_like(x) for _ in generators]
+    for group in range(int(groups.max()) + 1):
+        own = np.flatnonzero(groups == group)
+        for made, generator in zip(isotropic, generators, strict=True):
+            drawn = torch.randn(len(own), x.shape[1], generator=generator).double().numpy()
+            for token, direction in zip(own, drawn, strict=True):
+                length = np.linalg.norm(r[token]) / np.linalg.norm(direction)
+                made[token] = common[token] + direction * length
+    return {
+        "pruned": [y],
+        "undone": [noise.without_common_change(y, change)],
+        "null": [common + r[null]],
+        "noise_isotropic": isotropic,
+        "noise_shuffled": [common + r[other] for other in partners],
+        "difference_shuffled": [x + (y - x)[partners[0]]],
+    }
+
+
+def partner_of(num_tokens, generator):
+    """The next in a random order, which closes to a circle."""
+    order = torch.randperm(num_tokens, generator=generator).tolist()
+    following = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [following[token] for token in range(num_tokens)]
+
+
+def without(before, after, groups):
+    """The correlation of one latent over the tokens that remain, group after group left out.
+
+    Whether it fires often enough is asked of all tokens; NaN where it never fires on those left.
+    """
+    if sum(a > 0 for a in before) < FEWEST_FIRINGS:
+        return [math.nan] * (max(groups) + 1)
+    found = []
+    for left_out in range(max(groups) + 1):
+        pairs = [
+            (float(a), float(b))
+            for a, b, group in zip(before, after, groups, strict=True)
+            if group != left_out
+        ]
+        fires, silent = any(a > 0 for a, _ in pairs), all(b == 0 for _, b in pairs)
+        found.append(0.0 if fires and silent else pearson(pairs))
+    return found
 
 
 def persistence(before, after):

@@ -20,7 +20,7 @@ from torch import Tensor
 Kind = Literal["scalar", "diagonal", "low_rank"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 RANK = 8  # of what `low_rank` adds to a gain
-ALTERNATIONS = 20  # of its gain and its low-rank part; each lowers the squared error
+GAIN_PRECISION = 1e-9  # of the gain beside what is of low rank, which is searched for
 SMALLEST_GAIN = 0.05  # of the dense scale; a map that leaves less cannot be undone
 COLUMNS = ["kind", "gain", "difference", "share_shift", "share_map", "share_remainder"]
 BATCH_TOKENS = 2048
@@ -94,7 +94,7 @@ def fit_common_change(
         dense, pruned: paired rows, both normalised with the dense mean and deviation.
         tokens: the rows that it is fitted on; what follows is measured on others.
         kind: of A. `scalar`: a gain; `diagonal`: one per dimension; `low_rank`: a gain plus a
-            matrix of rank 8, each fitted in turn with the other held.
+            matrix of rank 8.
         seed: of the noise around it.
     Source: methods §10.
     """
@@ -231,17 +231,23 @@ def _pairs(
 def _gain_and_low_rank(
     xx: Float64[Tensor, "d_model d_model"], xy: Float64[Tensor, "d_model d_model"]
 ) -> Float64[Tensor, "d_model d_model"]:
-    """g I + B of rank 8, from centred products; B by reduced-rank regression given g."""
-    width, size = len(xx), xx.trace()
+    """g I + B of rank 8, from centred products: B by reduced-rank regression given g."""
+    from scipy.optimize import minimize_scalar
+
     values, vectors = torch.linalg.eigh(xx)
     known = values > 1e-10 * values[-1]
     root = vectors[:, known] * values[known].sqrt()
     inverse = vectors[:, known] / values[known].sqrt()
-    gain, low = xy.trace() / size, torch.zeros_like(xx)
-    for _ in range(ALTERNATIONS):
-        whitened = inverse.T @ xy - gain * root.T  # of y - g x on x
-        u, s, v = torch.linalg.svd(whitened, full_matrices=False)
-        kept = min(RANK, len(s))
-        low = ((inverse @ u[:, :kept]) * s[:kept] @ v[:kept]).T
-        gain = (xy.trace() - (low @ xx).trace()) / size
-    return gain * torch.eye(width, dtype=torch.float64) + low
+    size, along, towards = float(xx.trace()), float(xy.trace()), inverse.T @ xy
+
+    def left(gain: float) -> float:  # squared error with the best B, less that of 0
+        explained = torch.linalg.svdvals(towards - gain * root.T)[:RANK].square().sum()
+        return gain**2 * size - 2 * gain * along - float(explained)
+
+    middle = along / size
+    bounds = (middle - 1 - abs(middle), middle + 1 + abs(middle))
+    options = {"xatol": GAIN_PRECISION}
+    gain = float(minimize_scalar(left, bounds=bounds, method="bounded", options=options).x)
+    u, s, v = torch.linalg.svd(towards - gain * root.T, full_matrices=False)
+    low = ((inverse @ u[:, :RANK]) * s[:RANK] @ v[:RANK]).T
+    return gain * torch.eye(len(xx), dtype=torch.float64) + low
