@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import random
 from collections import Counter
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -15,23 +16,26 @@ from safetensors.torch import load_file
 from tests.independent import documents as slow
 from tests.tiny_study import tiny_study, write_text
 
+from prunelens.activations import Statistics
+from prunelens.analyses.noise import CommonChange
 from prunelens.checkpoint import load_tokenizer
-from prunelens.config import study_from_data
+from prunelens.config import StudyConfig, study_from_data
 from prunelens.corpus import (
     document_groups,
     split_tokens,
     spread_over_documents,
     window_documents,
 )
+from prunelens.model import load_model, run_to_site
 from prunelens.spread import DocumentStream, one_of_each_stretch
-from prunelens.study.artifacts.store import Store
+from prunelens.study.artifacts.store import Stage, Store
 from prunelens.study.matrix import parents_first
 from prunelens.study.model_stages import load_window_documents, load_windows
-from prunelens.study.output_stages import _prompts
+from prunelens.study.output_stages import _null_source, _prompts
 from prunelens.study.plan import plan_study
 from prunelens.study.planted_stages import PLANTED_STAGES
 from prunelens.study.stages import make_stages
-from prunelens.study.work import Work
+from prunelens.study.work import Work, read_json
 
 
 def worlds() -> list[list[int]]:
@@ -193,21 +197,33 @@ def test_without_a_cap_the_text_is_taken_from_the_front():
 # --- what a study keeps of it -------------------------------------------------------------------
 
 
-def test_windows_and_rows_of_a_study_know_their_documents(
-    checkpoint_folder: pathlib.Path, tmp_path: pathlib.Path
-):
-    study = study_from_data(tiny_study(checkpoint_folder, write_text(tmp_path / "text.txt")))
+class Stored(NamedTuple):
+    study: StudyConfig
+    dense: Stage
+    store: Store
+
+
+@pytest.fixture(scope="module")
+def stored(checkpoint_folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    """The dense activations of a study."""
+    folder = tmp_path_factory.mktemp("stored")
+    study = study_from_data(tiny_study(checkpoint_folder, write_text(folder / "text.txt")))
     (dense,) = plan_study(study).runs[0].temporary()
-    store = Store(tmp_path / "artifacts")
+    store = Store(folder / "artifacts")
     for stage in (dense.parents["corpus"], dense):
         make_stages(store, [stage], device="cpu", progress=lambda *_: None)
+    return Stored(study, dense, store)
+
+
+def test_windows_and_rows_of_a_study_know_their_documents(stored: Stored, tmp_path: pathlib.Path):
+    study, dense, store = stored
     corpus = store.at_hand(dense.parents["corpus"])
     config = {"prompts": 30}
     work = mock.Mock(spec=Work, parents={"corpus": corpus}, out=tmp_path, config=config)
     documents = load_window_documents(work, "eval_first", "eval_second")
     windows = load_windows(work, "eval_first", "eval_second")
     splits = split_tokens(study.corpus, load_tokenizer(study.models[0]))
-    # A window's number leads back to its text: that document begins at or before its first token.
+    # Each window's first token lies between the beginnings of its document and of the next.
     assert len(documents) == len(windows) and documents.diff().min() >= 0
     first = documents[: len(documents) // 2 + len(documents) % 2]
     assert int(first.max()) < len(splits.eval_first_starts) <= int(documents[len(first)])
@@ -215,15 +231,44 @@ def test_windows_and_rows_of_a_study_know_their_documents(
     for number, document in enumerate(first.tolist()):
         starts = [*splits.eval_first_starts.tolist(), len(splits.eval_first)]
         assert starts[document] <= number * width < starts[document + 1]
-    prompts, table = _prompts(work), pd.read_parquet(tmp_path / "prompts.parquet")
+    prompts, of = _prompts(work)
+    table = pd.read_parquet(tmp_path / "prompts.parquet")
     assert torch.equal(prompts, windows[table["window"].tolist()])
-    assert table["document"].tolist() == documents[table["window"].tolist()].tolist()
+    assert table["document"].tolist() == of.tolist()
+    assert torch.equal(of, documents[table["window"].tolist()])
     assert table["document"].nunique() == len(table) == 30  # of as many documents as can be
     rows = load_file(store.at_hand(dense) / "eval_documents.safetensors")["documents"]
     per_window = windows.shape[1] - study.activations.skip_first
     assert rows.dtype == torch.int32
     assert rows.view(-1, per_window).tolist() == [[n] * per_window for n in documents.tolist()]
     assert len(load_file(store.at_hand(dense) / "eval.safetensors")["activations"]) == len(rows)
+
+
+def test_the_null_is_made_of_the_windows_for_refitting(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch
+):
+    """They are drawn from all of train, and the stores' rows are found by their numbers."""
+    study, dense, store = stored
+    stores = dict.fromkeys(("dense_activations", "pruned_activations"), dense)
+    parents = {role: store.at_hand(stage) for role, stage in stores.items()}
+    corpus = store.at_hand(dense.parents["corpus"])
+    work = mock.Mock(
+        spec=Work,
+        parents={**parents, "corpus": corpus},
+        stage=mock.Mock(parents=stores),
+        device="cpu",
+    )
+    none = CommonChange(torch.zeros(16).double(), torch.ones(16).double(), torch.tensor(0))
+    monkeypatch.setattr("prunelens.study.output_stages.load_common_change", lambda _: none)
+    plain = Statistics(torch.zeros(16), torch.ones(16))
+    refit = torch.tensor([3, 17, 150])
+    source = _null_source(work, plain, refit, 16)
+    windows = load_windows(work, "train")[refit]
+    own = run_to_site(load_model(study.models[0]), windows, "resid_post", 1)[:, 1:]
+    for rows in source.refit:
+        assert rows.num_tokens == 3 * 15
+        torch.testing.assert_close(rows.rows(torch.arange(45)), own.flatten(0, 1))
+    assert source.evaluation[0].num_tokens == 100 * 15
 
 
 def test_conditions_read_the_same_windows_of_a_cut_text(
@@ -248,11 +293,12 @@ def test_conditions_read_the_same_windows_of_a_cut_text(
         assert np.searchsorted(ends, drawn, side="right").tolist() == list(range(count))
 
 
-def test_blocks_of_the_planted_world_stand_for_documents(tmp_path: pathlib.Path):
+def test_rows_of_the_planted_world_have_documents(tmp_path: pathlib.Path):
     config = {"train_tokens": 64, "eval_tokens": 4001}
     made = mock.Mock(spec=Work, out=tmp_path, parents={}, config=config, progress=print)
     PLANTED_STAGES["planted_activations"](made)
     rows = load_file(tmp_path / "eval_documents.safetensors")["documents"]
     assert rows.dtype == torch.int32 and rows.tolist() == sorted(rows.tolist())
-    assert sorted(torch.bincount(rows).tolist()) == [100] * 39 + [101]
-    assert rows[1999] < rows[2000]  # no block is in both halves
+    assert len(rows) == 4001 and len(rows.unique()) > 10
+    half = read_json(tmp_path / "rows.json")["eval_first_rows"]
+    assert rows[half - 1] < rows[half]  # none is in both halves

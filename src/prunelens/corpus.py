@@ -93,6 +93,7 @@ def split_tokens(
     tokenizer: Tokenizer | None,
     *,
     only: Sequence[str] = ("train", "calibration", "eval_first", "eval_second"),
+    even: Sequence[str] = ("calibration", "eval_first", "eval_second"),
     progress: Callable[[int], None] | None = None,
 ) -> TokenSplits:
     """Tokenise a corpus once and split it by document.
@@ -102,15 +103,16 @@ def split_tokens(
     and the reading ends when all splits are full. Where the windows carry a BOS, BOS ids inside
     the text are dropped, so that no window holds two.
 
-    So that no document stands for all text, it gives calibration and either half of eval at most a
-    16th of their tokens (but a window), in a row from a place that its content decides. Only where
-    the text ends before a split is full do the long ones give more, each up to the least length
-    that fills it. For that they stay in memory, some 16 documents of at most a split each.
+    So that no document stands for all text, it gives the `even` splits at most a 16th of their
+    tokens (but a window), in a row from a place that its content decides. Only where the text ends
+    before a split is full do the long ones give more, each up to the least length that fills it.
+    For that they stay in memory, some 16 documents of at most a split each.
 
     Args:
         config: context_tokens, bos and the *_tokens fields (which count the windows' BOS).
         tokenizer: the model's; None is enough for `tokens`.
         only: the splits that are wanted, which share the text; the others stay empty.
+        even: those in which no document may dominate; the others take each as it stands.
         progress: called with the number of tokens kept so far.
     Raises: UserError as `documents`; where a split asks for less than a window or for more than
         there is; where `bos: always` meets a tokenizer without BOS.
@@ -120,7 +122,10 @@ def split_tokens(
     encode = (
         _rows_without(bos_token) if config.source == "tokens" else _encoder(tokenizer, bos_token)
     )
-    kept = {s: DocumentStream(quotas[s], _most_of_one(s, quotas[s], config)) for s in quotas}
+    most = {
+        s: max(quotas[s] // _LEAST_DOCUMENTS, config.context_tokens) for s in quotas if s in even
+    }
+    kept = {s: DocumentStream(quotas[s], most.get(s, quotas[s])) for s in quotas}
     for batch in _batches(_assigned(config, quotas)):
         wanted = [(split, content) for split, content in batch if kept[split].missing]
         for (split, _), ids in zip(wanted, encode([c for _, c in wanted]), strict=True):
@@ -246,11 +251,6 @@ def _quotas(config: CorpusConfig, bos_token: int | None) -> dict[str, int]:
         "eval_second": eval_windows // 2,
     }
     return {split: count * (width - (bos_token is not None)) for split, count in counts.items()}
-
-
-def _most_of_one(split: str, quota: int, config: CorpusConfig) -> int:
-    """Tokens that one document may give a split."""
-    return quota if split == "train" else max(quota // _LEAST_DOCUMENTS, config.context_tokens)
 
 
 def _too_little(config: CorpusConfig, quotas: dict[str, int], lacking: dict[str, int]) -> str:

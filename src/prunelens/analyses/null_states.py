@@ -65,7 +65,7 @@ class NullSource(NamedTuple):
     evaluation: tuple[Activations, Activations]
     """Dense and pruned stores of the eval windows, normalised with the dense statistics."""
     refit: tuple[Activations, Activations]
-    """The same of the training windows."""
+    """The same of the training windows for refitting, and of no other."""
     skip_first: int
     """Positions of every window that the stores lack."""
 
@@ -74,7 +74,7 @@ class NullSource(NamedTuple):
         at_refit: Bool[Tensor, "refit_windows context"],
         at_eval: Bool[Tensor, "windows context"],
     ) -> tuple[NullStates, NullStates]:
-        """Of the windows for refitting, the first of training, and of the eval windows."""
+        """Of the windows for refitting and of the eval windows."""
         skip = self.skip_first
         return (
             NullStates(*self.refit, self.change, at_refit, skip_first=skip),

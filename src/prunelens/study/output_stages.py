@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from prunelens.activations import Activations, Statistics
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 GIVEN = "given"  # an SAE of others inside its artifact, whose identity has no names
 GROUPINGS: tuple[Literal["cosine", "persistence"], ...] = ("cosine", "persistence")
 DEFAULT_NORM_MULTIPLE = 10.0  # `norm_filtered` filters also where the study keeps every token
-SEED = 0  # of prompts, groups, contexts and directions
+SEED = 0  # of prompts, windows for refitting, groups, contexts and directions
 
 
 def _transfer(work: Work) -> None:
@@ -45,8 +46,10 @@ def _transfer(work: Work) -> None:
     reference = (
         DenseReference.load(dense_folder / "reference.safetensors") if dense_folder else None
     )
-    evaluation, refit = load_windows(work, *EVAL), load_windows(work, "train")
+    evaluation = load_windows(work, *EVAL)
     context = evaluation.shape[1]
+    order = spread_over_documents(load_window_documents(work, "train"), seed=SEED)
+    refit = order[: max(1, config["refit_tokens"] // context)].sort().values
     statistics = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
     saes = _given_saes(work)
     if reference and work.config["pretrained"]:
@@ -55,7 +58,7 @@ def _transfer(work: Work) -> None:
         load_stage_model(work),
         saes,
         evaluation,
-        refit[: max(1, config["refit_tokens"] // context)],
+        load_windows(work, "train")[refit],
         load_window_documents(work, *EVAL),
         site=config["site"],
         layer=config["layer"],
@@ -63,7 +66,7 @@ def _transfer(work: Work) -> None:
         ce_windows=max(1, config["ce_tokens"] // context),
         max_norm_multiple=config["max_norm_multiple"] or DEFAULT_NORM_MULTIPLE,
         sigma=statistics.sigma,
-        null=_null_source(work, statistics) if reference else None,
+        null=_null_source(work, statistics, refit, context) if reference else None,
         progress=work.progress,
     )
     for note in found.notes:
@@ -75,22 +78,28 @@ def _transfer(work: Work) -> None:
     (transfer_verdicts(rows) if dense_folder else rows).to_parquet(work.out / "transfer.parquet")
 
 
-def _null_source(work: Work, statistics: Statistics) -> NullSource:
-    """The stores of both models, whose windows are those of the corpus."""
+def _null_source(
+    work: Work, statistics: Statistics, refit: Tensor, context_tokens: int
+) -> NullSource:
+    """The stores of both models, whose windows are those of the corpus; of train the chosen."""
+    skip_first = work.stage.parents["pruned_activations"].config["skip_first"]
+    per_window = context_tokens - skip_first
+    refit_rows = (refit[:, None] * per_window + torch.arange(per_window)).flatten()
 
-    def stores(split: str) -> tuple[Activations, Activations]:
+    def stores(split: str, rows: Tensor | None = None) -> tuple[Activations, Activations]:
         dense, pruned = (
             Activations(
                 work.parents[role] / f"{split}.safetensors",
                 statistics=statistics,
+                kept=rows,
                 device=work.device,
             )
             for role in ("dense_activations", "pruned_activations")
         )
         return dense, pruned
 
-    skip_first = work.stage.parents["pruned_activations"].config["skip_first"]
-    return NullSource(load_common_change(work), stores("eval"), stores("train"), skip_first)
+    change = load_common_change(work)
+    return NullSource(change, stores("eval"), stores("train", refit_rows), skip_first)
 
 
 def _given_saes(work: Work) -> list[GivenSae]:

@@ -215,7 +215,7 @@ def _text_for_transfer(
     only = ["train", *EVAL]
     if pruning is not None and pruning.is_calibrated:
         only.append("calibration")
-    return split_tokens(corpus, lm.tokenizer, only=only)
+    return split_tokens(corpus, lm.tokenizer, only=only, even=only)
 
 
 def _named(sae: str) -> PretrainedSaeConfig:
