@@ -136,7 +136,7 @@ def over_conditions(name: str, rows: pd.DataFrame, side: Side, limit: float) -> 
     return Contrast(name, mean_over(rows["value"].tolist(), "conditions"), side, limit)
 
 
-def estimate_of(row: NamedTuple | pd.Series, *, value: str = "value") -> Estimate:
+def estimate_of(row: tuple | pd.Series, *, value: str = "value") -> Estimate:
     """What a table keeps of an estimate: value, error, df, resampled and, where they are, least and
     most."""
     numbers = {name: getattr(row, name) for name in ("error", "df", "resampled")}
