@@ -2,11 +2,11 @@
 #   make docs                 the documentation as a site, in site/
 #   make audit                known vulnerabilities and a list of what is installed, in build/audit/
 #   make install              set up .venv alone
-#   make test PYTEST_ARGS=…   pytest arguments in place of -n 2, for example PYTEST_ARGS='-k prune -x'
+#   make test PYTEST_ARGS=…   pytest arguments in place of -n 2 …, for example PYTEST_ARGS='-k prune -x'
 #   make demo PYTHON=…        the Python 3.11 or newer that .venv is made from
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 VENV_PYTHON := .venv/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 

@@ -40,7 +40,7 @@ def stand_in(folder: pathlib.Path) -> pathlib.Path:
         "models": [{"name": MODEL, "layers": [LAYER]}],
         "questions": ["persistence"],  # nothing is pruned: the dense SAE is all that is made
         "corpus": TEXT.model_dump(),
-        "sae": {"expansion": 4, "k": 8, "steps": 300, "batch_tokens": 512, "learning_rate": 4e-3,
+        "sae": {"expansion": 4, "k": 8, "steps": 150, "batch_tokens": 512, "learning_rate": 4e-3,
                 "seeds": [0]},
         "perplexity": {"context_tokens": [256], "max_tokens": 5_000},
         "threads_per_stage": 1,

@@ -29,10 +29,10 @@ def main() -> None:
             # Ready-made token ids: {"source": "tokens", "paths": ["ids.safetensors"]}, a tensor
             # `tokens` [windows, context_tokens].
             "corpus": {"source": "files", "paths": [str(TEXT)], "document": "file",
-                       "train_tokens": 60_000, "eval_tokens": 20_000, "calibration_tokens": 10_000},
+                       "train_tokens": 40_000, "eval_tokens": 12_000, "calibration_tokens": 10_000},
             "prunings": [{"criterion": "wanda", "scope": "row", "sparsities": [0.3, 0.5]}],
             "questions": ["persistence"],
-            "sae": {"expansion": 4, "k": 8, "steps": 250, "batch_tokens": 512,
+            "sae": {"expansion": 4, "k": 8, "steps": 120, "batch_tokens": 512,
                     "learning_rate": 4e-3, "seeds": [0]},
             "perplexity": {"context_tokens": [256], "max_tokens": 5_000},
             "threads_per_stage": 1,

@@ -61,7 +61,7 @@ PRUNINGS = {
 @pytest.fixture
 def windows():
     generator = torch.Generator().manual_seed(7)
-    return torch.randint(0, VOCABULARY, (90, 50), generator=generator)  # two batches
+    return torch.randint(0, VOCABULARY, (30, 50), generator=generator)  # two batches
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -75,7 +75,7 @@ def shards(request, tmp_path_factory):
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(calibrate, "BATCH_TOKENS", 2500)
+    monkeypatch.setattr(calibrate, "BATCH_TOKENS", 800)
 
 
 def pruning_of(name):
