@@ -74,9 +74,7 @@ MEASURES = {
 }
 SEPARATES = ("persistence", "relative_shuffled", "scaling", "activation_cross_init")
 FOLLOWS_RATE = ("relative_shuffled", "scaling")  # only where the truth does: controlled RQ4
-NO_EFFECT = (
-    f"no effect of firing rate: interval covers 0, rho within {RHO_MARK} of the truth's"
-)
+NO_EFFECT = f"no effect of firing rate: interval covers 0, rho within {RHO_MARK} of the truth's"
 RATE_MARKS: dict[planted.Choice, str] = {
     "independent": NO_EFFECT,
     "none": NO_EFFECT,

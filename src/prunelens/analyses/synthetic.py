@@ -33,7 +33,10 @@ MEAN = 0.7  # of what seeds, conditions or latents are drawn around
 GROUPS = 20  # of documents
 LATENTS = 40  # of a quintile
 ALL_LATENTS = 150
-SHARED, OWN = 0.8, 0.6  # of what a latent's rank has of its feature, and of the seed; squares add up
+SHARED, OWN = (
+    0.8,
+    0.6,
+)  # of what a latent's rank has of its feature, and of the seed; squares add up
 CELL = 0.3  # deviation of a latent on a group of documents, beyond what either has by itself
 TEXT = 60  # windows, each of which resembles the one before
 AUC_APART = 0.7581  # of scores one deviation apart, give or take 0.2: Phi(1 / sqrt(2 + 0.2**2))
@@ -155,6 +158,8 @@ SYNTHETIC: dict[str, Draw] = {
     "latents of the same features, 3 seeds": _latents_on_documents(3, shared=0.2),
     "latents of the same features, 5 seeds": _latents_on_documents(5, shared=0.1),
     "latents of other features, 3 seeds": _latents_on_documents(3, own=0.2),
-    "latents partly the same, 3 seeds": _latents_on_documents(3, shared=0.15, own=0.15, documents=0.05),
+    "latents partly the same, 3 seeds": _latents_on_documents(
+        3, shared=0.15, own=0.15, documents=0.05
+    ),
 }
 """Name -> one draw of it."""
