@@ -94,8 +94,14 @@ def dense_world(
     return World(halves.clone(), torch.ones(num_directions), rates, torch.ones(d_model), own)
 
 
-def pruned_world(dense: World, choice: Choice, *, seed: int = 0) -> tuple[World, Truth]:
-    """The same directions, each with its fate."""
+def pruned_world(
+    dense: World, choice: Choice, *, seed: int = 0, by_lot: bool = False
+) -> tuple[World, Truth]:
+    """The same directions, each with its fate.
+
+    `by_lot`: every direction draws its own, so that worlds of several seeds have more or less of
+    each. Otherwise all have the same number, and little is left to chance.
+    """
     generator = _generator("fates", seed)
     num_directions, _, d_model = dense.directions.shape
     gains = GAIN * (GAIN_SPREAD * torch.randn(d_model, generator=generator)).exp()
@@ -103,7 +109,7 @@ def pruned_world(dense: World, choice: Choice, *, seed: int = 0) -> tuple[World,
         nothing = torch.zeros(num_directions)
         world = dense._replace(gains=gains, own_noise=torch.tensor(OWN_NOISE["none"]))
         return world, Truth(["kept"] * num_directions, nothing, 1 - nothing)
-    fates = _fates(dense.firing_rates, choice, generator)
+    fates = _fates(dense.firing_rates, choice, by_lot, generator)
     before = dense.directions[:, 0]
     after, scales = dense.directions.clone(), dense.scales.clone()
     angles = torch.full((num_directions,), math.nan)
@@ -181,8 +187,10 @@ def _gamma(count: int, generator: torch.Generator) -> Float[Tensor, " count"]:
     return exponentials.mean(0)
 
 
-def _fates(rates: Tensor, choice: Choice, generator: torch.Generator) -> list[Fate]:
-    """The same number of every fate in either world, which are dealt the same hand.
+def _fates(
+    rates: Tensor, choice: Choice, by_lot: bool, generator: torch.Generator
+) -> list[Fate]:
+    """The same number of every fate in either world, which are dealt the same hand, or one by lot.
 
     `independent` deals them out within blocks of similar rate, so that not even chance makes them
     depend on it. `by_rate` deals the same fates, the worst first, by a score that prefers rare
@@ -192,7 +200,11 @@ def _fates(rates: Tensor, choice: Choice, generator: torch.Generator) -> list[Fa
     by_rate = rates.argsort()
     dealt: list[Fate] = []
     while len(dealt) < len(rates):
-        dealt += [names[i] for i in torch.randperm(BLOCK, generator=generator)]
+        if by_lot:
+            block = torch.randint(BLOCK, (BLOCK,), generator=generator)
+        else:
+            block = torch.randperm(BLOCK, generator=generator)
+        dealt += [names[i] for i in block]
     del dealt[len(rates) :]
     if dealt.count("merged") % 2:  # two make one
         dealt[dealt.index("merged")] = "kept"

@@ -17,25 +17,27 @@ import pandas as pd
 
 from prunelens import planted
 from prunelens.analyses.claims import judge_claims
+from prunelens.analyses.contrast import estimate_of
 from prunelens.analyses.fragility import GROUPS, fragility_contrasts
+from prunelens.analyses.grades import WITH_RATE, correlation_with_rate
+from prunelens.analyses.measures import Source, latent_measures
 from prunelens.analyses.predictor import fit_predictor
-from prunelens.analyses.simulation import SEEDS, simulated_fates
-from prunelens.analyses.statistics import RankSample, rank_correlation
+from prunelens.analyses.simulation import simulated_fates
+from prunelens.analyses.statistics import Estimate
 from prunelens.analyses.synthetic import SYNTHETIC
 
 COVERS = (0.92, 0.98)  # what counts as 95 %
 MOST_WRONG = 0.05  # share of sets in which a verdict may be reached that is wrong
-SURE = 0.01  # a mark is missed where chance would make the measured share in one of so many tests
+SURE = 0.01  # how seldom chance alone makes a mark missed
 COLUMNS = [
     "world", "kind", "name", "truth", "measured", "low", "high", "num_sets", "num_undefined",
     "mark", "passed", "reason",
 ]  # fmt: skip
-WITH_RATE = "rank correlation with firing rate"
+MEASURE = "relative_shuffled"
 STATISTICS = (*GROUPS, WITH_RATE)
-WORLDS: tuple[planted.Choice, ...] = ("none", "by_rate")  # without an effect, and with one
-# Means over 120 conditions of 48 documents (`large_sample`), in the order of STATISTICS.
-TRUTHS: dict[tuple[str, str], tuple[float, ...]] = {
-    ("none", "relative_shuffled"): (1, 1, 1, 1, 1, 1, 0, 0),  # by construction
+TRUTHS = {  # of MEASURE, in the order of STATISTICS
+    "none": (1, 1, 1, 1, 1, 1, 0, 0),  # as it should be
+    "by_rate": (0,) * 8,
 }
 RUNS = {"wanda": ("wanda-row-0.50", 0.5), "magnitude": ("magnitude-global-0.50", 0.5)}
 PREDICTED = 6  # sets of two are joined to a study of four conditions in one of so many
@@ -48,10 +50,9 @@ WRONG = {  # claim -> its verdicts that are wrong where rare features are destro
 }
 
 
-class Found(NamedTuple):
+class _Found(NamedTuple):
     """One interval or one verdict of one set."""
 
-    world: str
     kind: str
     """interval or verdict."""
     name: str
@@ -70,14 +71,141 @@ def coverage(
         world: `none`, where there is no effect, `by_rate`, where there is one of known size, or
             `synthetic`.
         num_sets: simulated.
+        progress: told after how many.
     Returns: kind (interval, verdict), name, truth (of an interval), measured (the share of sets
-        whose interval holds it, or that reached the verdict), low and high (where the true share
-        lies, with 99 %: Clopper and Pearson), num_sets, num_undefined (of them without an
-        interval), mark and whether it is reached: the share may be 92 to 98 %, or at most 5 %. A
-        verdict that is right has no mark.
+        whose interval holds it, or that reach the verdict), low and high (between which the true
+        share lies, 99 %: Clopper and Pearson), num_sets, num_undefined (of them without an
+        interval), mark, and whether it is reached: unless low and high say otherwise, 92 to 98 % of
+        intervals hold the truth, and at most 5 % of sets reach a verdict that is wrong. A verdict
+        that is right has no mark.
     """
-    found = pd.DataFrame(_found(world, num_sets, progress))
-    rows = []
-    for key, part in found.groupby(["world", "kind", "name"], sort=False):
-        ...
+    drawn = _synthetic(num_sets) if world == "synthetic" else _simulated(world, num_sets, progress)
+    found = pd.DataFrame(drawn)
+    rows = [
+        _row(world, str(kind), str(name), part)
+        for (kind, name), part in found.groupby(["kind", "name"], sort=False)
+    ]
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
+
+
+def large_sample(
+    world: planted.Choice, numbers: Sequence[int], documents: tuple[int, int]
+) -> list[float]:
+    """What the intervals should hold: means over sets that have many documents, by STATISTICS."""
+    sets = simulated_fates(world, numbers, documents=documents)
+    found = [_estimates(fates, "pruned") for conditions in sets for fates in conditions.values()]
+    return np.mean([[each.value for each in estimates] for estimates in found], axis=0).tolist()
+
+
+def _simulated(
+    world: planted.Choice, num_sets: int, progress: Callable[[int], None] | None
+) -> Iterator[_Found]:
+    """All that a set says, and of some what the predictor says of two."""
+    before = None
+    for number, conditions in enumerate(simulated_fates(world, range(num_sets))):
+        yield from _intervals(world, conditions["wanda"])
+        contrasts = pd.concat(
+            [_with_run(fragility_contrasts(fates), name) for name, fates in conditions.items()]
+        )
+        tables = {"fragility_contrasts": contrasts, **_agreeing_dictionaries(number)}
+        yield from _verdicts(tables, (1, 2, 6, 8))
+        if before is not None and number % PREDICTED == 1:
+            both = [*before.items(), *conditions.items()]
+            models = ("one", "one", "other", "other")
+            parts = [_with_run(f, n, model=m) for m, (n, f) in zip(models, both, strict=True)]
+            predicted = fit_predictor(pd.concat(parts, ignore_index=True), []).table
+            yield from _verdicts({"predictor": predicted}, (7,))
+        before = conditions
+        if progress:
+            progress(number + 1)
+
+
+def _synthetic(num_sets: int) -> Iterator[_Found]:
+    for name, draw in SYNTHETIC.items():
+        generator = np.random.default_rng(0)
+        for _ in range(num_sets):
+            estimate, truth = draw(generator)
+            yield _Found("interval", name, truth, _holds(estimate, truth))
+
+
+def _intervals(world: str, fates: pd.DataFrame) -> Iterator[_Found]:
+    """Of the null, too, where the truth is that of the world without an effect."""
+    for source, of_world in (("pruned", world), ("null", "none")):
+        found = zip(STATISTICS, _estimates(fates, source), TRUTHS[of_world], strict=True)
+        for statistic, estimate, truth in found:
+            name = f"{MEASURE}, {statistic}" + (" (null)" if source == "null" else "")
+            yield _Found("interval", name, truth, _holds(estimate, truth))
+
+
+def _estimates(fates: pd.DataFrame, source: Source) -> list[Estimate]:
+    """Of every one of STATISTICS."""
+    rows = fragility_contrasts(fates)
+    rows = rows[(rows["measure"] == MEASURE) & (rows["source"] == source)]
+    by_latent = latent_measures(fates, source)[MEASURE]
+    return [*map(estimate_of, rows.itertuples()), correlation_with_rate(fates, by_latent)]
+
+
+def _verdicts(tables: dict[str, pd.DataFrame], claims: Sequence[int]) -> Iterator[_Found]:
+    judged = judge_claims(tables).set_index("claim")["controlled"]
+    for claim in claims:
+        for verdict in ("holds", "fails"):
+            name = f"claim {claim} {verdict}"
+            yield _Found("verdict", name, math.nan, float(judged[claim] == verdict))
+
+
+def _with_run(table: pd.DataFrame, condition: str, *, model: str = "simulated") -> pd.DataFrame:
+    """The table of one condition as a study has it."""
+    name, sparsity = RUNS[condition]
+    run = f"{model}/L0/{name}"
+    named = {"run": run, "model": model, "layer": 0, "method": condition, "sparsity": sparsity}
+    if "latent" in table:  # of the predictor, which is told of no arms
+        named |= {"condition": run, "cosine_shared_init": math.nan, "mutual_shared_init": math.nan}
+    return table.assign(**named)
+
+
+def _agreeing_dictionaries(number: int) -> dict[str, pd.DataFrame]:
+    """The part of claim 6 that reads no activations, such that the other part decides it."""
+    values = np.random.default_rng(number).normal(0.1, 0.01, 3)
+    arm = {"arm": "ceiling_cross", "coordinates": "normalised", "tau": 0.7, "mnn": values}
+    arm |= {"model": "simulated", "layer": 0, "run": "simulated/L0/dense"}
+    rates = pd.DataFrame({**arm, "init_a": [0, 1, 2], "init_b": [1, 2, 0]})
+    chance = rates.assign(arm="chance", mnn=0.0)
+    enough = pd.DataFrame({"trained_enough": [True]})
+    return {"survival": pd.concat([rates, chance]), "sufficiency": enough}
+
+
+def _holds(estimate: Estimate, truth: float) -> float:
+    low, high = estimate.bounds()
+    return math.nan if math.isnan(low) else float(low <= truth <= high)
+
+
+def _row(world: str, kind: str, name: str, part: pd.DataFrame) -> dict[str, object]:
+    """One row of the table; a share without a mark is what it is."""
+    known = part["is_so"].dropna()
+    hits, count = int(known.sum()), len(known)
+    low, high = _share_between(hits, count)
+    row: dict[str, object] = {"world": world, "kind": kind, "name": name}
+    row |= {"truth": part["truth"].mean(), "measured": hits / count if count else math.nan}
+    row |= {"low": low, "high": high, "num_sets": len(part), "num_undefined": len(part) - count}
+    if kind == "interval":
+        mark = f"holds the truth in {COVERS[0]:.0%} to {COVERS[1]:.0%}"
+        return row | _verdict(mark, count > 0 and high >= COVERS[0] and low <= COVERS[1])
+    _, claim, verdict = name.split(" ")
+    if world == "none" or verdict in WRONG[int(claim)]:
+        return row | _verdict(f"wrong in at most {MOST_WRONG:.0%}", low <= MOST_WRONG)
+    return row
+
+
+def _verdict(mark: str, reached: bool) -> dict[str, object]:
+    return {"mark": mark, "passed": reached, "reason": "" if reached else f"misses: {mark}"}
+
+
+def _share_between(hits: int, count: int) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a share, 99 %."""
+    from scipy.special import betaincinv
+
+    if not count:
+        return 0.0, 1.0
+    low = betaincinv(hits, count - hits + 1, SURE / 2) if hits else 0.0
+    high = betaincinv(hits + 1, count - hits, 1 - SURE / 2) if hits < count else 1.0
+    return float(low), float(high)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prunelens import planted
 from prunelens.analyses.fragility import fragility_contrasts
-from prunelens.analyses.measures import latent_measures
+from prunelens.analyses.measures import FIRST_HALF, LatentMeasure, latent_measures
 from prunelens.analyses.statistics import Estimate, RankSample, rank_correlation
 from prunelens.match import unit_rows
 
@@ -207,16 +207,20 @@ def null_grades(fates: pd.DataFrame, *, choice: planted.Choice) -> pd.DataFrame:
                 rows.append(_of_nothing(part.measure, source, part.group, found, nothing))
         measures = latent_measures(fates, source)
         for name in latent_measures(fates, "null"):
-            value, _, column, means = measures[name]
-            rate = fates[column].to_numpy(dtype=float)
-            without = None if means is None else means.above_without / means.below_without
-            samples = _samples(fates, rate, value, np.where(rate > 0, value, np.nan), without)
-            rows.append(_of_nothing(name, source, WITH_RATE, rank_correlation(samples), 0.0))
-        target = _beyond_noise(fates, source)
-        rate = fates["firing_rate_first_half"].to_numpy(dtype=float)
-        samples = _samples(fates, rate, target, np.where(rate > 0, target, np.nan))
-        rows.append(_of_nothing("beyond_noise", source, WITH_RATE, rank_correlation(samples), 0.0))
+            found = correlation_with_rate(fates, measures[name])
+            rows.append(_of_nothing(name, source, WITH_RATE, found, 0.0))
+        target = LatentMeasure(_beyond_noise(fates, source), None, FIRST_HALF)
+        found = correlation_with_rate(fates, target)
+        rows.append(_of_nothing("beyond_noise", source, WITH_RATE, found, 0.0))
     return pd.DataFrame(rows).reindex(columns=NULL_COLUMNS)
+
+
+def correlation_with_rate(fates: pd.DataFrame, measure: LatentMeasure) -> Estimate:
+    """Rank correlation of a measure with firing rate, over latents and documents."""
+    rate, means = fates[measure.rate].to_numpy(dtype=float), measure.means
+    without = None if means is None else means.above_without / means.below_without
+    known = np.where(rate > 0, measure.value, np.nan)
+    return rank_correlation(_samples(fates, rate, measure.value, known, without))
 
 
 def _beyond_noise(fates: pd.DataFrame, source: str) -> np.ndarray:

@@ -81,7 +81,7 @@ def _drawn(choice: planted.Choice, number: int, documents: tuple[int, int]) -> _
     mean, sigma = raw[:first].mean(0), raw[:first].std(0)
     dense, pruned = (raw - mean) / sigma, []
     for seed in range(len(CONDITIONS) * number, len(CONDITIONS) * (number + 1)):
-        changed, _ = planted.pruned_world(world, choice, seed=seed)
+        changed, _ = planted.pruned_world(world, choice, seed=seed, by_lot=True)
         raw = planted.world_activations(changed, tokens, tokens_seed=number, noise_seed=1 + seed)
         pruned.append((raw - mean) / sigma)
     covariance = torch.cov(dense[:first].T)

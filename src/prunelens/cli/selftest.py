@@ -33,6 +33,7 @@ NUMBERS = {  # heading -> column
 TITLES = {
     "independent": "Pruning chose features without regard to their firing rate",
     "by_rate": "Pruning preferred rare features",
+    "none": "Pruning did nothing to any feature",
 }
 
 
@@ -48,11 +49,13 @@ def selftest(
 
     folder = out or DEFAULT_OUT
     found = run_selftest(folder, settings=parsed(settings), workers=workers, quiet=quiet or as_json)
+    believe = what_to_believe(found.grades, found.nulls)
     if as_json:
-        rows = {"rows": records(found.grades), "believe": what_to_believe(found.grades)}
+        rows = {"rows": records(found.grades), "nulls": records(found.nulls)}
+        rows |= {"coverage": records(found.coverage), "believe": believe}
         print_json({"passed": found.passed, "failures": found.failures, **rows})
     elif not quiet:
-        _show(found, what_to_believe(found.grades))
+        _show(found, believe)
         print(f"The rest of the study: {folder / 'report.html'}")
     if not as_json:
         for failure in found.failures:
@@ -61,17 +64,21 @@ def selftest(
 
 
 def _show(found: SelfTest, believe: dict[str, str]) -> None:
+    import pandas as pd
+
     console = Console() if Console().width >= WIDE else Console(width=WIDE)
     for world, title in TITLES.items():
         rows = found.grades[found.grades["world"] == world]
         if len(rows):
             console.print(_grades_table(rows, title))
+    console.print(_nulls_table(found.nulls))
+    console.print(_coverage_table(found.coverage))
     advice = Table("measure", "what to believe", title="What to believe", title_style="bold")
     for measure, sentence in believe.items():
         advice.add_row(measure, sentence)
     console.print(advice)
-    marked = found.grades["mark"] != ""
-    reached = found.grades["passed"].eq(True)
+    every = pd.concat([found.grades, found.nulls, found.coverage], ignore_index=True)
+    marked, reached = every["mark"] != "", every["passed"].eq(True)
     for line in (
         "defined: share of the living latents that were kept, rescaled, removed or rotated for"
         " which the measure has a value. bias: measure minus the planted cosine (scaling: minus the"
@@ -96,10 +103,50 @@ def _grades_table(rows: pd.DataFrame, title: str) -> Table:
         table.add_row(
             row_name(row["measure"], row["step"]),
             *(_number(row[column]) for column in NUMBERS.values()),
-            _interval(row),
+            _interval(*(row[name] for name in ("rate_rho", "rate_low", "rate_high")), 2),
             _number(row["truth_rho"]),
             row["mark"].replace("; ", "\n") or "-",
             _verdict(row),
+        )
+    return table
+
+
+def _nulls_table(rows: pd.DataFrame) -> Table:
+    """What is found where nothing is."""
+    title = "Where nothing is (noise in the place of what pruning did), what is found?"
+    table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, collapse_padding=True)
+    for name in ("world", "measure", "of", "what"):
+        table.add_column(name, no_wrap=True)
+    for name in ("value [95 %]", "should\nbe", "says\nnothing"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("result", no_wrap=True)
+    for row in rows.to_dict("records"):
+        table.add_row(
+            *(row[name] for name in ("world", "measure", "source", "statistic")),
+            _interval(row["value"], row["low"], row["high"]),
+            f"{row['nothing']:g}",
+            "yes" if row["says_nothing"] is True else "no",
+            _verdict(row),
+        )
+    return table
+
+
+def _coverage_table(rows: pd.DataFrame) -> Table:
+    """How often intervals hold the truth, and verdicts are reached."""
+    title = "Simulated: how often do 95 % intervals hold the truth, and are verdicts reached?"
+    table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, collapse_padding=True)
+    for name in ("world", "interval or verdict"):
+        table.add_column(name, no_wrap=True)
+    for name in ("truth", "measured", "sets", "of these\nundefined"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("mark", no_wrap=True)
+    table.add_column("result", no_wrap=True)
+    for row in rows.to_dict("records"):
+        counts = (f"{row[name]:.0f}" for name in ("num_sets", "num_undefined"))
+        measured = f"{row['measured']:.1%}" if row["measured"] == row["measured"] else "-"
+        truth = _number(row["truth"])
+        table.add_row(
+            row["world"], row["name"], truth, measured, *counts, row["mark"] or "-", _verdict(row)
         )
     return table
 
@@ -108,9 +155,10 @@ def _number(value: float) -> str:
     return "-" if value != value else f"{value:.3f}"
 
 
-def _interval(row: dict[str, Any]) -> str:
-    rho, low, high = (row[name] for name in ("rate_rho", "rate_low", "rate_high"))
-    return "-" if rho != rho else f"{rho:.2f} \\[{low:.2f}, {high:.2f}]"
+def _interval(value: float, low: float, high: float, decimals: int = 3) -> str:
+    if value != value:
+        return "-"
+    return f"{value:.{decimals}f} \\[{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
 def _verdict(row: dict[str, Any]) -> str:

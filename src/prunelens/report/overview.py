@@ -28,6 +28,8 @@ def overviews(tables: Tables) -> dict[str, pd.DataFrame]:
     made["training by run"] = _training(training_verdicts(tables))
     if len(tables.get("selftest", ())):
         made |= _selftest(tables["selftest"])
+    if len(tables.get("selftest_null", ())):
+        made["selftest null"] = _nothing(tables["selftest_null"])
     return {name: table for name, table in made.items() if len(table)}
 
 
@@ -176,6 +178,13 @@ def _selftest(grades: pd.DataFrame) -> dict[str, pd.DataFrame]:
         wide = steps.pivot_table(index="step", columns="world", values="false_survival")
         found["selftest by step"] = wide.reset_index().astype({"step": int})
     return found
+
+
+def _nothing(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that have a mark."""
+    rows = rows[rows["mark"].notna() & (rows["mark"] != "")].reset_index(drop=True)
+    names = ["measure", "source", "statistic", "value", "low", "high", "nothing", "passed"]
+    return rows[names].assign(world=world_of(rows["run"]))[["world", *names]]
 
 
 def _predictor(tables: Tables) -> pd.DataFrame:

@@ -36,13 +36,17 @@ QUESTIONS = (
         " of destroyed ones that the measure calls survived. Bias: how far it is from the planted"
         " angle or scale. Its rank correlation with firing rate belongs beside that of the truth:"
         " a measure that depends on firing rate where the truth does not invents a pattern. Split"
-        " and merged features are in the correlations alone; to matching by activations a rotated"
-        " feature has survived, because it fires where it did.",
+        " and merged features, and those of which a part survived, are in the correlations alone; to"
+        " matching by activations a rotated feature has survived, because it fires where it did."
+        " Where nothing is, nothing may be found; and intervals should hold the truth.",
         "",
         "",
         figures=("fig9_selftest",),
-        tables=("selftest independent", "selftest by_rate", "selftest by step"),
-        more=("selftest",),
+        tables=(
+            *("selftest independent", "selftest by_rate", "selftest none", "selftest by step"),
+            *("selftest null", "coverage"),
+        ),
+        more=("selftest", "selftest_null"),
         needs=("selftest",),
     ),
     Question(
@@ -220,6 +224,9 @@ CAPTIONS = {
     "training by run": "Verdict on the SAEs of every run",
     "selftest independent": "Grades where fates do not depend on firing rate",
     "selftest by_rate": "Grades where rare features are destroyed more often",
+    "selftest none": "Grades where nothing happened to any feature",
+    "selftest null": "What is found where nothing is, by measures that decide claims",
+    "coverage": "Intervals and verdicts by simulation: how often they are right, and wrong",
     "selftest by step": "False survival by a shared start, by training step",
     "predictor at 0.7": "Predictor by evaluation; tau 0.7, or none for persistence",
     "stability": "Every pair of seeds",
@@ -240,6 +247,7 @@ CAPTIONS = {
     "training_curves": "Every SAE that was judged",
     "survival_by_step": "Survival by training step, every pair",
     "selftest": "Every grade",
+    "selftest_null": "What every measure finds where nothing is",
 }
 
 ASSUMED = {  # of the paper, or where we differ; the whole list is in docs/methods.md

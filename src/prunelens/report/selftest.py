@@ -1,16 +1,16 @@
-"""The self-test: the shipped study of the planted world, and what its grades say to believe."""
+"""The self-test: the shipped study of the planted worlds, and what it says to believe."""
 
 from __future__ import annotations
 
 import itertools
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import pandas as pd
 
 from prunelens import planted
-from prunelens.analyses.grades import AUC_MARK, FOLLOWS_RATE, MEASURES, SEPARATES
+from prunelens.analyses.grades import AUC_MARK, DECIDES, FOLLOWS_RATE, MEASURES, SEPARATES
 from prunelens.config import StudyConfig
 from prunelens.errors import UserError
 from prunelens.report.tables import COLUMNS
@@ -36,7 +36,11 @@ class SelfTest(NamedTuple):
     """How the measures did where the truth is known."""
 
     grades: pd.DataFrame
-    """`tables/selftest.csv` after a column `world` (independent, by_rate)."""
+    """`tables/selftest.csv` after a column `world` (independent, by_rate, none)."""
+    nulls: pd.DataFrame
+    """`tables/selftest_null.csv` after such a column: what is found where nothing is."""
+    coverage: pd.DataFrame
+    """`tables/coverage.csv`: what intervals and verdicts are worth."""
     failures: tuple[str, ...]
     """Every mark that was missed and every run that failed, in one line each."""
     outcome: Outcome
@@ -68,7 +72,8 @@ def run_selftest(
     with alone_in(out):
         outcome = run_study(study, out, workers=workers, quiet=quiet)
         tables = write_report(out, redraw=outcome.num_executed > 0)
-    return judge(_grades(tables, outcome), outcome)
+    names = ("selftest", "selftest_null", "coverage")
+    return judge(*(_table(tables, name, outcome) for name in names), outcome)
 
 
 def selftest_study(settings: Mapping[str, str] | None = None) -> StudyConfig:
@@ -83,28 +88,43 @@ def selftest_study(settings: Mapping[str, str] | None = None) -> StudyConfig:
     return study
 
 
-def judge(grades: pd.DataFrame, outcome: Outcome) -> SelfTest:
+def judge(
+    grades: pd.DataFrame, nulls: pd.DataFrame, coverage: pd.DataFrame, outcome: Outcome
+) -> SelfTest:
     """Every run must be done and every mark reached; one that nothing was held against is missed.
 
-    Args: grades, outcome: as in `SelfTest`.
+    Args: as in `SelfTest`.
     """
     failures = [f"{r.run.name} failed: {r.reason}" for r in outcome.results if r.status == "failed"]
     failures += outcome.failures
-    marked = grades[grades["mark"] != ""]
-    for row in marked[~marked["passed"].eq(True)].itertuples():
+    for row in missed(grades).itertuples():
         failures.append(f"{row.world}: {row_name(row.measure, row.step)} {row.reason}")
+    for row in missed(nulls).itertuples():
+        what = f"{row.measure} ({row.source}), {row.statistic} = {row.value:.3g}"
+        failures.append(f"{row.world}: {what} {row.reason}")
+    for row in missed(coverage).itertuples():
+        failures.append(f"{row.world}: {row.name}: {row.measured:.1%} {row.reason}")
     if not failures:
-        failures += _without_mark(marked)
-    return SelfTest(grades, tuple(failures), outcome)
+        failures += _without_mark(grades, nulls, coverage)
+    return SelfTest(grades, nulls, coverage, tuple(failures), outcome)
 
 
-def what_to_believe(grades: pd.DataFrame) -> dict[str, str]:
+def missed(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table whose mark is not reached."""
+    return rows[(rows["mark"] != "") & ~rows["passed"].eq(True)]
+
+
+def what_to_believe(grades: pd.DataFrame, nulls: pd.DataFrame) -> dict[str, str]:
     """A sentence per measure from its rows in all worlds, and one on SAEs that hardly learnt.
 
-    Args: grades: as in `SelfTest`.
+    Args: as in `SelfTest`.
     """
     finished = grades[grades["step"].isna()]
-    found = {str(name): _sentence(rows) for name, rows in finished.groupby("measure", sort=False)}
+    speaks = set(nulls.loc[nulls["says_nothing"].eq(False) & nulls["passed"].ne(True), "measure"])
+    found = {
+        str(name): _sentence(rows, name in speaks)
+        for name, rows in finished.groupby("measure", sort=False)
+    }
     for name, rows in grades.dropna(subset="step").groupby("measure", sort=False):
         early, late = (rows.loc[rows["step"].agg(end)] for end in ("idxmin", "idxmax"))
         found[f"{name}, early"] = (
@@ -120,47 +140,62 @@ def row_name(measure: str, step: float) -> str:
     return f"{measure}, step {step:.0f}" if step == step else measure
 
 
-def _grades(tables: dict[str, pd.DataFrame], outcome: Outcome) -> pd.DataFrame:
-    """As in the report; without rows where every run failed."""
-    grades = tables.get("selftest", pd.DataFrame(columns=COLUMNS["selftest"])).copy()
-    for name in ("mark", "reason"):
-        grades[name] = grades[name].astype(object).where(grades[name].notna(), "")
-    worlds = {r.run.name: r.run.pruning.scope for r in outcome.results if r.run.pruning}
-    grades.insert(0, "world", grades["run"].map(worlds))
-    return grades
+def _table(tables: dict[str, pd.DataFrame], name: str, outcome: Outcome) -> pd.DataFrame:
+    """As in the report, with the world of every row; without rows where every run failed."""
+    table = tables.get(name, pd.DataFrame(columns=COLUMNS[name])).copy()
+    for text in ("mark", "reason"):
+        table[text] = table[text].astype(object).where(table[text].notna(), "")
+    if "world" not in table:
+        worlds = {r.run.name: r.run.pruning.scope for r in outcome.results if r.run.pruning}
+        table.insert(0, "world", table["run"].map(worlds))
+    return table
 
 
-def _without_mark(marked: pd.DataFrame) -> list[str]:
+def _without_mark(
+    grades: pd.DataFrame, nulls: pd.DataFrame, coverage: pd.DataFrame
+) -> list[str]:
     """What should have been held against a mark, and was not."""
+    marked = grades[grades["mark"] != ""]
     finished = marked[marked["step"].isna()]
     there = set(zip(finished["world"], finished["measure"], strict=True))
-    wanted = itertools.product(get_args(planted.Choice), sorted({*SEPARATES, *FOLLOWS_RATE}))
     missing = [
-        f"{world}: {name} was not measured" for world, name in wanted if (world, name) not in there
+        f"{world}: {name} was not measured"
+        for world, name in itertools.product(planted.CHOICES, sorted({*SEPARATES, *FOLLOWS_RATE}))
+        if (world, name) not in there and (world != "none" or name in FOLLOWS_RATE)
     ]
     if len(finished) == len(marked):
         missing.append(
             "shared_init was not looked at before the SAEs had learnt; give sae.steps and"
             " sufficiency.checkpoints an early step"
         )
+    decided = nulls[nulls["mark"] != ""].groupby("world")["measure"].agg(set)
+    for world, name in itertools.product(planted.CHOICES, DECIDES):
+        if name not in decided.get(world, ()):
+            missing.append(f"{world}: {name} was not asked where nothing is")
+    for world in ("none", "by_rate", "synthetic"):
+        if not (coverage["world"] == world).any():
+            missing.append(f"{world}: no interval was simulated")
     return missing
 
 
-def _sentence(rows: pd.DataFrame) -> str:
+def _sentence(rows: pd.DataFrame, speaks: bool) -> str:
     """From one measure's rows, one per world: what to believe, and where it is off."""
-    separates = bool((rows["auc"] >= AUC_MARK).all())
+    changed = rows[rows["world"] != "none"]
+    separates = bool((changed["auc"] >= AUC_MARK).all())
     follows = rows["follows_rate"].eq(True)
-    told = [] if separates else [f"AUC {rows['auc'].min():.2f}"]
-    told += _threshold_mistakes(rows)
+    told = [] if separates else [f"AUC {changed['auc'].min():.2f}"]
+    told += _threshold_mistakes(changed)
     for row in rows[~follows].itertuples():
         rhos = f"{row.rate_rho:.2f} where the truth has {row.truth_rho:.2f}"
         told.append(f"rank correlation with firing rate {rhos}")
     for column, which in (("bias", "survived"), ("bias_rotated", "rotated")):
-        off = rows[column].mean()
+        off = changed[column].mean()
         if abs(off) > FAR_OFF:
             told.append(f"{off:+.2f} off what was planted for {which} latents")
     if MEASURES[rows["measure"].iloc[0]].survives != planted.SURVIVES:
         told.append("a rotated direction that fires where it did has survived for it")
+    if speaks:
+        told.append("it finds something where nothing is, and decides no claim")
     return BELIEVE[separates, bool(follows.all())] + (f" ({'; '.join(told)})" if told else "")
 
 

@@ -10,7 +10,9 @@ import pathlib
 import pandas as pd
 
 from prunelens.analyses.claims import COLUMNS as CLAIM_COLUMNS
+from prunelens.analyses.coverage import COLUMNS as COVERAGE_COLUMNS
 from prunelens.analyses.grades import COLUMNS as GRADE_COLUMNS
+from prunelens.analyses.grades import NULL_COLUMNS
 from prunelens.analyses.noise import COLUMNS as CHANGE_COLUMNS
 from prunelens.analyses.verdict import LIMITS
 from prunelens.csv_table import as_csv
@@ -102,6 +104,8 @@ COLUMNS = {
         "reason",
     ],
     "selftest": [*_CONDITION, *GRADE_COLUMNS],
+    "selftest_null": [*_CONDITION, *NULL_COLUMNS],
+    "coverage": ["run", *COVERAGE_COLUMNS],
     "claims": ["run", *CLAIM_COLUMNS],
 }  # fmt: skip
 

@@ -79,8 +79,8 @@ class LayerPlan:
         if "evidence" in questions:
             stages |= self._evidence()
         stages |= self._about_fates(stages)
-        if self._pruning and (graded := self._model.grades(stages, self._name)):
-            stages["grades"] = graded
+        if self._pruning:
+            stages |= self._model.grades(stages, self._name)
         return Run(
             self._name, self._model.label, self._layer, self._pruning, stages, dict(self.saes)
         )

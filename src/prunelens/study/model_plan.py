@@ -50,6 +50,7 @@ VERSIONS = {  # raise one when the same config would give other numbers
     "planted_world": 2,
     "planted_activations": 3,
     "grades": 2,
+    "coverage": 1,
 }
 
 
@@ -262,9 +263,9 @@ class ModelPlan:
             together=json.dumps([shared, read], sort_keys=True),
         )
 
-    def grades(self, _answers: Mapping[str, Stage], _label: str) -> Stage | None:
-        """How well the measures told the truth; None where nobody knows it."""
-        return None
+    def grades(self, _answers: Mapping[str, Stage], _label: str) -> dict[str, Stage]:
+        """How well measures and intervals told the truth; nothing where nobody knows it."""
+        return {}
 
     @property
     def study(self) -> StudyConfig:

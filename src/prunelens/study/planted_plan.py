@@ -12,6 +12,10 @@ from prunelens.study.artifacts.store import Stage
 from prunelens.study.model_plan import ModelPlan
 
 
+SIMULATED = {"independent": "synthetic", "none": "none", "by_rate": "by_rate"}  # by scope
+TOKENS_PER_SET = {"synthetic": 100, "none": 500, "by_rate": 500}  # of eval: 1,000 and 200 sets
+
+
 class PlantedPlan(ModelPlan):
     """A ModelPlan without text and model; its prunings change the world's directions."""
 
@@ -54,14 +58,19 @@ class PlantedPlan(ModelPlan):
         }
         return self.stage("planted_activations", config, {"prune": pruned}, label=label)
 
-    def grades(self, answers: Mapping[str, Stage], label: str) -> Stage | None:
-        """Every measure of the run held against the truth."""
+    def grades(self, answers: Mapping[str, Stage], label: str) -> dict[str, Stage]:
+        """Every measure of the run held against the truth, and intervals by simulation."""
         if "fates" not in answers:
-            return None
+            return {}
         fates, saes = answers["fates"], {}
         for role, sae in answers["survival"].parents.items():
             condition, init_seed, data_seed, *differs = role.split("-")
             if init_seed == data_seed and not differs:
                 saes[f"{condition}-{init_seed}"] = sae
         parents = {"world": answers["prune"], "fates": fates, **saes}
-        return self.stage("grades", {"seeds": fates.config["seeds"]}, parents, label=label)
+        world = SIMULATED[answers["prune"].config["choice"]]
+        sets = self._study.corpus.eval_tokens // TOKENS_PER_SET[world]
+        return {
+            "grades": self.stage("grades", {"seeds": fates.config["seeds"]}, parents, label=label),
+            "coverage": self.stage("coverage", {"world": world, "sets": sets}, {}, label=label),
+        }

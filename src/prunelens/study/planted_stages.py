@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prunelens import planted
 from prunelens.activations import Statistics
+from prunelens.analyses.coverage import coverage
 from prunelens.analyses.grades import (
     grades,
     latent_truth,
@@ -72,6 +73,14 @@ def _grades(work: Work) -> None:
     null_grades(fates, choice=truth.choice).to_parquet(work.out / "null.parquet")
 
 
+def _coverage(work: Work) -> None:
+    """What intervals and verdicts are worth."""
+    sets = work.config["sets"]
+    coverage(work.config["world"], sets, progress=work.share(sets)).to_parquet(
+        work.out / "coverage.parquet"
+    )
+
+
 def _early_matches(
     saes: dict[tuple[str, int], pathlib.Path], truth: _Truth, seed: int
 ) -> pd.DataFrame:
@@ -118,4 +127,5 @@ PLANTED_STAGES: dict[str, Callable[[Work], None]] = {
     "planted_world": _world,
     "planted_activations": _activations,
     "grades": _grades,
+    "coverage": _coverage,
 }

@@ -209,6 +209,8 @@ _BUILDERS: dict[str, Callable[[Plan, Store], _Rows]] = {
     "training_curves": _from_artifact("sufficiency", "curves.parquet"),
     "survival_by_step": _from_artifact("sufficiency", "survival_by_step.parquet"),
     "selftest": _from_artifact("grades", "grades.parquet"),
+    "selftest_null": _from_artifact("grades", "null.parquet"),
+    "coverage": _from_artifact("coverage", "coverage.parquet"),
     "transfer": _transfer,
     "fragility": _from_artifact("fragility", "quintiles.parquet"),
     "fragility_by_seed": _from_artifact("fragility", "by_seed.parquet"),

@@ -20,6 +20,7 @@ METHOD_COLOURS = {
     "dense": "#707070",
     "planted-independent": "#1f77b4",
     "planted-by_rate": "#c1440e",
+    "planted-none": "#2ca02c",
 }
 OTHER_COLOURS = ("#2ca02c", "#9467bd", "#8c564b", "#e377c2")
 MARKERS = ("circle", "square", "diamond", "triangle-up")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from prunelens.analyses.coverage import COVERS
 from prunelens.analyses.grades import AUC_MARK, FALSE_SURVIVAL_MARK
 from prunelens.report.panels.panel import (
     Level,
@@ -21,23 +22,26 @@ from prunelens.report.panels.panel import (
 WORLDS = {
     "independent": "fates independent of firing rate",
     "by_rate": "rare features destroyed more often",
+    "none": "nothing happened to any feature",
 }
 ZERO = Level("", 0.0, "#7f7f7f")
 
 
 def selftest(tables: Tables, site: Site) -> list[Panel]:
-    """AUCs; what depends on firing rate, in either world; and what hardly trained SAEs feign."""
+    """AUCs; what depends on firing rate, in every world; what is found where nothing is, and how
+    often intervals are right; and what hardly trained SAEs feign."""
     rows = rows_of(tables, "selftest", site)
     grades = rows[rows["step"].isna()] if len(rows) else rows
     by_rate = [
         _against_rate(f"dependence on firing rate: {label}", part)
         for label, _colour, part in _worlds(grades)
     ]
-    return [_separation(grades), *by_rate, _feigned(rows)]
+    nothing = _nothing(rows_of(tables, "selftest_null", site))
+    return [_separation(grades), *by_rate, nothing, _coverage(tables, site), _feigned(rows)]
 
 
 def world_of(runs: pd.Series) -> pd.Series:
-    """`independent` or `by_rate`, from run names."""
+    """`independent`, `by_rate` or `none`, from run names."""
     return family_of(runs).str.removeprefix("planted-")
 
 
@@ -89,6 +93,54 @@ def _against_rate(title: str, rows: pd.DataFrame) -> Panel:
         categories=names,
         caption="Rank correlation of firing rate and of every measure, with 95 % intervals, beside"
         " that of firing rate and of what was planted.",
+    )
+
+
+def _nothing(rows: pd.DataFrame) -> Panel:
+    """What measures that decide claims say where nothing is, less what they should say."""
+    points, every = [], []
+    for label, colour, part in _worlds(rows[rows["mark"].notna()] if len(rows) else rows):
+        names = [
+            f"{measure_name(row.measure)}, {row.statistic} ({row.source})"
+            for row in part.itertuples()
+        ]
+        value, low, high = (list(part[name] - part["nothing"]) for name in ("value", "low", "high"))
+        points.append(Points(label, names, value, low, high, colour=colour, line="none"))
+        every += names
+    return Panel(
+        "check",
+        "found where nothing is",
+        "",
+        "value, less what it should be",
+        points,
+        (ZERO,),
+        kind="dots",
+        categories=list(dict.fromkeys(every)),
+        caption="Measures by which claims are decided, with 95 % intervals, where noise stands in"
+        " the place of what pruning did.",
+    )
+
+
+def _coverage(tables: Tables, site: Site) -> Panel:
+    """How often simulated intervals hold the truth."""
+    rows = rows_of(tables, "coverage", site)
+    rows = rows[rows["kind"] == "interval"] if len(rows) else rows
+    points, every = [], []
+    for world, part in rows.groupby("world", sort=False) if len(rows) else ():
+        names, share = list(part["name"]), list(part["measured"])
+        points.append(Points(str(world), names, share, line="none"))
+        every += names
+    return Panel(
+        "check",
+        "95 % intervals that hold the truth",
+        "",
+        "share of simulated sets",
+        points,
+        tuple(Level(f"{share:.0%}", share, "#7f7f7f") for share in COVERS),
+        kind="dots",
+        y_range=(min([0.9, *(y for series in points for y in series.y)]) - 0.01, 1.005),
+        categories=list(dict.fromkeys(every)),
+        caption="Of intervals whose truth is known, the share that holds it, over simulated sets.",
     )
 
 
