@@ -36,8 +36,8 @@ QUESTIONS = (
         " of destroyed ones that the measure calls survived. Bias: how far it is from the planted"
         " angle or scale. Its rank correlation with firing rate belongs beside that of the truth:"
         " a measure that depends on firing rate where the truth does not invents a pattern. Split"
-        " and merged features, and those of which a part survived, are in the correlations alone; to"
-        " matching by activations a rotated feature has survived, because it fires where it did."
+        " and merged features, and those of which a part survived, are in the correlations alone;"
+        " to matching by activations a rotated one has survived, because it fires where it did."
         " Where nothing is, nothing may be found; and intervals should hold the truth.",
         "",
         "",

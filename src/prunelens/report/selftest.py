@@ -151,9 +151,7 @@ def _table(tables: dict[str, pd.DataFrame], name: str, outcome: Outcome) -> pd.D
     return table
 
 
-def _without_mark(
-    grades: pd.DataFrame, nulls: pd.DataFrame, coverage: pd.DataFrame
-) -> list[str]:
+def _without_mark(grades: pd.DataFrame, nulls: pd.DataFrame, coverage: pd.DataFrame) -> list[str]:
     """What should have been held against a mark, and was not."""
     marked = grades[grades["mark"] != ""]
     finished = marked[marked["step"].isna()]
@@ -172,10 +170,9 @@ def _without_mark(
     for world, name in itertools.product(planted.CHOICES, DECIDES):
         if name not in decided.get(world, ()):
             missing.append(f"{world}: {name} was not asked where nothing is")
-    for world in ("none", "by_rate", "synthetic"):
-        if not (coverage["world"] == world).any():
-            missing.append(f"{world}: no interval was simulated")
-    return missing
+    simulated = set(coverage["world"])
+    worlds = ("none", "by_rate", "synthetic")
+    return missing + [f"{w}: no interval was simulated" for w in worlds if w not in simulated]
 
 
 def _sentence(rows: pd.DataFrame, speaks: bool) -> str:

@@ -11,7 +11,6 @@ from prunelens.model import model_shape
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.model_plan import ModelPlan
 
-
 SIMULATED = {"independent": "synthetic", "none": "none", "by_rate": "by_rate"}  # by scope
 TOKENS_PER_SET = {"synthetic": 100, "none": 500, "by_rate": 500}  # of eval: 1,000 and 200 sets
 
