@@ -187,7 +187,13 @@ def _gamma(count: int, generator: torch.Generator) -> Float[Tensor, " count"]:
     return exponentials.mean(0)
 
 
+<<<<<<< HEAD
 def _fates(rates: Tensor, choice: Choice, by_lot: bool, generator: torch.Generator) -> list[Fate]:
+=======
+def _fates(
+    rates: Tensor, choice: Choice, by_lot: bool, generator: torch.Generator
+) -> list[Fate]:
+>>>>>>> planted
     """The same number of every fate in either world, which are dealt the same hand, or one by lot.
 
     `independent` deals them out within blocks of similar rate, so that not even chance makes them
@@ -198,9 +204,17 @@ def _fates(rates: Tensor, choice: Choice, by_lot: bool, generator: torch.Generat
     by_rate = rates.argsort()
     dealt: list[Fate] = []
     while len(dealt) < len(rates):
+<<<<<<< HEAD
         lots = torch.randint(BLOCK, (BLOCK,), generator=generator)
         shuffled = torch.randperm(BLOCK, generator=generator)
         dealt += [names[i] for i in (lots if by_lot else shuffled)]
+=======
+        if by_lot:
+            block = torch.randint(BLOCK, (BLOCK,), generator=generator)
+        else:
+            block = torch.randperm(BLOCK, generator=generator)
+        dealt += [names[i] for i in block]
+>>>>>>> planted
     del dealt[len(rates) :]
     if dealt.count("merged") % 2:  # two make one
         dealt[dealt.index("merged")] = "kept"
