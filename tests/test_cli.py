@@ -6,6 +6,7 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from prunelens.sae.topk import TopKSAE
@@ -97,6 +98,19 @@ def test_prune_saves_a_checkpoint_that_transformers_loads(checkpoint_folder, tex
     assert ((weight == 0).sum(1) == weight.shape[1] // 2).all()
     again = in_a_process("prune", checkpoint_folder, "--out", out, "--criterion", "magnitude")
     one_line_of_error(again, "out:", "not an empty folder")
+
+
+def test_prune_takes_the_head_where_asked(checkpoint_folder, tmp_path, prunelens):
+    options = ("--out", tmp_path / "out", "--sparsity", "0.5", "--lm-head")
+    refused = prunelens("prune", checkpoint_folder, *options)  # Wanda
+    one_line_of_error(refused, "lm_head: true does not go with 'wanda'", "leave it out")
+    result = prunelens("prune", checkpoint_folder, *options, "--criterion", "magnitude", "--json")
+    assert result.returncode == 0, result.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    assert zeros == sum(weight.numel() for weight in weights) // 2
+    assert (model.lm_head.weight == 0).any() and (model.model.embed_tokens.weight != 0).all()
 
 
 def test_match_prints_the_rates_of_two_saes(tmp_path, prunelens):
