@@ -137,11 +137,11 @@ def over_conditions(name: str, rows: pd.DataFrame, side: Side, limit: float) -> 
 
 
 def estimate_of(row: NamedTuple | pd.Series, *, value: str = "value") -> Estimate:
-    """What a table keeps of an estimate: value, error, df, resampled and, where they are, least and
-    most."""
+    """What a table keeps of an estimate: value, error, df, resampled and, where they are, least,
+    most and skew."""
     numbers = {name: getattr(row, name) for name in ("error", "df", "resampled")}
-    ends = {name: getattr(row, name) for name in ("least", "most") if hasattr(row, name)}
-    return Estimate(getattr(row, value), **numbers, **ends)
+    others = {n: getattr(row, n) for n in ("least", "most", "skew") if hasattr(row, n)}
+    return Estimate(getattr(row, value), **numbers, **others)
 
 
 def with_null(rows: pd.DataFrame, keys: list[str]) -> Iterator[tuple[Any, Any | None]]:

@@ -99,7 +99,8 @@ COLUMNS = {
     "causal": [
         *_CONDITION, "grouping", "group", "protocol", "contexts", "kl_mean", "ci_low", "ci_high",
         "num_latents", "num_prompts", "firing_share", "ablated_in", "reconstruction_share",
-        "reason",
+        "num_seeds", "num_documents", "largest_share", "resampled", "error", "df", "least", "most",
+        "skew", "reason",
     ],
     "selftest": [*_CONDITION, *GRADE_COLUMNS],
     "claims": ["run", *CLAIM_COLUMNS],
