@@ -277,7 +277,10 @@ def _add_causal(rows: list[dict], run: dict, draw: np.random.Generator) -> None:
             run
             | {"ablated_in": where, "grouping": grouping, "group": group, "protocol": protocol}
             | {"contexts": contexts, "kl_mean": kl, "ci_low": 0.9 * kl, "ci_high": 1.1 * kl}
-            | {"reconstruction_share": 0.97 if protocol == "paper" else NAN, "num_latents": 100}
+            | {"reconstruction_share": 0.97 if protocol == "paper" else NAN, "num_latents": 300}
+            | {"error": 0.05 * kl, "df": 40.0, "least": 0.98 * kl, "most": 1.02 * kl, "skew": 0.1}
+            | {"num_seeds": 3, "num_documents": 64, "largest_share": draw.uniform(0.02, 0.5)}
+            | {"resampled": "documents and latents of every seed"}
         )
 
 

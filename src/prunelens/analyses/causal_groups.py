@@ -341,7 +341,7 @@ def _estimate(measured: list[list[_Values]], prompts: _Prompts) -> tuple[Estimat
         why = f"no interval: {fewest} latents in a group, fewer than {FEWEST_LATENTS}"
         found = no_estimate(value, why)
     else:
-        found = crossed(samples)
+        found = crossed(samples, heavy_tails=True)
     return found, num_prompts, num_documents
 
 

@@ -181,7 +181,10 @@ QUESTIONS = (
         " original's. The shaded part is the SAE's own error, which is there without ablation.",
         "Isolated: the reconstruction with against without the latent. Error-preserving: the latent"
         " is subtracted from the model's own activation. Both are read where the latent fires,"
-        " beside robust latents of the same firing rate, random latents and random directions.",
+        " beside robust latents of the same firing rate, random latents and random directions. The"
+        " latents of a group are a sample, as the documents are: intervals resample both, over all"
+        " seeds, and are left out where a group has too few of either. A group whose largest latent"
+        " holds more than a third of its mean says so.",
         figures=("fig6_causal",),
         tables=("table4_causal",),
         more=("causal",),

@@ -101,7 +101,8 @@ COLUMNS = {
     "causal": [
         *_CONDITION, "grouping", "group", "protocol", "contexts", "kl_mean", "ci_low", "ci_high",
         "num_latents", "num_prompts", "firing_share", "ablated_in", "reconstruction_share",
-        "reason",
+        "num_seeds", "num_documents", "largest_share", "resampled", "error", "df", "least", "most",
+        "skew", "reason",
     ],
     "selftest": [*_CONDITION, *GRADE_COLUMNS],
     "selftest_null": [*_CONDITION, *NULL_COLUMNS],

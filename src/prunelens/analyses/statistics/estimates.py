@@ -171,6 +171,7 @@ def crossed(
     *,
     units: str = "documents",
     scale: Scale = "plain",
+    heavy_tails: bool = False,
 ) -> Estimate:
     """The mean over seeds of a statistic of latents, measured on documents: both are a sample.
 
@@ -183,8 +184,9 @@ def crossed(
     sign and make the interval too narrow. A statistic without documents (samples without groups)
     has its latents alone.
 
-    A few latents may hold most of a mean. The degrees of freedom follow the kurtosis of the parts,
-    and the interval their skewness (Hall 1992), for what a sample misses lies on that side.
+    With `heavy_tails` (a few latents may hold most of a plain mean) the degrees of freedom follow
+    the kurtosis of the parts, and the interval their skewness (Hall 1992): what a sample misses
+    lies on that side.
     """
     count, groups = len(samples), len(samples[0].without)
     values = np.array([sample.value for sample in samples])
@@ -193,13 +195,13 @@ def crossed(
     between = _between_beyond_documents(values, each) if count > 1 else 0.0
     shared = beyond - (1 - 1 / count) * between
     added = float(np.clip(shared, beyond / count, 2 * beyond if groups else beyond))
-    df = float(np.mean([_latent_df(sample) for sample in samples]))
+    df = float(np.mean([_latent_df(sample, heavy_tails) for sample in samples]))
     resampled = "latents" + (" of every seed" if count > 1 else " of one seed")
     value = float(values.mean())
     third = 0.0
     if scale == "fisher":
         added /= (1 - min(value**2, 1 - 1e-6)) ** 2
-    elif beyond > 0:
+    elif heavy_tails and beyond > 0:
         third = float(np.mean([np.power(sample.parts, 3).sum() for sample in samples]))
         third *= min(added / beyond, 1) ** 2  # of a mean of as many as the seeds count for
     if groups:
@@ -264,11 +266,11 @@ def _skewed(t: float, skew: float) -> float:
     return 3 / skew * (float(np.cbrt(1 + skew * (t - skew / 6))) - 1)
 
 
-def _latent_df(sample: LatentSample) -> float:
+def _latent_df(sample: LatentSample, heavy_tails: bool) -> float:
     """Degrees of freedom of the variance over latents: latents - 1 where they are normal."""
     count, squares = len(sample.parts), np.square(sample.parts)
-    if count < 2 or not squares.sum() > 0:
-        return 1.0
+    if not heavy_tails or count < 2 or not squares.sum() > 0:
+        return max(count - 1, 1)
     kurtosis = count * np.square(squares).sum() / squares.sum() ** 2
     return float(np.clip(2 / ((kurtosis - 3) / count + 2 / (count - 1)), 1, count - 1))
 

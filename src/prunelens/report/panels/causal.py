@@ -23,6 +23,10 @@ GROUPS = {
     "random": "random",
     "random_direction": "random direction",
 }
+RESAMPLED = (
+    " Means over seeds and latents, with 95 % intervals over latents and documents; none where a"
+    " group has too few of either, or where the interval would not cover (reason in causal.csv)."
+)
 GROUP_COLOURS = {"robust": "#2a9d8f", "fragile": "#c1440e"}
 
 
@@ -63,7 +67,7 @@ def _as_published(rows: pd.DataFrame) -> Panel:
         kind="bars",
         categories=list(dict.fromkeys(rows["place"])) if len(rows) else [],
         caption="Divergence of the output when one robust or one fragile latent is ablated, with"
-        " the part that the SAE's reconstruction causes without any ablation.",
+        " the part that the SAE's reconstruction causes without any ablation." + RESAMPLED,
     )
 
 
@@ -128,6 +132,6 @@ def _where_it_fires(rows: pd.DataFrame, protocol: str, title: str) -> Panel:
         [series for series in points if series.y and not all(map(math.isnan, series.y))],
         kind="dots",
         categories=[label for label in GROUPS.values() if label in present],
-        caption="Divergence of the output where the ablated latent fires, by group of latents, with"
-        " 95 % intervals over prompts.",
+        caption="Divergence of the output where the ablated latent fires, by group of latents."
+        + RESAMPLED,
     )
