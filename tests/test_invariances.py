@@ -35,7 +35,6 @@ from prunelens.activations import (
 )
 from prunelens.analyses.causal import ablate
 from prunelens.analyses.fragility import fragility_tests, quintiles
-from prunelens.analyses.persistence import persistence
 from prunelens.analyses.transfer import transfer
 from prunelens.config import ActivationConfig, PruningConfig
 from prunelens.match import match_dictionaries, match_rates
@@ -45,7 +44,7 @@ from prunelens.prune import calibrate, input_norms, prune_model
 from prunelens.sae import TopKSAE, evaluate_sae
 from prunelens.sae.formats import given as given_sae
 from prunelens.upper_blocks import UpperBlocks
-from test_properties import SEEDS, exactly, examples, fates, rare_sae
+from test_properties import SEEDS, exactly, examples, fates, persistence_of, rare_sae
 from test_sae import InMemory
 
 TAUS = (0.5, 0.7, 0.9)
@@ -71,9 +70,9 @@ def assert_same_latents(found, expected, order=slice(None)):
 
 def pruned_rows(sae, before, after, tokens=None):
     """Persistence on the pruned activations: the source that draws no noise."""
-    tokens = torch.arange(len(before)) if tokens is None else tokens
-    table = persistence(sae, exactly(before), exactly(after), tokens, seed=0)
-    return table[table["source"] == "pruned"].drop(columns=["source", "latent"])
+    table = persistence_of(sae, before, after, tokens)
+    arrays = ["draws", "without"]
+    return table[table["source"] == "pruned"].drop(columns=["source", "latent", *arrays])
 
 
 def gaussian_rows(seed, num_a, num_b, width=6):
@@ -127,11 +126,8 @@ def test_permuting_latents_permutes_the_noise_controls(world, seed):
     sae, before, after = world
     sae.k = sae.num_latents
     order = order_of(seed, sae.num_latents)
-    tables = [
-        persistence(s, exactly(before), exactly(after), torch.arange(len(before)), seed=3)
-        for s in (sae, permuted(sae, order))
-    ]
-    for source in ("noise_isotropic", "noise_shuffled"):
+    tables = [persistence_of(s, before, after, seed=3) for s in (sae, permuted(sae, order))]
+    for source in ("null", "noise_isotropic", "noise_shuffled"):
         own, found = (t[t["source"] == source]["correlation"].to_numpy() for t in tables)
         np.testing.assert_allclose(found, own[order], atol=1e-4)
 
@@ -163,15 +159,14 @@ def relabelled(table, seed):
 @given(fates, SEEDS)
 @examples(4)
 def test_survival_by_quintile_does_not_know_the_numbers_of_latents(table, seed):
-    """Where rates are distinct. The interval resamples rows by place, so it alone may move."""
+    """Where rates are distinct; the intervals as well, which no random draw enters."""
     generator = np.random.default_rng(seed)
     for column in ("firing_rate", "firing_rate_first_half"):
         distinct = generator.permutation(len(table)) / len(table)
         table[column] = np.where(table[column] > 0, distinct, 0.0)
     other = relabelled(table, seed)
     pd.testing.assert_frame_equal(quintiles(other, (0.7,)), quintiles(table, (0.7,)))
-    columns = ["rho", "p_exact", "latent_rho", "partial_rho", "num_latents", "reason"]
-    found, expected = (fragility_tests(t, (0.7,), draws=2)[columns] for t in (other, table))
+    found, expected = (fragility_tests(t, (0.7,)) for t in (other, table))
     pd.testing.assert_frame_equal(found, expected)
 
 
@@ -190,7 +185,9 @@ def test_among_equal_rates_only_the_number_decides(table, seed):
     assert found["num_latents"].equals(own["num_latents"])
     if table["seed"].nunique() == 1:
         survivors = [
-            t.assign(n=t["survival_rate"] * t["num_latents"]).groupby("measure")["n"].sum()
+            t.assign(n=t["survival_rate"] * t["num_latents"])
+            .groupby(["measure", "source"])["n"]
+            .sum()
             for t in (found, own)
         ]
         pd.testing.assert_series_equal(*survivors)
@@ -284,15 +281,15 @@ def noisy_world(seed, tokens=1500, width=8):
 def test_under_a_rotation_shuffled_noise_turns_along_and_isotropic_noise_only_in_law(seed):
     """Isotropic noise is drawn along the axes: other draws of the same distribution."""
     sae, before, after = noisy_world(seed)
-    rotation, tokens = random_rotation(8, seed=seed), torch.arange(len(before))
+    rotation = random_rotation(8, seed=seed)
     own, turned = (
-        persistence(s, exactly(x), exactly(y), tokens, seed=1).set_index("source")["correlation"]
+        persistence_of(s, x, y, seed=1).set_index("source")["correlation"]
         for s, x, y in (
             (sae, before, after),
             (rotated(sae, rotation), before @ rotation, after @ rotation),
         )
     )
-    for source in ("pruned", "noise_shuffled"):
+    for source in ("pruned", "undone", "null", "noise_shuffled"):
         np.testing.assert_allclose(turned[source], own[source], atol=1e-4)
     isotropic = (turned - own).loc["noise_isotropic"]
     assert isotropic.abs().max() > 1e-4
@@ -489,7 +486,7 @@ def test_dead_latents_enter_no_quintile_and_no_test(table):
     dead = table.assign(latent=table["latent"] + 1000, firing_rate=0.0, firing_rate_first_half=0.0)
     more = pd.concat([table, dead], ignore_index=True)
     pd.testing.assert_frame_equal(quintiles(more, (0.7,)), quintiles(table, (0.7,)))
-    found, expected = (fragility_tests(t, (0.7,), draws=20) for t in (more, table))
+    found, expected = (fragility_tests(t, (0.7,)) for t in (more, table))
     pd.testing.assert_frame_equal(found, expected)  # the intervals too
 
 

@@ -32,6 +32,7 @@ from prunelens.activations import Statistics
 from prunelens.analyses.ablation import divergence
 from prunelens.analyses.causal import ablate
 from prunelens.analyses.fragility import fragility_tests, quintiles
+from prunelens.analyses.noise import CommonChange
 from prunelens.analyses.persistence import persistence, persistence_summary
 from prunelens.analyses.statistics import clustered_auc, exact_spearman, holm_adjusted
 from prunelens.config import PruningConfig
@@ -48,6 +49,8 @@ TAUS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 1.0)
 ARMS = ("shared_init", "shared_start")
 HALF_MEASURES = ("persistence", "excess_isotropic", "excess_shuffled", "scaling")
 HALF_MEASURES += ("relative_isotropic", "relative_shuffled")
+PERSISTENCE = ("persistence", "persistence_null")
+PERSISTENCE += ("persistence_noise_isotropic", "persistence_noise_shuffled")
 SCOPES = ("global", "matrix", "row")
 SEEDS = st.integers(0, 10**6)
 
@@ -290,6 +293,24 @@ def exactly(x_hat):
     return InMemory(x_hat, mean=torch.zeros(x_hat.shape[1]), sigma=torch.ones(x_hat.shape[1]))
 
 
+def unchanged(width):
+    """No common change: all that differs is noise."""
+    return CommonChange(
+        torch.zeros(width, dtype=torch.float64),
+        torch.ones(width, dtype=torch.float64),
+        torch.tensor(0),
+    )
+
+
+def persistence_of(sae, before, after, tokens=None, *, change=None, groups=None, seed=0):
+    """Of normalised activations; documents of three tokens each unless said otherwise."""
+    tokens = torch.arange(len(before)) if tokens is None else tokens
+    groups = torch.arange(len(tokens)) // 3 % 7 if groups is None else groups
+    change = unchanged(before.shape[1]) if change is None else change
+    rows = exactly(before), exactly(after), tokens
+    return persistence(sae, *rows, change=change, groups=groups, seed=seed)
+
+
 @given(worlds(most_latents=16), st.sampled_from([16, 100, 1000]), st.booleans())
 @examples(25)
 def test_persistence_compares_two_series_of_every_latent(world, batch_tokens, silence):
@@ -299,7 +320,7 @@ def test_persistence_compares_two_series_of_every_latent(world, batch_tokens, si
         after = after[:1].expand(len(after), -1)
     tokens = torch.arange(len(before)).flip(0)[: max(1, len(before) - 3)]
     with mock.patch("prunelens.analyses.persistence.BATCH_TOKENS", batch_tokens):
-        table = persistence(sae, exactly(before), exactly(after), tokens, seed=0)
+        table = persistence_of(sae, before, after, tokens)
     found = table[table["source"] == "pruned"]
     encoder, encoder_bias, _, _ = arrays(sae)
     series = [
@@ -315,6 +336,11 @@ def test_persistence_compares_two_series_of_every_latent(world, batch_tokens, si
     np.testing.assert_allclose(found["correlation"], correlation, atol=1e-9)
     np.testing.assert_allclose(found["jaccard"], jaccard, atol=0)
     assert found["silenced"].tolist() == list(silenced)
+    groups = [place // 3 % 7 for place in range(len(tokens))]
+    without = [
+        slow_persistence.without(*pair, groups) for pair in zip(*(s.T for s in series), strict=True)
+    ]
+    np.testing.assert_allclose(np.stack(found["without"]), without, atol=1e-9)
     summary = persistence_summary(table).set_index("source").loc["pruned"]
     for name, value in slow_persistence.summary(expected).items():
         assert summary[name] == pytest.approx(value, abs=1e-9, nan_ok=True), name
@@ -344,12 +370,12 @@ def fates_of(number):
             cosine = generator.choice([0.4, 0.7, 0.75, 0.9], number)
             columns[f"cosine_{arm}"] = cosine if has_it else np.nan
             columns[f"mutual_{arm}"] = generator.integers(0, 2, number) if has_it else np.nan
-        z = np.where(generator.random(number) < undefined, np.nan, generator.normal(size=number))
-        columns |= {"persistence": np.tanh(z), "persistence_z": z, "scaling": z**2}
-        for noise in ("isotropic", "shuffled"):
-            under_noise = z - generator.normal(size=number)
-            columns[f"persistence_z_noise_{noise}"] = under_noise
-            columns[f"persistence_noise_{noise}"] = np.tanh(under_noise)
+        known = np.where(generator.random(number) < undefined, np.nan, 1.0)
+        for name in PERSISTENCE:
+            value = known * (0.2 + 0.7 * generator.random(number))
+            columns |= {name: value, f"{name}_z": np.arctanh(value)}
+            columns[f"{name}_without"] = list(value[:, None] + 0.02 * generator.normal(size=(1, 6)))
+        columns |= {"scaling": known * generator.normal(size=number), "scaling_null": known}
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
@@ -361,14 +387,16 @@ fates = SEEDS.map(fates_of)
 @examples(8)
 def test_survival_by_quintile_and_its_exact_p(table):
     records, taus = table.to_dict("records"), (0.7,)
-    found, tests = quintiles(table, taus), fragility_tests(table, taus, draws=2)
-    measures = list(zip(tests["measure"], tests["tau"], strict=True))
-    assert {m for m in measures if m[0] in ARMS} == {(arm, tau) for arm in ARMS for tau in taus}
-    assert {m for m, tau in measures if m not in ARMS and np.isnan(tau)} == set(HALF_MEASURES)
-    assert list(found["measure"]) == [measure for measure, _ in measures for _ in range(5)]
-    for test, (measure, tau) in zip(tests.itertuples(), measures, strict=True):
+    found, tests = quintiles(table, taus), fragility_tests(table, taus)
+    measures = list(zip(tests["measure"], tests["source"], tests["tau"], strict=True))
+    assert set(measures[: len(ARMS)]) == {(arm, "pruned", tau) for arm in ARMS for tau in taus}
+    assert {(m, source) for m, source, _ in measures[len(ARMS) :]} == {
+        (m, source) for m in HALF_MEASURES for source in ("pruned", "null")
+    }
+    assert list(found["measure"]) == [measure for measure, _, _ in measures for _ in range(5)]
+    for test, (measure, source, tau) in zip(tests.itertuples(), measures, strict=True):
         part = found.iloc[5 * test.Index : 5 * test.Index + 5]
-        slow = slow_fragility.quintiles(records, measure, tau)
+        slow = slow_fragility.quintiles(records, measure, tau, source)
         for row in part.itertuples():
             numbers = (row.firing_rate, row.survival_rate, row.num_latents)
             assert numbers == pytest.approx(slow[row.quintile], abs=1e-12, nan_ok=True)

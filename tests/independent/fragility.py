@@ -5,30 +5,20 @@ from fractions import Fraction
 import numpy as np
 
 
-def survived(latent, measure, tau):
-    """What the measure says of one latent (a row of fates), or None where it says nothing.
-
-    Of a measure that is a share of something else: what is shared, see `whole`.
-    """
+def survived(latent, measure, tau, source="pruned"):
+    """(what the measure says of one latent, a row of fates, and by what it is divided), or None."""
     kind, _, noise = measure.partition("_")
-    if measure in ("persistence", "scaling"):
-        value = latent[measure]
-    elif kind == "excess":
-        value = latent["persistence_z"] - latent[f"persistence_noise_{noise}_z"]
-    elif kind == "relative":
-        value = latent["persistence"] + 0 * whole(latent, measure)  # NaN where either is
-    elif np.isnan(latent[f"cosine_{measure}"]):
-        return None
-    else:
-        mutual = latent[f"mutual_{measure}"] == 1
-        value = 1.0 if mutual and latent[f"cosine_{measure}"] >= tau else 0.0
-    return None if np.isnan(value) else value
-
-
-def whole(latent, measure):
-    """What the group's sum is divided by, latent by latent: 1, or what noise leaves."""
-    kind, _, noise = measure.partition("_")
-    return latent[f"persistence_noise_{noise}"] if kind == "relative" else 1.0
+    tail = "_null" if source == "null" else ""
+    value, below = latent.get(f"{measure}{tail}"), 1.0
+    if kind == "excess":
+        value = latent[f"persistence{tail}_z"] - latent[f"persistence_noise_{noise}_z"]
+    elif kind == "relative":  # of a group: sum over sum
+        value, below = latent[f"persistence{tail}"], latent[f"persistence_noise_{noise}"]
+    elif kind not in ("persistence", "scaling"):
+        value = latent[f"cosine_{measure}"]
+        if not np.isnan(value):
+            value = float(latent[f"mutual_{measure}"] == 1 and value >= tau)
+    return None if np.isnan(value) or np.isnan(below) else (value, below)
 
 
 def sorting_rate(latent, measure):
@@ -48,8 +38,8 @@ def groups_of(latents, measure):
     return groups
 
 
-def quintiles(latents, measure, tau):
-    """quintile -> (mean rate, mean survival, latents): per seed, then the mean over seeds.
+def quintiles(latents, measure, tau, source="pruned"):
+    """quintile -> (mean rate, survival, latents): per seed, then the mean over seeds.
 
     Only latents with a value count; a quintile without any has NaN, NaN, 0.
     """
@@ -59,11 +49,12 @@ def quintiles(latents, measure, tau):
     rates, values, counts = ({q: [] for q in range(1, 6)} for _ in range(3))
     for own in by_seed.values():
         for quintile, group in enumerate(groups_of(own, measure), start=1):
-            known = [latent for latent in group if survived(latent, measure, tau) is not None]
+            known = [latent for latent in group if survived(latent, measure, tau, source)]
             if known:
+                found = [survived(latent, measure, tau, source) for latent in known]
+                above, below = (mean(part) for part in zip(*found, strict=True))
                 rates[quintile].append(mean(sorting_rate(latent, measure) for latent in known))
-                share = mean(survived(latent, measure, tau) for latent in known)
-                values[quintile].append(share / mean(whole(latent, measure) for latent in known))
+                values[quintile].append(above / below)
                 counts[quintile].append(len(known))
     return {q: (mean(rates[q]), mean(values[q]), sum(counts[q])) for q in range(1, 6)}
 

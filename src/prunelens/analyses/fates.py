@@ -139,9 +139,10 @@ def _by_arm(
 
 
 def _of_seed(persistence: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
-    """The latents of one seed, by source."""
+    """The latents of one seed in their order, by source."""
     chosen = persistence[persistence["seed"] == seed]
-    return {str(source): part.set_index("latent") for source, part in chosen.groupby("source")}
+    by_source = chosen.set_index("latent").sort_index().groupby("source")
+    return {str(source): part for source, part in by_source}
 
 
 def _persistence_name(source: str) -> str:

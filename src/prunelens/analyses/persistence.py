@@ -131,7 +131,7 @@ def persistence_summary(latents: pd.DataFrame) -> pd.DataFrame:
         }
         if source in JUDGED:
             noise = by_source["noise_shuffled"]
-            row["excess_z"] = np.nanmean(part["fisher_z"].to_numpy() - noise["fisher_z"].to_numpy())
+            row["excess_z"] = (part["fisher_z"].array - noise["fisher_z"]).mean()
         for noise_name in NOISES if source in JUDGED else ():
             noise = by_source[f"noise_{noise_name}"]
             found = crossed([ratio_to(part, noise)])
@@ -305,10 +305,10 @@ class _Sums:
 
 def _pearson(num_tokens: np.ndarray | float, sums: dict[str, np.ndarray]) -> np.ndarray:
     """Of the series a and b; 0 where b never fires, NaN where a never does or does not vary."""
-    covariance = sums["ab"] - sums["a"] * sums["b"] / num_tokens
-    spread = (sums["aa"] - sums["a"] ** 2 / num_tokens) * (sums["bb"] - sums["b"] ** 2 / num_tokens)
+    a, b = sums["a"], sums["b"]
     with np.errstate(invalid="ignore", divide="ignore"):
-        correlation = covariance / np.sqrt(spread)
+        spread = (sums["aa"] - a**2 / num_tokens) * (sums["bb"] - b**2 / num_tokens)
+        correlation = (sums["ab"] - a * b / num_tokens) / np.sqrt(spread)
     correlation = np.where((sums["fired_b"] == 0) & (sums["fired_a"] > 0), 0.0, correlation)
     return np.where(np.isfinite(correlation), correlation, np.nan)
 
