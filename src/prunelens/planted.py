@@ -39,8 +39,14 @@ BLOCK = 20  # directions of similar rate that share fates out among them exactly
 
 Fate = Literal["kept", "rescaled", "split", "merged", "weakened", "turned", "removed", "rotated"]
 PER_BLOCK: dict[Fate, int] = {
-    "kept": 6, "rescaled": 2, "split": 1, "merged": 1,
-    "weakened": 2, "turned": 2, "removed": 3, "rotated": 3,
+    "kept": 6,
+    "rescaled": 2,
+    "split": 1,
+    "merged": 1,
+    "weakened": 2,
+    "turned": 2,
+    "removed": 3,
+    "rotated": 3,
 }
 SHARE_DESTROYED = 0.3
 SURVIVES: tuple[Fate, ...] = ("kept", "rescaled")
