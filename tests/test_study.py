@@ -567,7 +567,8 @@ def test_sufficiency_identity_and_warm_starts_hang_together(finished):
     pruned = latents[latents["run"].str.endswith("wanda-row-0.30")]
     names = {"scaling", "scaling_unpaired", "subspace_cross_init", "activation_match_shared_init"}
     assert {*names, "scaling_null"} <= set(pruned)
-    matching = pd.read_csv(out / "tables" / "activation_matching.csv")
+    table = out / "tables" / "activation_matching.csv"
+    matching = pd.read_csv(table, keep_default_na=False, na_values=[""])  # a source is called null
     assert set(matching[matching["method"] == "dense"]["arm"]) == {
         *("ceiling_shared", "ceiling_cross", "chance", "ceiling_warm"),
     }
