@@ -15,7 +15,7 @@ from prunelens.planted import dense_world, pruned_world, world_activations
 from prunelens.study.plan import plan_study
 from prunelens.study_file import read_study
 
-CHOICES = ("independent", "by_rate")
+CHOICES = ("independent", "by_rate")  # of which fates there are
 SEEDS = (0, 1, 2)
 
 
@@ -44,10 +44,11 @@ def degrees(a, b):
 
 
 def only(world, directions):
-    """The world in which all others are silent."""
+    """The world in which all others are silent, without gains and noise of its own."""
     silenced = torch.zeros(len(world.scales))
     silenced[directions] = 1.0
-    return world._replace(scales=silenced)
+    unity = torch.ones_like(world.gains)
+    return world._replace(scales=silenced, gains=unity, own_noise=torch.tensor(0.0))
 
 
 def rare_are_destroyed(dense, truth):
@@ -67,18 +68,20 @@ def test_sizes_are_those_of_the_methods(dense):
     torch.testing.assert_close(lengths, torch.ones(256, 2))
     assert torch.equal(dense.scales, torch.ones(256))
     assert sum(planted.PER_BLOCK.values()) == planted.BLOCK
-    assert set(planted.PER_BLOCK) == set(planted.FATES)
     destroyed = sum(planted.PER_BLOCK[fate] for fate in planted.DESTROYED) / planted.BLOCK
     assert destroyed == planted.SHARE_DESTROYED
 
 
-def test_firing_rates_are_log_uniform(dense):
-    rates = dense.firing_rates
-    assert rates.min() >= 0.001
-    assert rates.max() <= 0.1
-    share = (rates.log() - math.log(0.001)) / math.log(100)
-    evenly = torch.arange(1, 257) / 257
-    assert (share.sort().values - evenly).abs().max() < 0.09  # Kolmogorov-Smirnov, p about 0.03
+def test_firing_rates_have_a_heavy_tail(dense):
+    """Those of a Pareto distribution between two bounds; a few fire most of the time."""
+    rates = dense.firing_rates.double()
+    assert rates.min() >= 0.0015
+    assert rates.max() <= 0.15
+    share = (rates**-0.6 - 0.15**-0.6) / (0.0015**-0.6 - 0.15**-0.6)
+    evenly = torch.arange(256, 0, -1) / 257
+    assert (share - evenly[rates.argsort().argsort()]).abs().max() < 0.09  # p about 0.03
+    often = rates.sort().values[-51:].sum() / rates.sum()
+    assert often > 0.6  # a fifth of them fires most
 
 
 def test_directions_are_isotropic(dense):
@@ -98,7 +101,9 @@ def test_tokens_fire_at_the_planted_rates_with_positive_strengths_that_spread(de
         strength = (x - noise) @ dense.directions[index, 0]
         fired = strength.abs() > 1e-5
         expected = float(dense.firing_rates[index])
-        spread = math.sqrt(expected / 30_000)
+        documents = 30_000 / planted.DOCUMENT_TOKENS
+        bursts = math.exp(planted.BURSTS**2) - 1  # variance of what a document multiplies it by
+        spread = math.sqrt(expected / 30_000 + expected**2 * bursts / documents)
         assert abs(float(fired.float().mean()) - expected) < 4 * spread
         assert (strength[fired] > 0).all()
         assert float(strength[fired].mean()) == pytest.approx(1.0, abs=0.25)
@@ -114,15 +119,35 @@ def test_noise_is_a_twentieth_of_the_variance_and_isotropic(dense, sampled):
     assert float(deviations.max() / deviations.min()) < 1.05
 
 
+def test_a_document_fires_a_direction_more_or_less_often_than_others_do(dense):
+    """Tokens of a document are dependent: counts vary far more than chance within one would."""
+    index = int(dense.firing_rates.argsort()[200])
+    x, noise = (
+        world_activations(only(dense, chosen), 51_200, tokens_seed=1, noise_seed=2)
+        for chosen in ([index], [])
+    )
+    fired = ((x - noise).norm(dim=1) > 1e-5).view(-1, planted.DOCUMENT_TOKENS).sum(1).double()
+    assert fired.var() > 2 * fired.mean()  # of a Poisson number it would be the mean
+    halves = ((x - noise).norm(dim=1) > 1e-5).view(-1, 2, 128).sum(2).double()
+    assert np.corrcoef(halves.T)[0, 1] > 0.3  # one half of a document tells of the other
+    strangers = np.corrcoef(halves[:-1, 0], halves[1:, 1])[0, 1]
+    assert abs(strangers) < 0.25
+
+
+def test_documents_are_numbered_from_0():
+    documents = planted.document_of(1000)
+    assert documents.tolist() == [token // 256 for token in range(1000)]
+
+
 def test_directions_fire_independently(dense):
-    """The variance of a sum of independent firings is the sum of their variances."""
+    """The variance of a sum of independent firings is the sum of their variances, but for bursts."""
     x = world_activations(dense, 40_000, tokens_seed=3, noise_seed=4)
     rates = dense.firing_rates
     variances = rates * 1.25 - rates**2
     rows = dense.directions[:, 0]
     expected = torch.einsum("i,ia,ib->ab", variances, rows, rows)
     found = torch.cov(x.T) - 0.05 * variances.sum() / 64 * torch.eye(64)
-    assert float((found - expected).norm() / expected.norm()) < 0.06
+    assert float((found - expected).norm() / expected.norm()) < 0.12
 
 
 def test_equal_seeds_give_equal_worlds_and_tokens(dense):
@@ -188,10 +213,92 @@ def test_rescaled_directions_keep_their_place(dense, pruned):
     assert torch.equal(world.directions[rescaled], dense.directions[rescaled])
     assert (truth.angles[rescaled] == 0).all()
     scales = world.scales[rescaled]
-    assert 0.5 <= scales.min() < 0.9
+    assert 0.7 <= scales.min() < 0.9
     assert 1.1 < scales.max() <= 2.0
-    others = [i for i in range(256) if truth.fates[i] not in ("rescaled", "removed")]
+    changed = ("rescaled", "weakened", "removed")
+    others = [i for i in range(256) if truth.fates[i] not in changed]
     assert (world.scales[others] == 1).all()
+
+
+def test_of_some_directions_a_part_survives(dense, pruned):
+    world, truth = pruned
+    weakened, turned = where(truth, "weakened"), where(truth, "turned")
+    assert torch.equal(world.directions[weakened], dense.directions[weakened])
+    assert 0.1 <= world.scales[weakened].min() < 0.25
+    assert 0.55 < world.scales[weakened].max() <= 0.7
+    angles = degrees(dense.directions[:, 0], world.directions[:, 0])[turned]
+    assert 14.99 <= angles.min() < 25
+    assert 65 < angles.max() <= 75.01
+
+
+def test_the_share_that_survives_is_what_a_regression_finds(dense, pruned):
+    """Of the strength along the earlier direction, at most all of it."""
+    world, truth = pruned
+    strength = torch.rand(100, generator=torch.Generator().manual_seed(0)).double() + 0.1
+    for fate in ("kept", "rescaled", "weakened", "turned", "removed", "rotated"):
+        index = truth.fates.index(fate)
+        after = strength[:, None] * world.scales[index] * world.directions[index, 0].double()
+        left = (after @ dense.directions[index, 0].double()) @ strength / (strength @ strength)
+        expected = min(max(float(left), 0.0), 1.0)
+        assert float(truth.shares[index]) == pytest.approx(expected, abs=1e-5), fate
+    assert (truth.shares[where(truth, "split", "merged")] == 0.5).all()
+    assert truth.shares[where(truth, *planted.SURVIVES)].min() > 0.69
+    assert truth.shares[where(truth, *planted.DESTROYED)].max() < 0.26
+
+
+@pytest.mark.parametrize("choice", planted.CHOICES)
+def test_pruned_activations_have_a_gain_and_every_dimension_one_of_its_own(dense, choice):
+    """Where no direction changes (`none`), a regression finds the gains and nothing else."""
+    world, _ = pruned_world(dense, choice)
+    spread = world.gains.log() - math.log(1.3)
+    assert abs(float(spread.mean())) < 4 * 0.15 / 8
+    assert 0.1 < float(spread.std()) < 0.2
+    if choice == "none":
+        x = world_activations(dense, 20_000, tokens_seed=1, noise_seed=1)
+        y = world_activations(world, 20_000, tokens_seed=1, noise_seed=2)
+        x, y = x - x.mean(0), y - y.mean(0)
+        slopes = (x * y).sum(0) / x.square().sum(0)
+        torch.testing.assert_close(slopes, world.gains, atol=0.05, rtol=0)
+        rest = y - x * world.gains
+        along = rest @ dense.directions[:, 0].T
+        fires = x @ dense.directions[:, 0].T
+        related = (along * fires).mean(0) / (along.std(0) * fires.std(0))
+        assert related.abs().max() < 5 / math.sqrt(20_000)  # of 256: nothing of any feature
+
+
+def test_where_nothing_happens_every_direction_is_kept(dense):
+    world, truth = pruned_world(dense, "none")
+    assert torch.equal(world.directions, dense.directions)
+    assert torch.equal(world.scales, dense.scales)
+    assert set(truth.fates) == {"kept"}
+    assert (truth.angles == 0).all()
+    assert (truth.shares == 1).all()
+    noise = (
+        world_activations(only(w, [])._replace(own_noise=w.own_noise), 5000, tokens_seed=1, noise_seed=3)
+        for w in (dense, world)
+    )
+    quiet, loud = (float(each.var(0).sum()) for each in noise)
+    assert loud / quiet == pytest.approx(0.55 / 0.05, rel=0.05)
+
+
+def test_by_lot_the_number_of_a_fate_varies():
+    dense = dense_world()
+    counts = [
+        Counter(pruned_world(dense, "independent", seed=seed, by_lot=True)[1].fates)
+        for seed in range(12)
+    ]
+    removed = [count["removed"] for count in counts]
+    assert len(set(removed)) > 5
+    assert abs(np.mean(removed) - 256 * 3 / 20) < 4 * math.sqrt(256 * 0.15 * 0.85 / 12)
+    assert all(count["merged"] % 2 == 0 for count in counts)
+
+
+def test_other_sizes_make_a_world_as_well():
+    world = dense_world(num_directions=30, d_model=8, firing_rates=(0.01, 0.1))
+    changed, truth = pruned_world(world, "by_rate")
+    assert changed.directions.shape == (30, 2, 8)
+    assert len(truth.fates) == 30
+    assert world_activations(changed, 300, tokens_seed=0, noise_seed=0).shape == (300, 8)
 
 
 def test_split_halves_lie_on_either_side_of_what_they_were(dense, pruned):
@@ -263,12 +370,14 @@ def test_the_same_tokens_fire_before_and_after(dense, pruned):
     assert np.abs(correlations(x, unpaired, kept)).max() < 0.05
 
 
-def test_nothing_but_the_noise_differs_where_no_direction_changed(dense):
+def test_a_token_is_the_same_before_and_after_but_for_noise_of_the_conditions_own(dense):
     x, y = (world_activations(dense, 3000, tokens_seed=1, noise_seed=n) for n in (1, 1001))
-    silent = only(dense, [])
-    p, q = (world_activations(silent, 3000, tokens_seed=1, noise_seed=n) for n in (1, 1001))
-    torch.testing.assert_close(x - y, p - q, atol=1e-5, rtol=0)
+    assert torch.equal(x, y)  # the dense world has none
+    noisy = dense._replace(own_noise=torch.tensor(0.5))
+    p, q = (world_activations(noisy, 3000, tokens_seed=1, noise_seed=n) - x for n in (1, 1001))
     assert abs(np.corrcoef(p.flatten(), q.flatten())[0, 1]) < 0.01
+    assert abs(np.corrcoef(p.flatten(), x.flatten())[0, 1]) < 0.01
+    assert float(p.var(0).max() / p.var(0).min()) < 1.3
 
 
 def test_a_split_direction_fires_in_one_half_or_the_other(dense, pruned):

@@ -93,7 +93,8 @@ def large_sample(
 ) -> list[float]:
     """What the intervals should hold: means over sets that have many documents, by STATISTICS."""
     sets = simulated_fates(world, numbers, documents=documents)
-    found = [_estimates(fates, "pruned") for conditions in sets for fates in conditions.values()]
+    every = [fates for conditions in sets for fates in conditions.values()]
+    found = [_estimates(fates, fragility_contrasts(fates), "pruned") for fates in every]
     return np.mean([[each.value for each in estimates] for estimates in found], axis=0).tolist()
 
 
@@ -103,11 +104,10 @@ def _simulated(
     """All that a set says, and of some what the predictor says of two."""
     before = None
     for number, conditions in enumerate(simulated_fates(world, range(num_sets))):
-        yield from _intervals(world, conditions["wanda"])
-        contrasts = pd.concat(
-            [_with_run(fragility_contrasts(fates), name) for name, fates in conditions.items()]
-        )
-        tables = {"fragility_contrasts": contrasts, **_agreeing_dictionaries(number)}
+        contrasts = {name: fragility_contrasts(fates) for name, fates in conditions.items()}
+        yield from _intervals(world, conditions["wanda"], contrasts["wanda"])
+        named = pd.concat([_with_run(table, name) for name, table in contrasts.items()])
+        tables = {"fragility_contrasts": named, **_agreeing_dictionaries(number)}
         yield from _verdicts(tables, (1, 2, 6, 8))
         if before is not None and number % PREDICTED == 1:
             both = [*before.items(), *conditions.items()]
@@ -128,19 +128,18 @@ def _synthetic(num_sets: int) -> Iterator[_Found]:
             yield _Found("interval", name, truth, _holds(estimate, truth))
 
 
-def _intervals(world: str, fates: pd.DataFrame) -> Iterator[_Found]:
+def _intervals(world: str, fates: pd.DataFrame, contrasts: pd.DataFrame) -> Iterator[_Found]:
     """Of the null, too, where the truth is that of the world without an effect."""
     for source, of_world in (("pruned", world), ("null", "none")):
-        found = zip(STATISTICS, _estimates(fates, source), TRUTHS[of_world], strict=True)
+        found = zip(STATISTICS, _estimates(fates, contrasts, source), TRUTHS[of_world], strict=True)
         for statistic, estimate, truth in found:
             name = f"{MEASURE}, {statistic}" + (" (null)" if source == "null" else "")
             yield _Found("interval", name, truth, _holds(estimate, truth))
 
 
-def _estimates(fates: pd.DataFrame, source: Source) -> list[Estimate]:
+def _estimates(fates: pd.DataFrame, contrasts: pd.DataFrame, source: Source) -> list[Estimate]:
     """Of every one of STATISTICS."""
-    rows = fragility_contrasts(fates)
-    rows = rows[(rows["measure"] == MEASURE) & (rows["source"] == source)]
+    rows = contrasts[(contrasts["measure"] == MEASURE) & (contrasts["source"] == source)]
     by_latent = latent_measures(fates, source)[MEASURE]
     return [*map(estimate_of, rows.itertuples()), correlation_with_rate(fates, by_latent)]
 

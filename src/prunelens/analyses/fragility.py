@@ -100,7 +100,7 @@ def fragility_contrasts(fates: pd.DataFrame) -> pd.DataFrame:
             samples = [groups[group] for groups in by_seed]
             found = crossed(samples)
             without = np.stack([sample.without for sample in samples])
-            counted = np.isfinite(measure.means.above) & measure.alive & _in(fates, measure, group)
+            counted = np.isfinite(measure.means.above) & measure.alive & _in(measure, group)
             dropped = counted & ~np.isfinite(measure.value)
             rows.append(
                 {"measure": measure.name, "source": measure.source, "group": group}
@@ -176,6 +176,8 @@ class _Measure(NamedTuple):
     tau: float
     rate: Float[np.ndarray, " rows"]
     """The firing rate that sorts."""
+    quintile: Int[np.ndarray, " rows"]
+    """1 (rare) to 5 (frequent) within the alive latents of each seed; 0 for dead ones."""
     value: Float[np.ndarray, " rows"]
     """NaN where undefined, and for dead latents."""
     means: Means | None
@@ -207,11 +209,14 @@ class _Measure(NamedTuple):
 def _measures(fates: pd.DataFrame, taus: Sequence[float]) -> list[_Measure]:
     """The arms that there are at every tau, and what needs no second dictionary."""
     measures = []
+    quintiles: dict[str, Int[np.ndarray, " rows"]] = {}
     for source in ("pruned", "null"):
         found = latent_measures(fates, source)
         for name in (name for name in (*MATCHED, *UNMATCHED) if name in found):
             value, mutual, column, means = found[name]
             rate = fates[column].to_numpy(dtype=float)
+            if column not in quintiles:
+                quintiles[column] = _quintile_of(fates, rate)
             told = "dense" if name in MATCHED[3:] else source
             for tau in [np.nan] if mutual is None else taus:
                 shown = value
@@ -219,7 +224,8 @@ def _measures(fates: pd.DataFrame, taus: Sequence[float]) -> list[_Measure]:
                     shown = np.where(np.isnan(value), np.nan, mutual & (value >= tau))
                 defined = np.where(rate > 0, shown, np.nan)
                 kept = means if name in CONTRASTED else None
-                measures.append(_Measure(name, told, float(tau), rate, defined, kept))
+                facts = (name, told, float(tau), rate, quintiles[column], defined, kept)
+                measures.append(_Measure(*facts))
     return measures
 
 
@@ -233,7 +239,7 @@ def _by_seed(fates: pd.DataFrame, measures: Sequence[_Measure]) -> pd.DataFrame:
     columns = {
         "which": np.repeat(np.arange(len(measures)), [int(rows.sum()) for rows in known]),
         "seed": _below_each_other([seeds] * len(measures), known),
-        "quintile": _below_each_other([_quintile_of(fates, m.rate) for m in measures], known),
+        "quintile": _below_each_other([m.quintile for m in measures], known),
         "firing_rate": _below_each_other([m.rate for m in measures], known),
         "above": _below_each_other([m.above for m in measures], known),
         "below": _below_each_other([m.below for m in measures], known),
@@ -272,7 +278,7 @@ def _named(table: pd.DataFrame, measures: Sequence[_Measure]) -> pd.DataFrame:
 
 
 def _quintile_of(fates: pd.DataFrame, rate: Float[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
-    """1 (rare) to 5 (frequent) within the alive latents of each seed; 0 for dead ones."""
+    """As `_Measure.quintile`."""
     quintile = np.zeros(len(fates), dtype=np.int64)
     seeds, latents = fates["seed"].to_numpy(), fates["latent"].to_numpy()
     for seed in np.unique(seeds):
@@ -282,12 +288,12 @@ def _quintile_of(fates: pd.DataFrame, rate: Float[np.ndarray, " rows"]) -> Int[n
     return quintile
 
 
-def _in(fates: pd.DataFrame, measure: _Measure, group: str) -> np.ndarray:
+def _in(measure: _Measure, group: str) -> np.ndarray:
     """Which rows belong to a group; a contrast has those of both its sides."""
     if group == "all":
         return measure.alive
     numbers = [int(part.removeprefix("Q")) for part in group.split(" - ")]
-    return np.isin(_quintile_of(fates, measure.rate), numbers)
+    return np.isin(measure.quintile, numbers)
 
 
 def _group_samples(fates: pd.DataFrame, measure: _Measure, seed: int) -> dict[str, LatentSample]:
@@ -296,7 +302,7 @@ def _group_samples(fates: pd.DataFrame, measure: _Measure, seed: int) -> dict[st
     own = (fates["seed"] == seed).to_numpy()
     samples = {}
     for group in GROUPS[:-1]:
-        rows = own & _in(fates, measure, group)
+        rows = own & _in(measure, group)
         samples[group] = ratio_of_means(*(part[rows] for part in measure.means))
     samples[GROUPS[-1]] = difference(samples["Q1"], samples["Q5"])
     return samples
