@@ -144,7 +144,7 @@ def _groups(work: Work, fates: pd.DataFrame, seed: int) -> dict[str, pd.DataFram
         match=match, match_alive=alive.to_numpy()[match], cosine=known["cosine_shared_init"]
     )
     size = work.config["group_size"]
-    found = {
+    found: dict[str, pd.DataFrame] = {
         grouping: latent_groups(table, grouping=grouping, group_size=size, seed=SEED)
         for grouping in GROUPINGS
     }
