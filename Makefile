@@ -15,7 +15,7 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 export PIP_COMPILE := 0
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: audit install demo docs test
+.PHONY: audit install demo docs test tests types
 
 install: .venv/installed
 
@@ -28,8 +28,14 @@ docs: .venv/installed-dev
 test: .venv/installed-dev
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
+	@$(MAKE) --no-print-directory --jobs 2 types tests
+
+# Beside each other: tests wait for processes and signals now and then.
+types:
 	$(VENV_PYTHON) -m mypy
 	.venv/bin/lint-imports
+
+tests:
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
 
 audit: .venv/installed-dev

@@ -44,10 +44,15 @@ PRUNELENS = [sys.executable, "-c", "from prunelens.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
-def data(checkpoint_folder, tmp_path_factory):
+def two_prunings(checkpoint_folder, tmp_path_factory):
     text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
     study = tiny_study(checkpoint_folder, text)
     return {**study, "questions": ["stability", "survival", "persistence"]}
+
+
+@pytest.fixture(scope="module")
+def data(two_prunings):
+    return {**two_prunings, "prunings": two_prunings["prunings"][1:]}
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +233,7 @@ def test_damage_in_a_finished_study_is_mended_by_the_cluster_alone(data, local, 
 
 
 def test_a_stage_that_kills_its_process_twice_fails_its_run_alone(
-    data, nodes, tmp_path, monkeypatch
+    two_prunings, nodes, tmp_path, monkeypatch
 ):
     kills = tmp_path / "kills"
     kills.mkdir()
@@ -243,7 +248,7 @@ def test_a_stage_that_kills_its_process_twice_fails_its_run_alone(
         return on_node.carry_out(order)
 
     monkeypatch.setattr(executor, "carry_out", deadly)
-    outcome = run({**data, "questions": ["survival"]}, tmp_path / "out")
+    outcome = run({**two_prunings, "questions": ["survival"]}, tmp_path / "out")
     ends = {result.run.name.rpartition("/")[2]: result for result in outcome.results}
     failed = {name for name, result in ends.items() if result.status == "failed"}
     assert failed == {"wanda-row-0.30"}

@@ -282,38 +282,35 @@ def small(tiny):
     return {**tiny, "questions": ["stability"]}
 
 
-@pytest.fixture
-def small_tables(small, tmp_path, undrawn):
-    """Of that study with its artifacts in its folder."""
-    run_and_report(study_from_data(small), tmp_path / "local", quiet=True)
-    return tables(tmp_path / "local")
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    monkeypatch.setattr("prunelens.report.write.write_figures", lambda *_: [])
-    monkeypatch.setattr("prunelens.report.write.write_page", lambda *_: None)
-
-
 @pytest.fixture(scope="module")
-def local(tiny, tmp_path_factory):
-    """The tables of the study whose artifacts are in its folder."""
-    out = tmp_path_factory.mktemp("local") / "s"
+def undrawn():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prunelens.report.write.write_figures", lambda *_: [])
         patch.setattr("prunelens.report.write.write_page", lambda *_: None)
-        run_and_report(study_from_data(tiny), out, quiet=True)
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_tables(small, tmp_path_factory, undrawn):
+    """Of that study with its artifacts in its folder."""
+    out = tmp_path_factory.mktemp("small") / "s"
+    run_and_report(study_from_data(small), out, quiet=True)
     return tables(out)
 
 
 @pytest.fixture(scope="module")
-def remote(server, tiny, tmp_path_factory):
+def local(tiny, tmp_path_factory, undrawn):
+    """The tables of the study whose artifacts are in its folder."""
+    out = tmp_path_factory.mktemp("local") / "s"
+    run_and_report(study_from_data(tiny), out, quiet=True)
+    return tables(out)
+
+
+@pytest.fixture(scope="module")
+def remote(server, tiny, tmp_path_factory, undrawn):
     """A finished study whose artifacts are in the bucket, and the address."""
     out, place = tmp_path_factory.mktemp("remote") / "s", f"{server.bucket}/remote"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prunelens.report.write.write_figures", lambda *_: [])
-        patch.setattr("prunelens.report.write.write_page", lambda *_: None)
-        outcome = run_and_report(study_from_data(tiny), out, quiet=True, artifacts=place)
+    outcome = run_and_report(study_from_data(tiny), out, quiet=True, artifacts=place)
     assert outcome.num_executed > 20
     return out, place
 

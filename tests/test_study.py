@@ -1,6 +1,7 @@
 """The study runner on a tiny model: plan, run, resume, fail, repair."""
 
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -200,6 +201,7 @@ def test_an_sae_of_others_has_its_own_rows_and_its_l0_is_checked(data, finished,
     data["models"][0]["pretrained"] = [{"layer": 1, "folder": str(given)}]
     data["questions"] = ["persistence", "transfer"]
     data["sae"]["seeds"] = [0]
+    shutil.copytree(out / "artifacts", tmp_path / "s" / "artifacts")
     outcome = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
     assert {r.status for r in outcome.results} == {"done"}
     table = pd.read_csv(tmp_path / "s" / "tables" / "transfer.csv")
@@ -229,6 +231,7 @@ def test_a_renamed_folder_of_an_sae_keeps_its_results(data, finished, tmp_path):
     data["questions"], data["sae"]["seeds"] = ["persistence", "transfer"], [0]
     data["prunings"], more = data["prunings"][:1], data["prunings"][1:]
     data["models"][0]["pretrained"] = [{"layer": 1, "folder": str(tmp_path / "before")}]
+    shutil.copytree(out / "artifacts", tmp_path / "s" / "artifacts")
     run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
     (tmp_path / "before").rename(tmp_path / "after")
     data["models"][0]["pretrained"] = [{"layer": 1, "folder": str(tmp_path / "after")}]
@@ -255,7 +258,10 @@ def test_a_condition_may_have_other_seeds_than_the_first(data, tmp_path):
         assert set(rates.loc[rates["arm"] == arm, "init_a"]) == {0, 1}
 
 
-def test_a_failed_dense_transfer_costs_its_table_alone(data, tmp_path, monkeypatch):
+def test_a_failed_dense_transfer_costs_its_table_alone(finished, tmp_path, monkeypatch):
+    study, out, _ = finished
+    shutil.copytree(out / "artifacts", tmp_path / "s" / "artifacts")
+    shutil.rmtree(tmp_path / "s" / "artifacts" / "transfer")
     real = stages.make_stages
 
     def broken(store, group, **options):
@@ -264,19 +270,23 @@ def test_a_failed_dense_transfer_costs_its_table_alone(data, tmp_path, monkeypat
         real(store, group, **options)
 
     monkeypatch.setattr(stages, "make_stages", broken)
-    outcome = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
+    outcome = run_and_report(study, tmp_path / "s", quiet=True)
     assert {r.reason.partition(": ")[2] for r in outcome.results} == {"transfer: no"}
     tables = {path.stem for path in (tmp_path / "s" / "tables").iterdir()}
     assert "transfer" not in tables
     assert {"survival", "fragility", "causal", "claims"} <= tables
 
 
-def test_what_fails_over_all_runs_is_told_and_exits_as_failed(data, tmp_path, monkeypatch):
+def test_what_fails_over_all_runs_is_told_and_exits_as_failed(finished, tmp_path, monkeypatch):
+    study, out, _ = finished
+    shutil.copytree(out / "artifacts", tmp_path / "s" / "artifacts")
+    shutil.rmtree(tmp_path / "s" / "artifacts" / "predictor")
+
     def broken(_store, _stage, **_options):
         raise ZeroDivisionError("a bug of ours")
 
     monkeypatch.setattr(conclude, "make_stage", broken)
-    outcome = run_and_report(study_from_data(data), tmp_path / "s", quiet=True)
+    outcome = run_and_report(study, tmp_path / "s", quiet=True)
     assert {r.status for r in outcome.results} == {"done"}
     assert "predictor over 2 runs: ZeroDivisionError" in outcome.failures[0]
     assert not (tmp_path / "s" / "tables" / "predictor.csv").exists()
@@ -329,6 +339,7 @@ def test_a_new_condition_runs_only_what_is_new(finished, data, tmp_path):
 
 
 def test_one_failed_run_does_not_stop_the_others(data, tmp_path, monkeypatch):
+    data["questions"] = ["persistence"]
     real = stages.make_stages
 
     def broken(store, group, **options):
@@ -501,7 +512,7 @@ def test_a_worker_that_dies_fails_its_run_and_no_other(data, tmp_path):
     )
     script, path = tmp_path / "dying.py", tmp_path / "study.json"
     script.write_text(code)  # a spawned worker imports the script, and so gets the dying stage
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps({**data, "questions": ["persistence"]}))
     command = [sys.executable, str(script), str(path), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "['done', 'done', 'failed']" in result.stdout, result.stderr

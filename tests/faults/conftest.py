@@ -28,6 +28,8 @@ class Finished(NamedTuple):
     study: StudyConfig
     folder: pathlib.Path
     results: dict[str, bytes]
+    with_activations: pathlib.Path
+    """The same, but that it was told to keep them."""
 
     def copy(self, folder: pathlib.Path) -> pathlib.Path:
         """The same somewhere else, to be damaged."""
@@ -57,5 +59,9 @@ def finished(tiny_data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prunelens.report.write.write_figures", lambda *_: [])
         patch.setattr("prunelens.report.write.write_page", lambda *_: None)
+        keeping = study_from_data({**tiny_data, "keep_activations": True})
+        run_and_report(keeping, folder, quiet=True)
+        kept = shutil.copytree(folder, folder.with_name("kept"))
         run_and_report(study, folder, quiet=True)
-    return Finished(study, folder, results_of(folder))
+    assert not list(folder.glob("artifacts/activations/*"))
+    return Finished(study, folder, results_of(folder), pathlib.Path(kept))

@@ -92,8 +92,7 @@ def test_everything_that_can_go_is_found_and_freed_and_nothing_else(folder, fini
 
 def test_activations_that_were_kept_go_and_the_study_stays_finished(tiny_data, tmp_path, finished):
     study = study_from_data({**tiny_data, "keep_activations": True})
-    out = tmp_path / "out"
-    run_and_report(study, out, quiet=True)
+    out = shutil.copytree(finished.with_activations, tmp_path / "out")
     stores = {f"artifacts/activations/{p.name}" for p in (out / "artifacts/activations").iterdir()}
     assert len(stores) == 3 and why(out) == dict.fromkeys(stores, READ)
     clean_study(out)
@@ -102,8 +101,8 @@ def test_activations_that_were_kept_go_and_the_study_stays_finished(tiny_data, t
 
 
 def test_what_an_unfinished_study_goes_on_from_stays(tiny_data, tmp_path, finished):
-    study, out = study_from_data({**tiny_data, "keep_activations": True}), tmp_path / "out"
-    run_and_report(study, out, quiet=True)
+    study = study_from_data({**tiny_data, "keep_activations": True})
+    out = shutil.copytree(finished.with_activations, tmp_path / "out")
     plan, store = open_study(out)
     sae = next(stage for run in plan.runs if run.pruning for stage in run.saes.values())
     needed = sae.parents["activations"].identity

@@ -9,6 +9,7 @@ import pytest
 from faults.kill import results_of
 from prunelens.report.write import run_and_report
 from prunelens.sae.training import Training
+from prunelens.study.plan import plan_study
 
 
 def artifacts_of(folder):
@@ -143,8 +144,9 @@ def spoil_the_note(path):
 )
 def test_damage_in_an_unfinished_training(finished, tmp_path, monkeypatch, caplog, name, damage):
     folder = finished.copy(tmp_path / "copy")
-    for kind in ("sae", "persistence"):
-        shutil.rmtree(folder / "artifacts" / kind)
+    run = plan_study(finished.study).runs[1]
+    for stage in (*run.saes.values(), run.stages["persistence"]):
+        shutil.rmtree(folder / "artifacts" / stage.name / stage.identity)
     advance = Training.advance
 
     def killed(training, *rest, **options):
