@@ -132,7 +132,9 @@ class Evaluation:
         """Sum over tokens of (x - x_rec)^2."""
         errors = self._errors[variant.name, variant.threshold_scale]
         shift = variant.decoder_shift
-        around = errors.moments.around(torch.zeros(()) if shift is None else shift)
+        if shift is None:
+            shift = errors.moments.total.new_zeros(variant.d_model)
+        around = errors.moments.around(shift)
         return around.unflatten(0, self._shape).cpu()
 
     def l0(self, variant: GivenSae) -> Float64[Tensor, " sets"]:

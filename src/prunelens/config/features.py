@@ -105,7 +105,7 @@ class TransferConfig(Frozen):
 
     ce_tokens: int = Field(65_536, ge=1)
     """Eval tokens at most (in whole windows, drawn evenly over documents) on which cross-entropy is
-    measured: the dense model's on all of them, a pruned model's on 16 windows, 32, 64, … until what
+    measured: the dense model's on all of them, a pruned model's on 32 windows, 64, … until what
     it recovers less is known to within less than the verdict's margin of 0.02. A window costs 1 +
     3 x (1 + 2 x SAEs) passes through the blocks above the site, and 1 + 2 x SAEs for the null."""
     refit_tokens: int = Field(50_000, ge=1)
