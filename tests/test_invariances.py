@@ -561,10 +561,11 @@ def test_transfer_knows_neither_numbers_nor_unused_latents_nor_repetition(tiny_l
     def rows(sae, times=1):
         found = transfer(
             lm, [given_sae(sae, normalisation, name="ours")], text.repeat(times, 1),
-            refit_text.repeat(times, 1), site="resid_post", layer=1, dense=None,
-            ce_windows=3 * times,
+            refit_text.repeat(times, 1), torch.arange(3).repeat(times), site="resid_post",
+            layer=1, dense=None, ce_windows=3 * times,
         ).rows  # fmt: skip
-        return found.assign(num_tokens=found["num_tokens"] // times)
+        counts = ["num_tokens", "num_windows"]
+        return found.assign(**{name: found[name] // times for name in counts})
 
     own = rows(sae)
     assert own["ce_recovered"].notna().all()
