@@ -100,12 +100,11 @@ def _measured(
     each = np.repeat(np.arange(len(latents)), counts[latents, documents])
     noise = BY_CONTEXT * generator.normal(size=len(each))
     kl = true[latents[each]] * np.exp(place[latents[each], documents[each]] + noise)
-    sums, group = np.zeros((len(true), GROUPS)), documents * GROUPS // max(len(text), GROUPS)
+    groups = min(GROUPS, len(text))
+    sums, group = np.zeros((len(true), groups)), documents * groups // len(text)
     np.add.at(sums, (latents[each], group[each]), kl)
     number = np.zeros_like(sums)
     np.add.at(number, (latents, group), counts[latents, documents])
-    used = number.any(0)
-    sums, number = sums[:, used], number[:, used]
     above, below = sums.sum(1), number.sum(1)
     with np.errstate(invalid="ignore"):
         means = above / below

@@ -8,6 +8,7 @@ from conftest import ARCHITECTURES, VOCABULARY, tiny_language_model
 from prunelens.activations import Statistics
 from prunelens.analyses.causal import Ablations, ablate, nothing_ablated
 from prunelens.analyses.causal_groups import SeedAblations, causal_summary, latent_groups
+from prunelens.analyses.statistics import Estimate, crossed, ratio_of_means
 from prunelens.errors import UserError
 from prunelens.model import run_to_site
 from prunelens.sae.topk import TopKSAE
@@ -271,7 +272,7 @@ def test_what_groups_refuse():
         latent_groups(fates(), grouping="cosine", group_size=0, seed=0)
 
 
-NUM, SIZE = 100, 48  # latents of a made-up dictionary, and of a group
+NUM, SIZE = 160, 80  # latents of a made-up dictionary, and of a group
 NUM_DOCUMENTS, PER_DOCUMENT = 6, 2
 
 
@@ -421,7 +422,8 @@ def test_a_latent_that_holds_much_of_a_mean_is_told():
     kl.loc[huge, "kl"] *= 15
     table = summary([first._replace(dense=first.dense._replace(kl=kl))])
     own = kl[(kl["kind"] == "latent") & (kl["protocol"] == "isolated")]
-    means = own[own["contexts"] == "firing"].groupby("latent")["kl"].mean()[members]
+    means = own[own["contexts"] == "firing"].groupby("latent")["kl"].mean()
+    means = means.reindex(members).dropna()
     row = table.loc[("dense", "robust", "isolated", "firing")]
     assert row["largest_share"] == pytest.approx(means.max() / means.sum())
     assert row["reason"] == f"one latent of each seed holds {row['largest_share']:.0%} of a mean"
@@ -453,7 +455,7 @@ def test_summary_without_living_matches_few_documents_or_few_latents_is_undefine
     assert table["kl_mean"].notna().all()
     assert table[numbers].isna().all().all()
     robust = table.loc[("robust", "paper", "final")]
-    assert robust["reason"].startswith("no interval: 3 latents in a group, fewer than ")
+    assert robust["reason"].startswith("no interval: 3 latents of all seeds, fewer than ")
     empty = summary([first._replace(groups={"cosine": small[:0]})])
     assert empty["kl_mean"].isna().all()
 
@@ -476,3 +478,31 @@ def test_no_interval_has_zero_width():
     assert row["kl_mean"] == 1.0
     assert np.isnan(row["ci_low"])
     assert row["reason"].startswith("no interval: the same without any")
+
+
+@pytest.mark.parametrize(("size", "spread"), [(30, 0.8), (100, 1.5)])
+def test_intervals_of_heavy_tailed_groups_cover_the_mean_and_plain_ones_do_not(size, spread):
+    """Lognormal latents on documents that all measure alike; benchmarks/group_coverage.py is
+    the whole of it."""
+    generator = np.random.default_rng(0)
+    truth, draws, hits = np.exp(spread**2 / 2), 400, np.zeros(2)
+    for _ in range(draws):
+        latents = np.exp(spread * generator.normal(size=size))
+        means = latents[:, None] * np.exp(0.1 * generator.normal(size=(size, 9)))
+        sample = ratio_of_means(means[:, 0], means[:, 1:], np.ones(size), np.ones((size, 8)))
+        found = [crossed([sample], heavy_tails=heavy) for heavy in (True, False)]
+        hits += [each.low <= truth <= each.high for each in found]
+    heavy, plain = hits / draws
+    assert 0.92 <= heavy <= 0.98
+    assert plain < heavy - 0.02
+
+
+def test_an_interval_is_skewed_as_its_p_values_are():
+    found = Estimate(1.0, 0.2, 7.0, "", skew=0.4)
+    assert found.high - 1 > 1 - found.low
+    assert found.p_below(found.high) == pytest.approx(0.025)
+    assert found.p_above(found.low) == pytest.approx(0.025)
+    even = found._replace(skew=0.0)
+    assert even.high - 1 == pytest.approx(1 - even.low)
+    mirrored = found._replace(skew=-0.4)
+    assert 1 - mirrored.low == pytest.approx(found.high - 1)

@@ -135,9 +135,7 @@ def group_interval(seeds):
         explained *= (num_documents - 1) / num_documents
         beyond.append(max(0.0, over_latents - explained))
         thirds.append(sum(p**3 for p in parts))
-        kurtosis = count * sum(p**4 for p in parts) / sum(p**2 for p in parts) ** 2
-        df = 2 / ((kurtosis - 3) / count + 2 / (count - 1))
-        dfs.append(min(max(df, 1), count - 1))
+        dfs.append(sum(p**2 for p in parts) ** 2 / sum(p**4 for p in parts))
     beyond = sum(beyond) / num_seeds
     added = beyond
     if num_seeds > 1:
@@ -148,10 +146,11 @@ def group_interval(seeds):
         ) / (num_seeds - 1)
         added = min(max(beyond - (1 - 1 / num_seeds) * between, beyond / num_seeds), 2 * beyond)
     variance = own + added
-    latent_df = sum(dfs) / num_seeds
+    independent_seeds = max(beyond / added, 1)
+    latent_df = independent_seeds * sum(dfs) / num_seeds
     df = variance**2 / (own**2 / (num_documents - 1) + added**2 / latent_df)
     error = math.sqrt(variance)
-    skew = sum(thirds) / num_seeds * min(added / beyond, 1) ** 2 / error**3
+    skew = sum(thirds) / num_seeds / independent_seeds**2 / error**3
     quantile = scipy.stats.t.ppf(0.975, df)
 
     def hall(t):

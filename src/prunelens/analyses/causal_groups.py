@@ -39,7 +39,7 @@ PARTS = {  # of what is made from several groups
     "robust_minus_fragile": ("robust", "fragile"),
     "matched_minus_fragile": ("matched", "fragile"),
 }
-FEWEST_LATENTS = 20  # per seed; intervals from fewer are too narrow (benchmarks/group_coverage.py)
+FEWEST_LATENTS = 30  # of all seeds; intervals from fewer are too narrow
 LARGEST_SHARE = 1 / 3  # of a group's mean in one latent, beyond which the table says so
 _MEMBERS = ("latent", "match", "match_alive")
 _NEEDED = (*_MEMBERS, "firing_rate", "mean_activation")
@@ -338,7 +338,7 @@ def _estimate(measured: list[list[_Values]], prompts: _Prompts) -> tuple[Estimat
     if num_documents < FEWEST_UNITS:
         found = no_estimate(value, f"no interval: {num_documents} documents, fewer than 5")
     elif fewest < FEWEST_LATENTS:
-        why = f"no interval: {fewest} latents in a group, fewer than {FEWEST_LATENTS}"
+        why = f"no interval: {fewest} latents of all seeds, fewer than {FEWEST_LATENTS}"
         found = no_estimate(value, why)
     else:
         found = crossed(samples, heavy_tails=True)
@@ -346,8 +346,9 @@ def _estimate(measured: list[list[_Values]], prompts: _Prompts) -> tuple[Estimat
 
 
 def _fewest_latents(measured: list[list[_Values]]) -> int:
-    """Different latents of the smallest group."""
-    return min(len(np.unique(side.latents[side.known])) for sides in measured for side in sides)
+    """Different latents of all seeds, of the smallest side; 0 where a seed has but one."""
+    counts = np.array([[len(np.unique(s.latents[s.known])) for s in sides] for sides in measured])
+    return int(counts.sum(0).min()) if counts.min() > 1 else 0
 
 
 def _largest_share(by_seed: list[_Values]) -> float:

@@ -118,7 +118,7 @@ class CausalConfig(Frozen):
     prompts: int = Field(64, ge=2)
     """Eval windows that serve as prompts, drawn evenly over documents."""
     group_size: int = Field(100, ge=1)
-    """Latents per group (robust, fragile, …); fewer where too few are alive."""
+    """Latents per group (robust, fragile, …) and seed; fewer where too few are alive."""
     contexts_per_latent: int = Field(64, ge=1)
     """Places where a latent fires, at most, at which it is ablated alone."""
     conditions: tuple[str, ...] | None = None

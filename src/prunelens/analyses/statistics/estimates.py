@@ -195,15 +195,16 @@ def crossed(
     between = _between_beyond_documents(values, each) if count > 1 else 0.0
     shared = beyond - (1 - 1 / count) * between
     added = float(np.clip(shared, beyond / count, 2 * beyond if groups else beyond))
-    df = float(np.mean([_latent_df(sample, heavy_tails) for sample in samples]))
+    df = max(sum(len(sample.parts) for sample in samples) / count - 1, 1)
     resampled = "latents" + (" of every seed" if count > 1 else " of one seed")
     value = float(values.mean())
     third = 0.0
     if scale == "fisher":
         added /= (1 - min(value**2, 1 - 1e-6)) ** 2
     elif heavy_tails and beyond > 0:
-        third = float(np.mean([np.power(sample.parts, 3).sum() for sample in samples]))
-        third *= min(added / beyond, 1) ** 2  # of a mean of as many as the seeds count for
+        seeds = max(beyond / added, 1)  # that the seeds count for
+        third = float(np.mean([np.power(sample.parts, 3).sum() for sample in samples])) / seeds**2
+        df = seeds * float(np.mean([_heavy_tailed_df(sample) for sample in samples]))
     if groups:
         found = jackknifed(
             value, each.mean(0), f"{units} and {resampled}", added=added, added_df=df, scale=scale
@@ -266,13 +267,13 @@ def _skewed(t: float, skew: float) -> float:
     return 3 / skew * (float(np.cbrt(1 + skew * (t - skew / 6))) - 1)
 
 
-def _latent_df(sample: LatentSample, heavy_tails: bool) -> float:
-    """Degrees of freedom of the variance over latents: latents - 1 where they are normal."""
-    count, squares = len(sample.parts), np.square(sample.parts)
-    if not heavy_tails or count < 2 or not squares.sum() > 0:
-        return max(count - 1, 1)
-    kurtosis = count * np.square(squares).sum() / squares.sum() ** 2
-    return float(np.clip(2 / ((kurtosis - 3) / count + 2 / (count - 1)), 1, count - 1))
+def _heavy_tailed_df(sample: LatentSample) -> float:
+    """Degrees of freedom of the variance over latents: as many as hold it, at least 1.
+
+    Of normal parts a third of the latents; a sample of few hides how heavy its tails are.
+    """
+    squares = np.square(sample.parts)
+    return float(squares.sum() ** 2 / np.square(squares).sum())
 
 
 def _between_beyond_documents(
