@@ -23,24 +23,23 @@ ARMS = ("shared_init", "shared_start", "cross_init", "warm_start")
 NOISES = ("isotropic", "shuffled")
 NUMBERS = (
     "num_latents", "share_defined", "auc", "precision", "recall", "false_survival", "bias",
-    "bias_rotated", "rate_rho", "truth_rho",
+    "bias_rotated", "rate_rho", "truth_rho", "share_rho",
 )  # fmt: skip
 FACTS = (
     "seed", "latent", "fate", "firing_rate", "firing_rate_first_half", "init_retention",
-    "true_cosine", "true_scale",
+    "true_cosine", "true_scale", "true_share",
 )  # fmt: skip
 SHARES = {
-    "kept": 0.4,
-    "rescaled": 0.1,
-    "split": 0.1,
-    "merged": 0.1,
-    "removed": 0.15,
-    "rotated": 0.15,
+    **{"kept": 0.3, "rescaled": 0.1, "split": 0.1, "merged": 0.1},
+    **{"weakened": 0.05, "turned": 0.05, "removed": 0.15, "rotated": 0.15},
 }
 THRESHOLDS = {"persistence_jaccard": 0.5, "scaling": 0.5}  # 0.7 for the others
 THRESHOLDS |= {"excess_isotropic": 0.0, "excess_shuffled": 0.0}
 PLANTED_AS = {**dict.fromkeys(ARMS, "true_cosine"), "scaling": "true_scale"}
-AMOUNT = {"kept": 1.0, "rescaled": 1.0, "split": 0.5, "merged": 0.5, "removed": 0.0, "rotated": 0.0}
+AMOUNT = {
+    **{"kept": 1.0, "rescaled": 1.0, "split": 0.5, "merged": 0.5},
+    **{"weakened": 0.4, "turned": 0.6, "removed": 0.0, "rotated": 0.0},
+}
 
 
 def latents(num_latents=60, seeds=(0, 1), seed=0):
@@ -65,6 +64,7 @@ def latents(num_latents=60, seeds=(0, 1), seed=0):
             "fate": fate,
             "true_cosine": cosine,
             "true_scale": np.where(fate == "removed", 0.0, scale),
+            "true_share": pd.Series(fate).map(AMOUNT).to_numpy(),
         }
         for column in value_columns():
             columns[column] = generator.uniform(-0.2, 0.99, num_latents).round(2)
@@ -118,7 +118,7 @@ def slow_rows(fates, name):
     for row in fates.to_dict("records"):
         value, mutual, rate = value_of(row, name)
         known = row[PLANTED_AS[name]] if name in PLANTED_AS else math.nan
-        kept = {key: row[key] for key in ("seed", "alive", "fate")}
+        kept = {key: row[key] for key in ("seed", "alive", "fate")} | {"share": row["true_share"]}
         rows.append({**kept, "value": value, "mutual": mutual, "rate": rate, "planted": known})
     return rows
 

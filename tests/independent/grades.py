@@ -6,14 +6,19 @@ import numpy as np
 from tests.independent.statistics import auc, spearman
 
 SURVIVED, DESTROYED = {"kept", "rescaled"}, {"removed", "rotated"}
-AMOUNT_LEFT = {"kept": 1, "rescaled": 1, "split": 0.5, "merged": 0.5, "removed": 0, "rotated": 0}
-AMOUNT_FIRING = {"kept": 1, "rescaled": 1, "split": 0.5, "merged": 0.5, "removed": 0, "rotated": 1}
+AMOUNT_FIRING = {
+    **dict.fromkeys(("kept", "rescaled", "weakened", "turned", "rotated"), 1),
+    **{"split": 0.5, "merged": 0.5, "removed": 0},
+}
 
 
 def grade(rows, threshold, *, rotated_survives=False):
-    """Of rows {seed, alive, fate, value, mutual (None: no match), rate, planted (or NaN)}."""
+    """Of rows {seed, alive, fate, share, value, mutual (None: no match), rate, planted (or NaN)}."""
     survived = {"kept", "rescaled", "rotated"} if rotated_survives else SURVIVED
-    amount = AMOUNT_FIRING if rotated_survives else AMOUNT_LEFT
+
+    def left(row):
+        return AMOUNT_FIRING[row["fate"]] if rotated_survives else row["share"]
+
     asked = [row for row in rows if row["alive"] and row["fate"] in SURVIVED | DESTROYED]
     known = [row for row in rows if row["alive"] and not math.isnan(row["value"])]
     judged = [row for row in known if row["fate"] in SURVIVED | DESTROYED]
@@ -31,7 +36,8 @@ def grade(rows, threshold, *, rotated_survives=False):
         "bias": mean_error(known, SURVIVED),
         "bias_rotated": mean_error(known, {"rotated"}),
         "rate_rho": mean_rho(known, lambda row: row["value"]),
-        "truth_rho": mean_rho(known, lambda row: amount[row["fate"]]),
+        "truth_rho": mean_rho(known, left),
+        "share_rho": mean_rho(known, left, lambda row: row["value"], firing=False),
     }
 
 
@@ -42,12 +48,12 @@ def mean_error(known, fates):
     return sum(errors) / len(errors) if errors else math.nan
 
 
-def mean_rho(known, number):
+def mean_rho(known, number, other=lambda row: row["rate"], *, firing=True):
     """With firing rate, latents that fire; mean over the seeds in which neither is constant."""
     found = []
     for seed in sorted({row["seed"] for row in known}):
-        own = [row for row in known if row["seed"] == seed and row["rate"] > 0]
-        rates, numbers = [row["rate"] for row in own], [number(row) for row in own]
+        own = [row for row in known if row["seed"] == seed and (row["rate"] > 0 or not firing)]
+        rates, numbers = [other(row) for row in own], [number(row) for row in own]
         if len(set(rates)) > 1 and len(set(numbers)) > 1:
             found.append(spearman(rates, numbers))
     return sum(found) / len(found) if found else math.nan

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from prunelens import planted
-from prunelens.analyses.claims import judge_claims
+from prunelens.analyses.claims import CLAIMS, verdicts_of
 from prunelens.analyses.contrast import estimate_of
 from prunelens.analyses.fragility import GROUPS, fragility_contrasts
 from prunelens.analyses.grades import WITH_RATE, correlation_with_rate
@@ -145,11 +145,12 @@ def _estimates(fates: pd.DataFrame, contrasts: pd.DataFrame, source: Source) -> 
 
 
 def _verdicts(tables: dict[str, pd.DataFrame], claims: Sequence[int]) -> Iterator[_Found]:
-    judged = judge_claims(tables).set_index("claim")["controlled"]
+    """Of the controlled side, as `judge_claims` reaches them where SAEs are trained enough."""
     for claim in claims:
-        for verdict in ("holds", "fails"):
-            name = f"claim {claim} {verdict}"
-            yield _Found("verdict", name, math.nan, float(judged[claim] == verdict))
+        reached = set(verdicts_of(CLAIMS[claim].controlled(tables)))
+        holds, fails = reached == {"holds"}, "fails" in reached
+        yield _Found("verdict", f"claim {claim} holds", math.nan, float(holds))
+        yield _Found("verdict", f"claim {claim} fails", math.nan, float(fails))
 
 
 def _with_run(table: pd.DataFrame, condition: str, *, model: str = "simulated") -> pd.DataFrame:
@@ -169,8 +170,7 @@ def _agreeing_dictionaries(number: int) -> dict[str, pd.DataFrame]:
     arm |= {"model": "simulated", "layer": 0, "run": "simulated/L0/dense"}
     rates = pd.DataFrame({**arm, "init_a": [0, 1, 2], "init_b": [1, 2, 0]})
     chance = rates.assign(arm="chance", mnn=0.0)
-    enough = pd.DataFrame({"trained_enough": [True]})
-    return {"survival": pd.concat([rates, chance]), "sufficiency": enough}
+    return {"survival": pd.concat([rates, chance])}
 
 
 def _holds(estimate: Estimate, truth: float) -> float:
