@@ -130,7 +130,8 @@ def test_numbers_are_those_of_the_latents_table(views, latents):
                 shown[key], expected.to_numpy(shown[key].dtype), equal_nan=True
             ), key
         ablated = {"causal_effect_pruned"} if condition.label in CAUSAL["conditions"] else set()
-        assert set(shown) - set(alike) == {"relative_shuffled"} | ablated
+        assert "relative_shuffled" in alike
+        assert set(shown) - set(alike) == ablated
         own = condition.own.columns
         assert np.array_equal(column(own, "firing_rate"), table["firing_rate"].to_numpy(np.float32))
 
@@ -143,7 +144,7 @@ def test_share_of_noise_is_persistence_over_what_noise_leaves(views, latents):
         for latent, row in by_latent.iterrows():
             left = row["persistence_noise_shuffled"]
             known = left >= 0.1 and not np.isnan(row["persistence"])
-            expected = min(1.0, max(0.0, row["persistence"] / left)) if known else np.nan
+            expected = row["persistence"] / left if known else np.nan  # above 1 as well
             assert shown[latent] == pytest.approx(expected, nan_ok=True)
 
 

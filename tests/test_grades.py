@@ -30,15 +30,27 @@ FACTS = (
     "true_cosine", "true_scale", "true_share",
 )  # fmt: skip
 SHARES = {
-    **{"kept": 0.3, "rescaled": 0.1, "split": 0.1, "merged": 0.1},
-    **{"weakened": 0.05, "turned": 0.05, "removed": 0.15, "rotated": 0.15},
+    "kept": 0.3,
+    "rescaled": 0.1,
+    "split": 0.1,
+    "merged": 0.1,
+    "weakened": 0.05,
+    "turned": 0.05,
+    "removed": 0.15,
+    "rotated": 0.15,
 }
 THRESHOLDS = {"persistence_jaccard": 0.5, "scaling": 0.5}  # 0.7 for the others
 THRESHOLDS |= {"excess_isotropic": 0.0, "excess_shuffled": 0.0}
 PLANTED_AS = {**dict.fromkeys(ARMS, "true_cosine"), "scaling": "true_scale"}
 AMOUNT = {
-    **{"kept": 1.0, "rescaled": 1.0, "split": 0.5, "merged": 0.5},
-    **{"weakened": 0.4, "turned": 0.6, "removed": 0.0, "rotated": 0.0},
+    "kept": 1.0,
+    "rescaled": 1.0,
+    "split": 0.5,
+    "merged": 0.5,
+    "weakened": 0.4,
+    "turned": 0.6,
+    "removed": 0.0,
+    "rotated": 0.0,
 }
 
 

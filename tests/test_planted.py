@@ -140,7 +140,7 @@ def test_documents_are_numbered_from_0():
 
 
 def test_directions_fire_independently(dense):
-    """The variance of a sum of independent firings is the sum of their variances, but for bursts."""
+    """The variance of a sum of independent firings is the sum of theirs, but for bursts."""
     x = world_activations(dense, 40_000, tokens_seed=3, noise_seed=4)
     rates = dense.firing_rates
     variances = rates * 1.25 - rates**2
@@ -274,7 +274,9 @@ def test_where_nothing_happens_every_direction_is_kept(dense):
     assert (truth.angles == 0).all()
     assert (truth.shares == 1).all()
     noise = (
-        world_activations(only(w, [])._replace(own_noise=w.own_noise), 5000, tokens_seed=1, noise_seed=3)
+        world_activations(
+            only(w, [])._replace(own_noise=w.own_noise), 5000, tokens_seed=1, noise_seed=3
+        )
         for w in (dense, world)
     )
     quiet, loud = (float(each.var(0).sum()) for each in noise)

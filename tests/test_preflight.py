@@ -161,7 +161,11 @@ def test_persistence_counts_the_tokens_that_are_encoded(study, monkeypatch):
 
     monkeypatch.setattr(TopKSAE, "encode", counting)
     sae = TopKSAE.initialise(4, 8, 2, init_seed=0)
-    persistence_module.persistence(sae, Rows(), Rows(), torch.arange(50), seed=0)
+    change = CommonChange(*torch.zeros(2, 4, dtype=torch.float64), torch.tensor(0))
+    change = change._replace(matrix=torch.ones(4, dtype=torch.float64))
+    persistence_module.persistence(
+        sae, Rows(), Rows(), torch.arange(50), change=change, groups=torch.arange(50) // 10, seed=0
+    )
     d_model = shape_of(study).d_model
     per_token = 2 * d_model * (4 * d_model + 4)
     half = study.corpus.eval_tokens // 2

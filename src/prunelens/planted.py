@@ -39,8 +39,14 @@ BLOCK = 20  # directions of similar rate that share fates out among them exactly
 
 Fate = Literal["kept", "rescaled", "split", "merged", "weakened", "turned", "removed", "rotated"]
 PER_BLOCK: dict[Fate, int] = {
-    **{"kept": 6, "rescaled": 2, "split": 1, "merged": 1},
-    **{"weakened": 2, "turned": 2, "removed": 3, "rotated": 3},
+    "kept": 6,
+    "rescaled": 2,
+    "split": 1,
+    "merged": 1,
+    "weakened": 2,
+    "turned": 2,
+    "removed": 3,
+    "rotated": 3,
 }
 SHARE_DESTROYED = 0.3
 SURVIVES: tuple[Fate, ...] = ("kept", "rescaled")
@@ -187,9 +193,7 @@ def _gamma(count: int, generator: torch.Generator) -> Float[Tensor, " count"]:
     return exponentials.mean(0)
 
 
-def _fates(
-    rates: Tensor, choice: Choice, by_lot: bool, generator: torch.Generator
-) -> list[Fate]:
+def _fates(rates: Tensor, choice: Choice, by_lot: bool, generator: torch.Generator) -> list[Fate]:
     """The same number of every fate in either world, which are dealt the same hand, or one by lot.
 
     `independent` deals them out within blocks of similar rate, so that not even chance makes them

@@ -8,12 +8,14 @@ from tests.independent.statistics import auc, spearman
 SURVIVED, DESTROYED = {"kept", "rescaled"}, {"removed", "rotated"}
 AMOUNT_FIRING = {
     **dict.fromkeys(("kept", "rescaled", "weakened", "turned", "rotated"), 1),
-    **{"split": 0.5, "merged": 0.5, "removed": 0},
+    "split": 0.5,
+    "merged": 0.5,
+    "removed": 0,
 }
 
 
 def grade(rows, threshold, *, rotated_survives=False):
-    """Of rows {seed, alive, fate, share, value, mutual (None: no match), rate, planted (or NaN)}."""
+    """Of rows {seed, alive, fate, share, value, mutual (None: no match), rate, planted or NaN}."""
     survived = {"kept", "rescaled", "rotated"} if rotated_survives else SURVIVED
 
     def left(row):

@@ -79,7 +79,11 @@ def coverage(
         intervals hold the truth, and at most 5 % of sets reach a verdict that is wrong. A verdict
         that is right has no mark.
     """
-    drawn = _synthetic(num_sets) if world == "synthetic" else _simulated(world, num_sets, progress)
+    if world == "synthetic":
+        drawn = _synthetic(num_sets)
+    else:
+        assert world == "none" or world == "by_rate", world
+        drawn = _simulated(world, num_sets, progress)
     found = pd.DataFrame(drawn)
     rows = [
         _row(world, str(kind), str(name), part)
@@ -130,7 +134,8 @@ def _synthetic(num_sets: int) -> Iterator[_Found]:
 
 def _intervals(world: str, fates: pd.DataFrame, contrasts: pd.DataFrame) -> Iterator[_Found]:
     """Of the null, too, where the truth is that of the world without an effect."""
-    for source, of_world in (("pruned", world), ("null", "none")):
+    sources: list[tuple[Source, str]] = [("pruned", world), ("null", "none")]
+    for source, of_world in sources:
         found = zip(STATISTICS, _estimates(fates, contrasts, source), TRUTHS[of_world], strict=True)
         for statistic, estimate, truth in found:
             name = f"{MEASURE}, {statistic}" + (" (null)" if source == "null" else "")

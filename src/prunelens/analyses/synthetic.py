@@ -71,7 +71,7 @@ def _over_pairs(num_seeds: int) -> Draw:
 
 def _over_conditions(generator: np.random.Generator) -> Drawn:
     """Four conditions, one value each."""
-    return mean_over(generator.normal(MEAN, 0.1, 4), "conditions"), MEAN
+    return mean_over(generator.normal(MEAN, 0.1, 4).tolist(), "conditions"), MEAN
 
 
 def _auc(generator: np.random.Generator, *, within: bool, less: bool = False) -> Drawn:

@@ -108,7 +108,7 @@ def drop_estimate(recovery: Recovery, dense: Recovery) -> Estimate:
 
 def columns_of(estimates: dict[str, Estimate]) -> dict[str, float]:
     """As in tables: each value under its name, what else is known of it with a tail."""
-    columns = {}
+    columns: dict[str, float] = {}
     for name, found in estimates.items():
         columns |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
         columns |= {f"{name}_{part}": getattr(found, part) for part in _PARTS}

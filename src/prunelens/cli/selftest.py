@@ -51,9 +51,10 @@ def selftest(
     found = run_selftest(folder, settings=parsed(settings), workers=workers, quiet=quiet or as_json)
     believe = what_to_believe(found.grades, found.nulls)
     if as_json:
-        rows = {"rows": records(found.grades), "nulls": records(found.nulls)}
-        rows |= {"coverage": records(found.coverage), "believe": believe}
-        print_json({"passed": found.passed, "failures": found.failures, **rows})
+        tables = {"rows": found.grades, "nulls": found.nulls, "coverage": found.coverage}
+        told = {name: records(table) for name, table in tables.items()}
+        verdict = {"passed": found.passed, "failures": found.failures}
+        print_json({**verdict, **told, "believe": believe})
     elif not quiet:
         _show(found, believe)
         print(f"The rest of the study: {folder / 'report.html'}")
@@ -103,7 +104,7 @@ def _grades_table(rows: pd.DataFrame, title: str) -> Table:
         table.add_row(
             row_name(row["measure"], row["step"]),
             *(_number(row[column]) for column in NUMBERS.values()),
-            _interval(*(row[name] for name in ("rate_rho", "rate_low", "rate_high")), 2),
+            _interval(row["rate_rho"], row["rate_low"], row["rate_high"], 2),
             _number(row["truth_rho"]),
             row["mark"].replace("; ", "\n") or "-",
             _verdict(row),

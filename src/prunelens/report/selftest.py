@@ -72,8 +72,10 @@ def run_selftest(
     with alone_in(out):
         outcome = run_study(study, out, workers=workers, quiet=quiet)
         tables = write_report(out, redraw=outcome.num_executed > 0)
-    names = ("selftest", "selftest_null", "coverage")
-    return judge(*(_table(tables, name, outcome) for name in names), outcome)
+    grades, nulls, coverage = (
+        _table(tables, name, outcome) for name in ("selftest", "selftest_null", "coverage")
+    )
+    return judge(grades, nulls, coverage, outcome)
 
 
 def selftest_study(settings: Mapping[str, str] | None = None) -> StudyConfig:
