@@ -193,7 +193,7 @@ def test_causal_effects_are_means_over_the_places_where_a_latent_fires(finished,
     means = {}
     for name in ("dense", "pruned"):
         found = {}
-        kl = pd.read_parquet(store.read(run.stages["causal"]) / f"kl_{name}.parquet")
+        kl = pd.read_parquet(store.read(run.stages["causal"]) / f"kl_{name}_{SEED}.parquet")
         for row in kl.itertuples():
             if (row.kind, row.protocol, row.contexts) == ("latent", "isolated", "firing"):
                 found.setdefault(row.latent, []).append(row.kl)

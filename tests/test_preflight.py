@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from conftest import ARCHITECTURES, tiny_language_model
 from prunelens import checkpoint
 from prunelens.analyses import persistence as persistence_module
+from prunelens.analyses.noise import CommonChange
 from prunelens.analyses.survival import Dictionary, control_arms, pruned_arms
 from prunelens.checkpoint import model_shape
 from prunelens.cli.app import app
