@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from prunelens.analyses.claims import CLAIMS
+from prunelens.analyses.grades import DECIDES, NULL_MARK, WITH_RATE
 from prunelens.analyses.grades import MEASURES as GRADED
 from prunelens.config import StudyConfig, study_from_data
 from prunelens.report.tables import COLUMNS
@@ -66,7 +67,7 @@ def synthetic_tables(
             followed = study.conditions()[:1]
             _add_training(rows, run, retention, pruning is None or pruning in followed)
     _add_study(rows, draw)
-    _add_selftest(rows["selftest"], draw)
+    _add_selftest(rows, draw)
     return {
         name: pd.DataFrame(found).reindex(columns=COLUMNS[name])
         for name, found in rows.items()
@@ -154,21 +155,64 @@ def _add_training(rows: dict[str, list[dict]], run: dict, retention: float, foll
     )
 
 
-def _add_selftest(rows: list[dict], draw: np.random.Generator) -> None:
-    """Two planted worlds; one measure misses its mark."""
-    for world, step in itertools.product(("independent", "by_rate"), (NAN, *STEPS)):
+def _add_selftest(rows: dict[str, list[dict]], draw: np.random.Generator) -> None:
+    """Three planted worlds; one measure misses its mark, and so does one interval."""
+    worlds = {"independent": "synthetic", "by_rate": "by_rate", "none": "none"}
+    for world, simulated in worlds.items():
         run = {"run": f"planted/L0/planted-{world}-0.30", "model": "planted", "layer": 0}
         run |= {"method": "planted", "sparsity": 0.3}
-        for measure in GRADED if step != step else ("shared_init",):
-            rho, missed = draw.uniform(-0.3, 0.3), measure == "scaling"
-            grade = {"measure": measure, "step": step, "false_survival": 1 / (1 + step)}
-            if step != step:
-                grade |= {"auc": 0.9 + 0.1 * draw.random(), "precision": 0.9, "recall": 0.8}
-                grade |= {"rate_rho": rho, "rate_low": rho - 0.1, "rate_high": rho + 0.1}
-                grade |= {"share_defined": 0.97, "follows_rate": True}
-                grade |= {"truth_rho": 0.01, "false_survival": 0.02, "mark": "AUC >= 0.95"}
-                grade |= {"passed": not missed, "reason": "misses: AUC >= 0.95" * missed}
-            rows.append(run | grade)
+        for step in (NAN, *STEPS):
+            for measure in GRADED if step != step else ("shared_init",):
+                rows["selftest"].append(run | _grade(world, measure, step, draw))
+        for source in ("pruned", "null") if world == "none" else ("null",):
+            rows["selftest_null"] += [run | row for row in _nothing(source, draw)]
+        rows["coverage"] += [{"run": run["run"]} | row for row in _covered(simulated)]
+
+
+def _grade(world: str, measure: str, step: float, draw: np.random.Generator) -> dict:
+    rho, missed = draw.uniform(-0.3, 0.3), measure == "scaling"
+    grade = {"measure": measure, "step": step, "false_survival": 1 / (1 + step)}
+    if step != step:
+        grade |= {"precision": 0.9, "recall": 0.8, "auc": 0.9 + 0.1 * draw.random()}
+        grade |= {"rate_rho": rho, "rate_low": rho - 0.1, "rate_high": rho + 0.1}
+        grade |= {"share_defined": 0.97, "follows_rate": True}
+        grade |= {"truth_rho": 0.01, "false_survival": 0.02, "mark": "AUC >= 0.95"}
+        grade |= {"passed": not missed, "reason": "misses: AUC >= 0.95" * missed}
+        if world == "none":  # nothing is destroyed
+            grade |= {"auc": NAN, "false_survival": NAN}
+    return grade
+
+
+def _nothing(source: str, draw: np.random.Generator) -> list[dict]:
+    """What is found where nothing is."""
+    found = []
+    for measure, statistics in {**DECIDES, "persistence": (WITH_RATE,)}.items():
+        for statistic in statistics:
+            nothing = float(statistic == "all")
+            value = nothing + draw.uniform(-0.02, 0.02)
+            row = {"measure": measure, "source": source, "statistic": statistic, "value": value}
+            row |= {"low": value - 0.03, "high": value + 0.03, "nothing": nothing}
+            row |= {"says_nothing": True}
+            if measure in DECIDES:
+                row |= {"mark": NULL_MARK, "passed": True, "reason": ""}
+            found.append(row)
+    return found
+
+
+def _covered(world: str) -> list[dict]:
+    """Of two intervals one holds the truth too seldom; a verdict."""
+    sets = {"world": world, "num_sets": 100, "num_undefined": 0}
+    interval = {**sets, "kind": "interval", "truth": 0.0, "mark": "holds the truth in 92% to 98%"}
+    missed = {"measured": 0.8, "low": 0.68, "high": 0.89, "passed": False}
+    missed |= {"reason": f"misses: {interval['mark']}"}
+    verdict = {"kind": "verdict", "name": "claim 1 holds", "measured": 0.02, "low": 0.0}
+    verdict |= {"high": 0.09, "mark": "wrong in at most 5%", "passed": True, "reason": ""}
+    right = {"measured": 0.95, "low": 0.87, "high": 0.99, "passed": True, "reason": ""}
+    return [
+        interval | right | {"name": f"{world}, Q1"},
+        interval | missed | {"name": f"{world}, Q1 - Q5"},
+        sets | verdict,
+    ]
 
 
 def _add_transfer(rows: list[dict], run: dict, damage: float, draw: np.random.Generator) -> None:

@@ -91,16 +91,21 @@ def latents(num_latents=60, seeds=(0, 1), seed=0):
             columns[column] = np.where(generator.random(num_latents) < 0.1, np.nan, columns[column])
         columns["persistence_z"] = np.arctanh(columns["persistence"])
         parts.append(pd.DataFrame(columns))
-    return pd.concat(parts, ignore_index=True)
+    return with_documents(pd.concat(parts, ignore_index=True))
+
+
+def with_documents(fates, num_groups=4):
+    """Correlations without each group of documents: the same, as if documents were all alike."""
+    names = ["persistence", *(f"persistence_noise_{noise}" for noise in NOISES)]
+    alike = {f"{name}_without": [np.full(num_groups, v) for v in fates[name]] for name in names}
+    return fates.assign(**alike)
 
 
 def value_columns():
     """Of `fates`, where measures of latents are read."""
     names = [f"{kind}_{arm}" for arm in ARMS for kind in ("cosine", "subspace")]
     names += [f"activation_correlation_{arm}" for arm in ARMS]
-    noises = [
-        f"{kind}_noise_{noise}" for kind in ("persistence", "persistence_z") for noise in NOISES
-    ]
+    noises = [f"persistence_noise_{noise}{end}" for end in ("", "_z") for noise in NOISES]
     return [*names, *noises, "persistence", "persistence_jaccard", "scaling"]
 
 
@@ -116,12 +121,11 @@ def value_of(row, name):
     if name.startswith("subspace_"):
         return row[name], None, row["firing_rate"]
     if name.startswith("excess_"):
-        noise = row[f"persistence_z_noise_{name.removeprefix('excess_')}"]
+        noise = row[f"persistence_noise_{name.removeprefix('excess_')}_z"]
         return row["persistence_z"] - noise, None, halved
     if name.startswith("relative_"):
         noise = row[f"persistence_noise_{name.removeprefix('relative_')}"]
-        share = row["persistence"] / noise if noise >= 0.1 else math.nan
-        return share if math.isnan(share) else min(max(share, 0.0), 1.0), None, halved
+        return row["persistence"] / noise if noise >= 0.1 else math.nan, None, halved
     return row[name], None, halved
 
 
@@ -309,10 +313,10 @@ def flawless(fates):
     where_it_fires = np.where(fates["fate"] == "rotated", 1.0, truth)
     changed = {"alive": True, "persistence": truth, "persistence_z": truth, "scaling": truth}
     for noise in NOISES:
-        changed |= {f"persistence_noise_{noise}": 1.1, f"persistence_z_noise_{noise}": 0.0}
+        changed |= {f"persistence_noise_{noise}": 1.1, f"persistence_noise_{noise}_z": 0.0}
     changed["activation_correlation_cross_init"] = where_it_fires
     changed["activation_mutual_cross_init"] = 1.0
-    return fates[[name for name in fates if name in FACTS]].assign(**changed)
+    return with_documents(fates[[name for name in fates if name in FACTS]].assign(**changed))
 
 
 def with_rare_ones_destroyed(fates):

@@ -25,6 +25,7 @@ WORLDS = {
     "none": "nothing happened to any feature",
 }
 ZERO = Level("", 0.0, "#7f7f7f")
+ONE = Level("", 1.0, "#7f7f7f")
 
 
 def selftest(tables: Tables, site: Site) -> list[Panel]:
@@ -36,8 +37,9 @@ def selftest(tables: Tables, site: Site) -> list[Panel]:
         _against_rate(f"dependence on firing rate: {label}", part)
         for label, _colour, part in _worlds(grades)
     ]
-    nothing = _nothing(rows_of(tables, "selftest_null", site))
-    return [_separation(grades), *by_rate, nothing, _coverage(tables, site), _feigned(rows)]
+    nulls = rows_of(tables, "selftest_null", site)
+    nothing = [_nothing(nulls, ZERO), _nothing(nulls, ONE)]
+    return [_separation(grades), *by_rate, *nothing, _coverage(tables, site), _feigned(rows)]
 
 
 def world_of(runs: pd.Series) -> pd.Series:
@@ -96,24 +98,26 @@ def _against_rate(title: str, rows: pd.DataFrame) -> Panel:
     )
 
 
-def _nothing(rows: pd.DataFrame) -> Panel:
-    """What measures that decide claims say where nothing is, less what they should say."""
+def _nothing(rows: pd.DataFrame, level: Level) -> Panel:
+    """What measures that decide claims say where nothing is, and should be at this level."""
     points, every = [], []
-    for label, colour, part in _worlds(rows[rows["mark"].notna()] if len(rows) else rows):
+    if len(rows):
+        rows = rows[rows["mark"].fillna("").ne("") & rows["nothing"].eq(level.value)]
+    for label, colour, part in _worlds(rows):
         names = [
             f"{measure_name(row.measure)}, {row.statistic} ({row.source})"
             for row in part.itertuples()
         ]
-        value, low, high = (list(part[name] - part["nothing"]) for name in ("value", "low", "high"))
+        value, low, high = (list(part[name]) for name in ("value", "low", "high"))
         points.append(Points(label, names, value, low, high, colour=colour, line="none"))
         every += names
     return Panel(
         "check",
-        "found where nothing is",
+        f"found where nothing is: should be {level.value:g}",
         "",
-        "value, less what it should be",
+        "value",
         points,
-        (ZERO,),
+        (level,),
         kind="dots",
         categories=list(dict.fromkeys(every)),
         caption="Measures by which claims are decided, with 95 % intervals, where noise stands in"
@@ -123,8 +127,10 @@ def _nothing(rows: pd.DataFrame) -> Panel:
 
 def _coverage(tables: Tables, site: Site) -> Panel:
     """How often simulated intervals hold the truth."""
-    rows = rows_of(tables, "coverage", site)
-    rows = rows[rows["kind"] == "interval"] if len(rows) else rows
+    rows = tables.get("coverage", pd.DataFrame())
+    if len(rows):
+        of_site = rows["run"].str.startswith(f"{site.model}/L{site.layer}/")
+        rows = rows[of_site & (rows["kind"] == "interval")]
     points, every = [], []
     for world, part in rows.groupby("world", sort=False) if len(rows) else ():
         names, share = list(part["name"]), list(part["measured"])
