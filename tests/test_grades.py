@@ -11,11 +11,15 @@ from tests.independent import grades as slow
 from prunelens import planted
 from prunelens.analyses.grades import (
     COLUMNS,
+    DECIDES,
     FOLLOWS_RATE,
     MEASURES,
+    NULL_COLUMNS,
     SEPARATES,
+    WITH_RATE,
     grades,
     latent_truth,
+    null_grades,
     undertrained_grades,
 )
 
@@ -217,8 +221,9 @@ def test_a_random_measure_gets_half():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_measure_of_firing_rate_alone_is_found_out(sign):
     fates = latents()
-    row = graded(alone(fates, sign * fates["firing_rate_first_half"])).loc["scaling"]
-    assert row["rate_rho"] == pytest.approx(sign)
+    off = np.random.default_rng(1).normal(0, 0.003, len(fates))
+    row = graded(alone(fates, sign * (fates["firing_rate_first_half"] + off))).loc["scaling"]
+    assert row["rate_rho"] == pytest.approx(sign, abs=0.05)
     assert min(abs(row["rate_low"]), abs(row["rate_high"])) > 0.9
     assert not row["passed"]
     assert "covers 0" in row["reason"]
@@ -255,7 +260,8 @@ def test_the_truth_of_matching_by_activation_counts_rotated_ones_as_survived():
     rate = np.linspace(0.01, 0.1, len(fate))
     fates = pd.DataFrame({"seed": 0, "latent": range(len(fate)), "fate": fate, "alive": True})
     fates = fates.assign(firing_rate=rate, firing_rate_first_half=rate, init_retention=rate)
-    fates = fates.assign(true_cosine=1.0, true_scale=1.0, scaling=(fate == "kept").astype(float))
+    kept = (fate == "kept").astype(float)
+    fates = fates.assign(true_cosine=1.0, true_scale=1.0, true_share=kept, scaling=kept)
     fates["activation_correlation_cross_init"] = (fate != "removed").astype(float)
     found = graded(fates.assign(activation_mutual_cross_init=1.0))
     assert found.loc["scaling", "truth_rho"] > 0.3
@@ -267,7 +273,7 @@ def test_the_truth_of_matching_by_activation_counts_rotated_ones_as_survived():
 def test_share_defined_is_of_alive_latents_that_are_graded():
     fates = alone(latents(), 0.5)
     fates["alive"] = np.arange(len(fates)) % 4 > 0
-    asked = fates["alive"] & ~fates["fate"].isin(["split", "merged"])
+    asked = fates["alive"] & fates["fate"].isin(["kept", "rescaled", "removed", "rotated"])
     assert graded(fates).loc["scaling", "share_defined"] == 1.0
     fates.loc[fates.index[asked][:7], "scaling"] = np.nan
     fates.loc[fates["fate"] == "split", "scaling"] = np.nan  # neither asked nor missing
@@ -320,13 +326,17 @@ def flawless(fates):
 
 
 def with_rare_ones_destroyed(fates):
-    """The same fates, dealt so that rare latents are destroyed."""
-    order = ["removed", "rotated", "split", "merged", "rescaled", "kept"]
+    """The same fates, dealt so that rare latents are mostly destroyed."""
+    generator = np.random.default_rng(2)
+    order = sorted(AMOUNT, key=AMOUNT.get)
     parts = []
     for _, part in fates.groupby("seed"):
         fate = sorted(part["fate"], key=order.index)
-        part = part.sort_values("firing_rate_first_half", kind="stable")
-        parts.append(part.assign(fate=fate))
+        part = part.assign(
+            lot=part["firing_rate_first_half"] + generator.normal(0, 0.02, len(part))
+        )
+        part = part.sort_values("lot", kind="stable").drop(columns="lot")
+        parts.append(part.assign(fate=fate, true_share=[AMOUNT[name] for name in fate]))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -376,6 +386,7 @@ def test_a_rank_correlation_far_from_the_truth_misses_whatever_its_interval(choi
     if choice == "by_rate":  # a third dealt at random: the truth is no staircase of rates
         mixed = fates.index[::3]
         fates.loc[mixed, "fate"] = np.random.default_rng(0).permutation(fates.loc[mixed, "fate"])
+        fates["true_share"] = fates["fate"].map(AMOUNT)
     near = graded(alone(fates, leaking(fates, 0.0)), choice).loc["scaling"]
     far = graded(alone(fates, leaking(fates, 0.12)), choice).loc["scaling"]
     covers = far["rate_low"] <= 0 <= far["rate_high"]
@@ -414,6 +425,81 @@ def test_a_measure_that_does_not_separate_misses_its_mark(name):
     assert row["auc"] < 0.6
     assert not row["passed"]
     assert row["reason"].startswith("misses: AUC")
+
+
+# ---- where nothing is ----
+
+
+def with_null(fates, *, leak=0.0, level=1.0, num_groups=10):
+    """Correlations on the null that equal those under noise but for chance, or for what leaks in.
+
+    `leak`: of the rank of firing rate; `level`: of what noise leaves, so many times.
+    """
+    generator = np.random.default_rng(4)
+    noise = generator.uniform(0.5, 0.8, len(fates))
+    rank = fates["firing_rate_first_half"].rank(pct=True).to_numpy() - 0.5
+    columns = {}
+    by_document = {"persistence_noise_isotropic": noise, "persistence_noise_shuffled": noise}
+    by_document["persistence_null"] = level * noise + leak * rank
+    by_document["persistence"] = 0.4 * noise + 0.2 * rank  # what pruning did
+    for name, mean in by_document.items():
+        parts = mean[:, None] + generator.normal(0, 0.05, (len(fates), num_groups))
+        columns[name], sums = parts.mean(1), parts.sum(1, keepdims=True)
+        columns[f"{name}_z"] = np.arctanh(columns[name])
+        columns[f"{name}_without"] = list((sums - parts) / (num_groups - 1))
+    draws = noise[:, None] + generator.normal(0, 0.05 / np.sqrt(num_groups), (len(fates), 5))
+    columns["persistence_noise_shuffled_draws"] = list(draws)
+    columns["scaling_null"] = generator.normal(1, 0.1, len(fates)) + leak * rank
+    columns["scaling"] = 0.4 + rank
+    return fates.assign(**columns)
+
+
+def nothing_found(fates, choice="independent"):
+    found = null_grades(fates, choice=choice)
+    assert list(found.columns) == NULL_COLUMNS
+    return found.set_index(["source", "measure", "statistic"])
+
+
+def many(seed=0):
+    return latents(num_latents=200, seed=seed).assign(alive=True)
+
+
+def test_where_nothing_is_nothing_is_found_and_all_that_decides_is_marked():
+    found = nothing_found(with_null(many()))
+    assert set(found.index.get_level_values("source")) == {"null"}  # pruning did something
+    marked = found[found["mark"].notna()]
+    decides = {(name, what) for name, several in DECIDES.items() for what in several}
+    assert {(measure, what) for _, measure, what in marked.index} == decides
+    assert marked["passed"].eq(True).all(), marked
+    assert found.loc[("null", "relative_shuffled", "all"), "nothing"] == 1
+    assert found.loc[("null", "relative_shuffled", WITH_RATE), "nothing"] == 0
+
+
+def test_a_leak_of_firing_rate_is_found_on_the_null():
+    found = nothing_found(with_null(many(), leak=0.3))
+    rows = [("relative_shuffled", "Q1 - Q5"), ("scaling", WITH_RATE), ("beyond_noise", WITH_RATE)]
+    for measure, statistic in rows:
+        row = found.loc[("null", measure, statistic)]
+        assert not row["passed"] and not row["says_nothing"]
+        assert row["reason"].startswith("misses: nothing is found where nothing is")
+    assert found.loc[("null", "relative_shuffled", "Q1 - Q5"), "high"] < 0
+    assert found.loc[("null", "scaling", WITH_RATE), "low"] > 0
+
+
+def test_harm_that_noise_does_not_do_is_found_on_the_null_whatever_the_rate():
+    found = nothing_found(with_null(many(), level=0.9))
+    assert found.loc[("null", "relative_shuffled", "all"), "value"] == pytest.approx(0.9, abs=0.01)
+    assert not found.loc[("null", "relative_shuffled", "all"), "passed"]
+    assert found.loc[("null", "relative_shuffled", "Q1 - Q5"), "passed"]
+
+
+def test_where_nothing_happened_the_pruned_activations_are_asked_as_well():
+    found = nothing_found(with_null(many()), choice="none")
+    assert set(found.index.get_level_values("source")) == {"pruned", "null"}
+    assert not found.loc[("pruned", "relative_shuffled", "all"), "passed"]
+    assert not found.loc[("pruned", "scaling", WITH_RATE), "passed"]
+    null = found.xs("null")
+    assert null.loc[null["mark"].notna(), "passed"].eq(True).all()
 
 
 # ---- SAEs that hardly learnt ----
@@ -475,27 +561,31 @@ def test_a_decoder_of_the_planted_directions_gets_their_truth(worlds, sigma):
     assert list(found["direction"]) == list(range(256)) == list(found["latent"])
     assert list(found["fate"]) == truth.fates
     np.testing.assert_allclose(found["recovered"], 1.0, atol=1e-5)
-    clear = found["fate"].isin(["kept", "rescaled", "rotated"])
+    clear = found["fate"].isin(["kept", "rescaled", "weakened", "turned", "rotated"])
     assert found.loc[~clear, "true_cosine"].isna().all()
     for index in found.index[clear][:40]:
         pair = [(world.directions[index, 0] / sigma).tolist() for world in (before, after)]
         cosine = slow.angle_cosine(*pair)
         assert found.loc[index, "true_cosine"] == pytest.approx(cosine, abs=1e-5)
-        scale = slow.part_along(pair[1], pair[0]) * float(after.scales[index])
+        later = [part * gain for part, gain in zip(pair[1], after.gains.tolist(), strict=True)]
+        scale = slow.part_along(later, pair[0]) * float(after.scales[index])
         assert found.loc[index, "true_scale"] == pytest.approx(scale, abs=1e-5)
     assert (found.loc[found["fate"] == "removed", "true_scale"] == 0).all()
     assert found.loc[found["fate"].isin(["split", "merged"]), "true_scale"].isna().all()
 
 
 def test_in_raw_space_the_planted_angle_is_the_true_cosine(worlds):
-    before, _, truth = worlds
-    found = latent_truth(before.directions[:, 0], torch.ones(64), *worlds)
+    """Without gains, the true scale is its cosine times the direction's own factor."""
+    before, after, truth = worlds
+    after = after._replace(gains=torch.ones(64))
+    found = latent_truth(before.directions[:, 0], torch.ones(64), before, after, truth)
     angles = truth.angles[~truth.angles.isnan()]
     expected = torch.cos(torch.deg2rad(angles)).numpy()
     np.testing.assert_allclose(found["true_cosine"].dropna(), expected, atol=1e-5)
     clear = found["true_cosine"].notna()
-    factors = worlds[1].scales.numpy()[clear]
+    factors = after.scales.numpy()[clear]
     np.testing.assert_allclose(found.loc[clear, "true_scale"], expected * factors, atol=1e-5)
+    np.testing.assert_allclose(found["true_share"], truth.shares, atol=1e-6)
 
 
 def test_the_true_scale_is_what_a_regression_on_the_old_direction_finds(worlds, sigma):
@@ -504,9 +594,10 @@ def test_the_true_scale_is_what_a_regression_on_the_old_direction_finds(worlds, 
     decoder = 3.0 * before.directions[:, 0] / sigma
     found = latent_truth(decoder, sigma, *worlds)
     strength = torch.rand(200, generator=torch.Generator().manual_seed(4)) + 0.1
-    for fate in ("kept", "rescaled", "rotated", "removed"):
+    for fate in ("kept", "rescaled", "weakened", "turned", "rotated", "removed"):
         index = truth.fates.index(fate)
-        rows = strength[:, None] * after.scales[index] * after.directions[index, 0] / sigma
+        rows = strength[:, None] * after.scales[index] * after.directions[index, 0]
+        rows = rows * after.gains / sigma
         latent = strength / 3.0  # times the decoder row, it is the earlier activation
         row = decoder[index]
         projected = (rows @ row) / (row @ row)
