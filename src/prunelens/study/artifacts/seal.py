@@ -11,7 +11,7 @@ from typing import Any
 
 LIBRARIES = (
     *("prunelens", "torch", "transformers", "tokenizers", "numpy", "pandas", "safetensors"),
-    *("scipy", "scikit-learn", "statsmodels", "numba"),
+    *("scipy", "scikit-learn", "numba"),
 )
 SEAL, CLOSE = ',\n "sha256": "', "\n}"
 UNSEALED = {
