@@ -225,7 +225,8 @@ def test_scaling_alone_is_graded_like_the_joint_one(tmp_path):
     rates = np.linspace(0.01, 0.1, num)
     keys = {"seed": 0, "latent": range(num)}
     fates = pd.DataFrame({**keys, "alive": True, "fate": np.where(truth, "kept", "removed")})
-    fates = fates.assign(true_cosine=1.0, true_scale=truth, firing_rate_first_half=rates)
+    fates = fates.assign(true_cosine=1.0, true_scale=truth, true_share=truth)
+    fates = fates.assign(firing_rate_first_half=rates)
     fates = fates.assign(init_retention=rates, scaling=0.0, cosine_shared_init=0.0)
     latents = pd.DataFrame({**keys, "source": "pruned", "alone": truth, "scaling": -truth})
     unpaired = latents.assign(source="unpaired", alone=-0.5, scaling=0.25)

@@ -41,7 +41,7 @@ SECTIONS = {  # block -> the measures of that section of the page
 }
 WORLDS: tuple[Choice, ...] = ("independent", "by_rate")
 GRADED_FROM = (  # columns of the fates that any measure is graded from
-    *("seed", "latent", "alive", "fate", "true_cosine", "true_scale"),
+    *("seed", "latent", "alive", "fate", "true_cosine", "true_scale", "true_share"),
     *("firing_rate_first_half", "init_retention"),
 )
 assert sorted(sum(SECTIONS.values(), ())) == sorted(MEASURES)

@@ -102,7 +102,7 @@ def _nothing(rows: pd.DataFrame, level: Level) -> Panel:
     """What measures that decide claims say where nothing is, and should be at this level."""
     points, every = [], []
     if len(rows):
-        rows = rows[rows["mark"].fillna("").ne("") & rows["nothing"].eq(level.value)]
+        rows = rows[rows["mark"].fillna("").ne("") & rows["nothing"].eq(level.y)]
     for label, colour, part in _worlds(rows):
         names = [
             f"{measure_name(row.measure)}, {row.statistic} ({row.source})"
@@ -113,7 +113,7 @@ def _nothing(rows: pd.DataFrame, level: Level) -> Panel:
         every += names
     return Panel(
         "check",
-        f"found where nothing is: should be {level.value:g}",
+        f"found where nothing is: should be {level.y:g}",
         "",
         "value",
         points,
