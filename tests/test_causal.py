@@ -419,7 +419,7 @@ def test_a_latent_that_holds_much_of_a_mean_is_told():
     members = first.groups["cosine"].query("group == 'robust'")["latent"].tolist()
     kl = first.dense.kl.copy()
     huge = kl["latent"] == members[3]
-    kl.loc[huge, "kl"] *= 15
+    kl.loc[huge, "kl"] *= 100
     table = summary([first._replace(dense=first.dense._replace(kl=kl))])
     own = kl[(kl["kind"] == "latent") & (kl["protocol"] == "isolated")]
     means = own[own["contexts"] == "firing"].groupby("latent")["kl"].mean()

@@ -171,7 +171,7 @@ def _measures(
         "num_documents": num_documents,
         "largest_share": largest,
         "firing_share": firing_share,
-        "reconstruction_share": reconstruction / found.value,
+        "reconstruction_share": reconstruction / found.value if found.value else math.nan,
         "reason": "; ".join(_remarks(found, largest)),
     }
 

@@ -120,7 +120,7 @@ class Moments:
         """Mean of each set."""
         return self.total / self.count
 
-    def around(self, centre: Float[Tensor, ...]) -> Float64[Tensor, "sets d_model"]:
+    def around(self, centre: Float[Tensor, "... d_model"]) -> Float64[Tensor, "sets d_model"]:
         """Sum over tokens of (value - centre)^2; one centre for all sets, or one for each."""
         around = self.squares - 2 * centre * self.total + self.count * centre.double().square()
         return around.clamp_min(0)
