@@ -9,6 +9,7 @@ import torch
 from tests.independent import grades as slow
 
 from prunelens import planted
+from prunelens.analyses import coverage as simulated
 from prunelens.analyses.grades import (
     COLUMNS,
     DECIDES,
@@ -22,6 +23,7 @@ from prunelens.analyses.grades import (
     null_grades,
     undertrained_grades,
 )
+from prunelens.analyses.statistics import Estimate
 
 ARMS = ("shared_init", "shared_start", "cross_init", "warm_start")
 NOISES = ("isotropic", "shuffled")
@@ -500,6 +502,82 @@ def test_where_nothing_happened_the_pruned_activations_are_asked_as_well():
     assert not found.loc[("pruned", "scaling", WITH_RATE), "passed"]
     null = found.xs("null")
     assert null.loc[null["mark"].notna(), "passed"].eq(True).all()
+
+
+# ---- intervals and verdicts by simulation ----
+
+
+def drawn_at(error):
+    """Numbers around 0.7 that scatter by 1, each with an interval that says `error`."""
+
+    def draw(generator):
+        return Estimate(generator.normal(0.7, 1.0), error, math.inf, "nothing"), 0.7
+
+    return draw
+
+
+def test_an_interval_that_is_too_narrow_or_too_wide_is_reported(monkeypatch):
+    kinds = {"right": 1.0, "narrow": 0.5, "wide": 3.0}
+    monkeypatch.setattr(simulated, "SYNTHETIC", {name: drawn_at(e) for name, e in kinds.items()})
+    found = simulated.coverage("synthetic", 400)
+    assert list(found.columns) == simulated.COLUMNS
+    found = found.set_index("name")
+    assert list(found["passed"]) == [True, False, False]
+    assert list(found["measured"]) == pytest.approx([0.95, 0.673, 1.0], abs=0.03)
+    assert found.loc["narrow", "reason"] == "misses: holds the truth in 92% to 98%"
+    again = simulated.coverage("synthetic", 400).set_index("name")
+    pd.testing.assert_frame_equal(found, again)
+
+
+def test_the_share_of_intervals_that_hold_the_truth_is_counted(monkeypatch):
+    """Also without the sets that have none; against counting by hand."""
+    held = [Estimate(value, 1.0, math.inf, "") for value in (0.0, 1.9, -1.9, 2.1, -5.0)]
+    sets = iter([*held, Estimate(0.0, math.nan, math.nan, "")])
+    monkeypatch.setattr(simulated, "SYNTHETIC", {"some": lambda _: (next(sets), 0.0)})
+    row = simulated.coverage("synthetic", 6).iloc[0]
+    assert (row["measured"], row["num_sets"], row["num_undefined"]) == (3 / 5, 6, 1)
+    assert (row["low"], row["high"]) == pytest.approx(slow.share_between(3, 5))
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 7), (7, 7), (3, 40), (190, 200), (1, 1)])
+def test_the_bounds_of_a_share_are_clopper_and_pearson_s(hits, count):
+    found = simulated._share_between(hits, count)
+    assert found == pytest.approx(slow.share_between(hits, count), abs=1e-6)
+
+
+@pytest.fixture
+def one_set(small_set, monkeypatch):
+    """One simulated set, again and again: what is asked here is what becomes of its numbers."""
+    conditions, contrasts = small_set
+    known = {id(fates): contrasts[name] for name, fates in conditions.items()}
+    monkeypatch.setattr(simulated, "fragility_contrasts", lambda fates: known[id(fates)])
+    monkeypatch.setattr(simulated, "simulated_fates", lambda _, some: [conditions] * len(some))
+
+
+@pytest.fixture(scope="module")
+def small_set():
+    fates = next(simulated.simulated_fates("none", [3]))["wanda"]
+    fates = fates.groupby("seed").head(40).reset_index(drop=True)
+    conditions = {"wanda": fates, "magnitude": fates}
+    return conditions, dict.fromkeys(conditions, simulated.fragility_contrasts(fates))
+
+
+@pytest.mark.parametrize(("world", "wrong"), [("none", (1, 2, 6, 8)), ("by_rate", (1, 2, 8))])
+@pytest.mark.usefixtures("one_set")
+def test_a_verdict_that_is_always_reached_is_reported(monkeypatch, world, wrong):
+    monkeypatch.setattr(simulated, "verdicts_of", lambda _: ["holds"])
+    monkeypatch.setattr(simulated, "PREDICTED", 1000)
+    monkeypatch.setitem(simulated.TRUTHS, "by_rate", (5.0,) * 8)
+    found = simulated.coverage(world, 2).set_index("name")
+    verdicts = found[found["kind"] == "verdict"]
+    reached = verdicts.index[verdicts["passed"].eq(False)]
+    assert list(reached) == [f"claim {claim} holds" for claim in wrong]
+    assert (verdicts.loc[reached, "measured"] == 1).all()
+    fails = [name for name in verdicts.index if name.endswith("fails")]
+    assert (verdicts.loc[fails, "measured"] == 0).all()
+    intervals = found[(found["kind"] == "interval") & ~found.index.str.endswith("(null)")]
+    if world == "by_rate":  # far from what was said to be the truth
+        assert (intervals["measured"] == 0).all()
 
 
 # ---- SAEs that hardly learnt ----

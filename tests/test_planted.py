@@ -5,11 +5,14 @@ import re
 from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import spearmanr
 
 from prunelens import planted
+from prunelens.analyses import simulation
+from prunelens.analyses.fragility import fragility_contrasts
 from prunelens.errors import UserError
 from prunelens.planted import dense_world, pruned_world, world_activations
 from prunelens.study.plan import plan_study
@@ -415,3 +418,43 @@ def test_a_split_direction_fires_in_one_half_or_the_other(dense, pruned):
 def test_a_study_of_the_planted_world_refuses_what_means_nothing_there(field, value, message):
     with pytest.raises(UserError, match=re.escape(message)):
         plan_study(read_study("selftest", {field: value}))
+
+
+# ---- small studies of it ----
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    """Two sets without an effect: condition -> fates, set by set."""
+    return list(simulation.simulated_fates("none", [4, 5]))
+
+
+def test_equal_numbers_give_equal_sets_whatever_lies_beside_them(simulated):
+    """But for what shuffles tokens, which is drawn for all sets of a pass together."""
+    drawn = ["seed", "latent", "firing_rate", "firing_rate_first_half", "persistence"]
+    alone, again = (next(simulation.simulated_fates("none", [5])) for _ in range(2))
+    for name in simulation.CONDITIONS:
+        pd.testing.assert_frame_equal(alone[name], again[name])
+        found = alone[name][drawn].reset_index(drop=True)
+        known = simulated[1][name][drawn].reset_index(drop=True)
+        pd.testing.assert_frame_equal(found, known, rtol=1e-3, atol=1e-4)
+    assert not alone["wanda"]["persistence"].equals(simulated[0]["wanda"]["persistence"])
+
+
+def test_a_simulated_set_has_both_seeds_with_most_of_the_directions(simulated):
+    for fates in simulated[0].values():
+        assert list(fates.groupby("seed").size()) == [simulation.NUM_LATENTS] * 2
+        assert (fates["firing_rate"] > 0).mean() > 0.9
+        assert fates["persistence_null"].notna().mean() > 0.9
+
+
+def test_where_nothing_happened_a_simulated_study_finds_no_contrast(simulated):
+    """And where rare directions are destroyed more often it finds that they are."""
+    destroyed = simulation.simulated_fates("by_rate", [4, 5])
+    for sets, expected in ((simulated, 0.0), (destroyed, -0.41)):
+        tables = [fragility_contrasts(fates) for each in sets for fates in each.values()]
+        rows = pd.concat(tables)
+        rows = rows[(rows["measure"] == "relative_shuffled") & (rows["group"] == "Q1 - Q5")]
+        mean = rows.groupby("source")["value"].mean()
+        assert mean["pruned"] == pytest.approx(expected, abs=0.15)
+        assert mean["null"] == pytest.approx(0.0, abs=0.05)

@@ -9,6 +9,7 @@ import pytest
 from prunelens.analyses.grades import AUC_MARK, FOLLOWS_RATE, MEASURES, SEPARATES
 from prunelens.cli import main
 from prunelens.cli.app import app
+from prunelens.cli.selftest import TITLES
 from prunelens.errors import UserError
 from prunelens.report import selftest
 from prunelens.report.selftest import judge, run_selftest, selftest_study, what_to_believe
@@ -25,13 +26,17 @@ SMALL = {
     "sufficiency.checkpoints": "[0.015]",
     "taus": "[0.7]",
 }
-WORLDS = ("independent", "by_rate")
+WORLDS = ("independent", "by_rate", "none")
+CHANGED = ("independent", "by_rate")  # worlds in which features are destroyed
+MARKED = {world: {*SEPARATES, *FOLLOWS_RATE} for world in CHANGED} | {"none": {*FOLLOWS_RATE}}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def undrawn():
-    """Figures and page take as long as half of the study."""
+def small():
+    """Figures and page take as long as half of the study, and so does simulating many sets."""
+    few = {"synthetic": 4_000, "none": 10_000, "by_rate": 10_000}  # eval tokens for one
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prunelens.study.planted_plan.TOKENS_PER_SET", few)
         patch.setattr("prunelens.report.write.write_figures", lambda *_: [])
         patch.setattr("prunelens.report.write.write_page", lambda *_: None)
         yield
@@ -76,16 +81,16 @@ def test_every_run_is_done_from_activations_to_claims(finished, out):
         assert len(pd.read_csv(out / "tables" / f"{name}.csv"))
 
 
-def test_both_worlds_grade_every_measure(finished):
+def test_every_world_grades_every_measure(finished):
     at_end = finished.grades[finished.grades["step"].isna()]
     for world in WORLDS:
         assert set(at_end.loc[at_end["world"] == world, "measure"]) == set(MEASURES)
-    marked = at_end[at_end["mark"] != ""]
-    assert set(marked["measure"]) == {*SEPARATES, *FOLLOWS_RATE}
+        marked = at_end[(at_end["mark"] != "") & (at_end["world"] == world)]
+        assert set(marked["measure"]) == MARKED[world]
     assert (finished.grades["passed"].notna() == (finished.grades["mark"] != "")).all()
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", CHANGED)
 def test_persistence_tells_survived_from_destroyed(row, world):
     found = row[world, "persistence"]
     assert found["auc"] >= AUC_MARK
@@ -93,7 +98,7 @@ def test_persistence_tells_survived_from_destroyed(row, world):
     assert found["num_latents"] > 100
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", CHANGED)
 @pytest.mark.parametrize("name", SEPARATES)
 def test_the_measures_that_carry_conclusions_tell_survived_from_destroyed(row, world, name):
     found = row[world, name]
@@ -142,6 +147,13 @@ def test_a_second_call_does_no_work_and_prints_the_same(finished, out, capsys):
 # ---- how it is told ----
 
 
+def reached(rows):
+    """The same rows, every mark reached."""
+    marked = rows["mark"] != ""
+    passed = rows["passed"].astype(object).where(~marked, True)
+    return rows.assign(passed=passed, reason="")
+
+
 @pytest.fixture
 def told(finished, monkeypatch):
     """The command, on grades of which some were changed."""
@@ -154,22 +166,28 @@ def told(finished, monkeypatch):
             missed = marked & (grades["measure"] == measure) & (grades["world"] == "by_rate")
             assert missed.any()
             grades.loc[missed, ["passed", "reason"]] = [False, reason]
-        judged = judge(grades, finished.outcome)
+        judged = judge(
+            grades, reached(finished.nulls), reached(finished.coverage), finished.outcome
+        )
         monkeypatch.setattr(selftest, "run_selftest", lambda *_, **__: judged)
         return command(out, *options)
 
     return tell
 
 
-def test_all_marks_reached_is_exit_code_0(told, out, capsys):
+def test_all_marks_reached_is_exit_code_0(told, finished, out, capsys):
     assert told(out) == 0
     printed = capsys.readouterr()
     assert "MISSED" not in printed.out
     assert "fined" in printed.out
     assert printed.err == ""
-    for measure in MEASURES:
-        assert printed.out.count(f"  {measure} ") == len(WORLDS), measure
-    assert printed.out.count("passed") == len(WORLDS) * len({*SEPARATES, *FOLLOWS_RATE}) + 1
+    for title in TITLES.values():
+        table = printed.out.split(title)[1].split("Where nothing is")[0].split("Pruning ")[0]
+        assert all(table.count(f"  {measure} ") == 1 for measure in MEASURES)
+    marked = sum(map(len, MARKED.values())) + 1  # and one of SAEs that hardly learnt
+    for rows in (finished.nulls, finished.coverage):
+        marked += (rows["mark"] != "").sum()
+    assert printed.out.count("passed") == marked
     assert "no mark: their numbers say how far to trust them" in printed.out
 
 
@@ -208,36 +226,59 @@ def test_json_holds_every_row_and_the_verdict(told, finished, out, capsys):
 def test_a_failed_run_is_named(finished):
     first, *others = finished.outcome.results
     failed = first._replace(status="failed", reason="the disk is full")
-    judged = judge(finished.grades, finished.outcome._replace(results=[failed, *others]))
+    tables = finished.grades, finished.nulls, finished.coverage
+    judged = judge(*tables, finished.outcome._replace(results=[failed, *others]))
     assert not judged.passed
     assert judged.failures[0] == "planted/L0/dense failed: the disk is full"
     nothing = finished.outcome._replace(results=[failed], failures=("predictor: no rows",))
-    judged = judge(finished.grades.iloc[:0], nothing)
+    judged = judge(*(table.iloc[:0] for table in tables), nothing)
     assert judged.failures == (judged.failures[0], "predictor: no rows")
 
 
 def test_what_was_not_held_against_its_mark_does_not_pass(finished):
-    grades = finished.grades.copy()
-    grades.loc[grades["mark"] != "", "passed"] = True
-    assert judge(grades, finished.outcome).passed
-    without_early = judge(grades[grades["step"].isna()], finished.outcome)
-    assert "sufficiency.checkpoints" in " ".join(without_early.failures)
+    grades, nulls, coverage = map(reached, (finished.grades, finished.nulls, finished.coverage))
+
+    def failures(grades=grades, nulls=nulls, coverage=coverage):
+        return judge(grades, nulls, coverage, finished.outcome).failures
+
+    assert failures() == ()
+    assert "sufficiency.checkpoints" in " ".join(failures(grades[grades["step"].isna()]))
     unmeasured = grades[(grades["measure"] != "scaling") | (grades["world"] == "by_rate")]
-    assert judge(unmeasured, finished.outcome).failures == (
-        "independent: scaling was not measured",
-    )
-    assert not judge(grades.iloc[:0], finished.outcome).passed
+    said = tuple(f"{world}: scaling was not measured" for world in ("independent", "none"))
+    assert failures(unmeasured) == said
+    unasked = nulls[(nulls["measure"] != "beyond_noise") | (nulls["world"] == "none")]
+    asked = "beyond_noise was not asked where nothing is"
+    assert failures(nulls=unasked) == tuple(f"{world}: {asked}" for world in CHANGED)
+    simulated = coverage[coverage["world"] != "by_rate"]
+    assert failures(coverage=simulated) == ("by_rate: no interval was simulated",)
+    assert failures(grades.iloc[:0], nulls.iloc[:0], coverage.iloc[:0])
 
 
-def sentence(**numbers):
-    """On `cross_init` in both worlds, flawless but for what is given by world."""
+def test_what_is_found_where_nothing_is_and_a_wrong_interval_are_named(finished):
+    grades, nulls, coverage = map(reached, (finished.grades, finished.nulls, finished.coverage))
+    marked = nulls.index[nulls["mark"] != ""][0]
+    nulls.loc[marked, ["passed", "reason"]] = [False, "misses: nothing is found"]
+    marked = coverage.index[coverage["kind"] == "interval"][0]
+    coverage.loc[marked, ["measured", "passed"]] = [0.5, False]
+    coverage.loc[marked, "reason"] = "misses: holds the truth"
+    first, second = judge(grades, nulls, coverage, finished.outcome).failures
+    assert "(null)" in first and first.endswith("misses: nothing is found")
+    assert second.endswith("50.0% misses: holds the truth")
+
+
+def sentence(speaks=False, **numbers):
+    """On `cross_init` in every world, flawless but for what is given by world.
+
+    `speaks`: whether it finds something where nothing is.
+    """
     flawless = {"auc": 0.99, "recall": 1.0, "false_survival": 0.0, "bias": 0.0, "truth_rho": 0.0}
     flawless |= {"bias_rotated": 0.0, "rate_rho": 0.05, "follows_rate": True}
     rows = []
     for world in WORLDS:
         row = {"world": world, "measure": "cross_init", "step": float("nan"), "threshold": 0.7}
         rows.append({**row, **flawless, **numbers.get(world, {})})
-    return what_to_believe(pd.DataFrame(rows))["cross_init"]
+    null = {"measure": "cross_init", "says_nothing": not speaks, "passed": float("nan")}
+    return what_to_believe(pd.DataFrame(rows), pd.DataFrame([null]))["cross_init"]
 
 
 def test_what_to_believe_follows_from_the_numbers():
@@ -253,6 +294,9 @@ def test_what_to_believe_follows_from_the_numbers():
     assert "calls 30% of the destroyed" in sentence(by_rate={"false_survival": 0.3})
     assert "misses 40% of the survived" in sentence(independent={"recall": 0.6})
     assert "-0.20 off" in sentence(independent={"bias": -0.2}, by_rate={"bias": -0.2})
+    nothing = sentence(none={"auc": float("nan"), "follows_rate": False, "rate_rho": 0.2})
+    assert nothing.startswith("believe it for which features survive, not for whether rare ones do")
+    assert "finds something where nothing is, and decides no claim" in sentence(speaks=True)
     undefined = sentence(by_rate={"auc": float("nan"), "follows_rate": float("nan")})
     assert undefined.startswith("do not believe it")
 

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from scipy.stats import binomtest
 from tests.independent.statistics import auc, spearman
 
 SURVIVED, DESTROYED = {"kept", "rescaled"}, {"removed", "rotated"}
@@ -59,6 +60,12 @@ def mean_rho(known, number, other=lambda row: row["rate"], *, firing=True):
         if len(set(rates)) > 1 and len(set(numbers)) > 1:
             found.append(spearman(rates, numbers))
     return sum(found) / len(found) if found else math.nan
+
+
+def share_between(hits, count):
+    """Of a share, 99 %: where the exact test does not reject either side."""
+    found = binomtest(hits, count).proportion_ci(0.99, method="exact")
+    return found.low, found.high
 
 
 def nearest_direction(row, directions, sigma):
