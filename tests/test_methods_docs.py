@@ -35,7 +35,7 @@ tool = load_tool()
 
 
 def selftest():
-    """Grades of both worlds; every number is the row's own."""
+    """Grades of all worlds; every number is the row's own."""
     rows, numbers = [], itertools.count(1)
     columns = COLUMNS["selftest"]
     measured = columns[columns.index("share_defined") : columns.index("truth_rho") + 1]
@@ -175,7 +175,7 @@ def test_a_missed_mark_is_said_in_every_place():
     found.grades.loc[row, ["mark", "passed", "reason"]] = ("AUC >= 0.95", True, "")
     found.grades.loc[row.idxmax(), ["passed", "reason"]] = (False, "misses: AUC >= 0.95")
     written = blocks(tool.filled(PAGE, found))
-    assert written["marks"].startswith("3 of 4 graded rows")
+    assert written["marks"].startswith("4 of 5 graded rows")
     assert "`persistence` (planted-independent-0.30) misses: AUC >= 0.95" in written["marks"]
     assert "| **misses: AUC >= 0.95** / reached |" in written["persistence"]
     assert "**misses: AUC >= 0.95**" in written["world_independent"]
