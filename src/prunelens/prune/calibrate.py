@@ -277,7 +277,7 @@ class _Sum(NamedTuple):
     """The tensor itself."""
     version: int | None
     """How often it had been written to; None where torch does not count that."""
-    total: Float32[Tensor, ...]
+    total: Float32[Tensor, "..."]
     """Summed over tokens."""
 
     def is_of(self, inputs: Tensor) -> bool:
