@@ -136,8 +136,8 @@ def _coverage_table(rows: pd.DataFrame) -> Table:
     """How often intervals hold the truth, and verdicts are reached."""
     title = "Simulated: how often do 95 % intervals hold the truth, and are verdicts reached?"
     table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, collapse_padding=True)
-    for name in ("world", "interval or verdict"):
-        table.add_column(name, no_wrap=True)
+    table.add_column("world", no_wrap=True)
+    table.add_column("interval or verdict")  # the longest name takes two lines
     for name in ("truth", "measured", "sets", "of these\nundefined"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("mark", no_wrap=True)
