@@ -24,6 +24,7 @@ KINDS = {  # stage -> the kind of work whose rate it runs at; other stages are m
     "transfer": "language model",
     "causal": "language model",
     "sae": "SAE training",
+    "common_change": "SAE encoding",
     "persistence": "SAE encoding",
     "scaling": "SAE encoding",
     "activation_matching": "SAE encoding",
@@ -175,6 +176,13 @@ def _sae(
     return Work(training_flops(*size, tokens) + encoding_flops(*size, judged), 0, tokens)
 
 
+def _common_change(
+    _config: Mapping[str, Any], _parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
+) -> Work:
+    """Two products of every token's activations with each other, on half the eval split."""
+    return Work(4.0 * (study.corpus.eval_tokens // 2) * shape.d_model**2)
+
+
 def _persistence(
     _config: Mapping[str, Any], parents: Mapping[str, Any], shape: ModelShape, study: StudyConfig
 ) -> Work:
@@ -299,6 +307,7 @@ _COUNTS: dict[str, _Count] = {
     "perplexity": _perplexity,
     "activations": _activations,
     "sae": _sae,
+    "common_change": _common_change,
     "persistence": _persistence,
     "scaling": _scaling,
     "activation_matching": _activation_matching,
