@@ -68,7 +68,7 @@ def test_a_finished_study_keeps_the_contract(finished):
     for name in ("study.yaml", "environment.json", "runs.csv", "latents.parquet"):
         assert (out / name).is_file()
     for name, columns in COLUMNS.items():
-        if name == "selftest":  # of the planted world alone
+        if name in ("selftest", "selftest_null", "coverage"):  # of the planted world alone
             continue
         table = pd.read_csv(out / "tables" / f"{name}.csv")
         assert list(table.columns) == columns
@@ -154,7 +154,7 @@ def test_fates_fragility_and_transfer_say_the_same_as_the_tables_they_come_from(
     assert by_run["dense"] == controls
     arms = {"shared_init", "shared_start", "cross_init"}
     assert by_run["wanda"] == arms | {
-        *("persistence", "excess_isotropic", "excess_shuffled"),
+        *("persistence", "persistence_undone", "excess_isotropic", "excess_shuffled"),
         *("relative_isotropic", "relative_shuffled", "scaling"),
     }
 
@@ -332,9 +332,10 @@ def test_a_new_condition_runs_only_what_is_new(finished, data, tmp_path):
     data["prunings"].append({"criterion": "magnitude", "scope": "row", "sparsities": [0.3]})
     outcome = run_and_report(study_from_data(data), tmp_path / "copy", quiet=True)
     # two activation stores (the dense one was deleted), statistics, masks, perplexity, three SAEs
-    # and a warm one, stability, survival, corrected, persistence, activation matching, scaling,
-    # subspace, sufficiency, transfer, fates, fragility, causal, evidence; the predictor
-    assert outcome.num_executed == 23
+    # and a warm one, stability, survival, corrected, the common change, persistence, activation
+    # matching, scaling, subspace, sufficiency, transfer, fates, fragility, causal, evidence; the
+    # predictor
+    assert outcome.num_executed == 24
     assert len(pd.read_csv(tmp_path / "copy" / "runs.csv")) == 4
 
 
