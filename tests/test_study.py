@@ -544,7 +544,8 @@ def test_dense_normalisation_gives_every_condition_the_dense_statistics(data, tm
     )
     assert (dense == pruned).all()
     tables = {p.stem for p in (tmp_path / "out" / "tables").iterdir()}
-    measured = {"perplexity", "sae_quality", "sae_training", "persistence", "claims", "depth"}
+    measured = {"perplexity", "sae_quality", "sae_training", "common_change", "persistence"}
+    measured |= {"claims", "depth"}
     assert {table for table in tables if not table.startswith("table")} == measured
 
 
