@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from prunelens.analyses.persistence import SOURCES
 from prunelens.paper import published
 from prunelens.report.panels.panel import PRIMARY_TAU, Tables, at_tau, of_first_seed
 from prunelens.report.panels.selftest import world_of
@@ -64,12 +65,12 @@ def _survival(tables: Tables) -> pd.DataFrame:
         unknown = corrected[corrected["corrected"].isna()].drop_duplicates("run")
         made["reason"] = made["run"].map(unknown.set_index("run")["reason"])
     persistence = tables.get("persistence", pd.DataFrame())
-    by_source = dict(iter(persistence.groupby("source"))) if len(persistence) else {}
-    for source, part in by_source.items():
+    for source in SOURCES if len(persistence) else ():
         name = "persistence" if source == "pruned" else source
-        add(name, part, "mean_correlation")
-    for source, tail in (("pruned", ""), ("null", "_null")) if by_source else ():
-        add(f"relative_shuffled{tail}", by_source[source], "relative_shuffled")
+        add(name, persistence[persistence["source"] == source], "mean_correlation")
+    for source, tail in (("pruned", ""), ("null", "_null")) if len(persistence) else ():
+        part = persistence[persistence["source"] == source]
+        add(f"relative_shuffled{tail}", part, "relative_shuffled")
     return made
 
 
