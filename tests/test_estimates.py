@@ -1,5 +1,6 @@
 """Every interval from its formula by another way, and on samples whose truth is known."""
 
+import functools
 import math
 
 import numpy as np
@@ -12,7 +13,6 @@ from prunelens.analyses.statistics import (
     Estimate,
     LatentSample,
     RankSample,
-    crossed,
     difference,
     fisher_z,
     interval_over_windows,
@@ -24,8 +24,11 @@ from prunelens.analyses.statistics import (
     ratio_of_means,
     t_quantile,
 )
+from prunelens.analyses.statistics import crossed as crossed_of_many
+from prunelens.analyses.statistics.estimates import FEWEST_LATENTS
 
 SEEDS, LATENTS, GROUPS = 3, 12, 7
+crossed = functools.partial(crossed_of_many, fewest=2)  # few enough to count by hand
 
 
 # --- one estimate ---------------------------------------------------------------------------------
@@ -297,9 +300,20 @@ def test_without_documents_only_latents_vary():
     assert (every.least, every.most) == (values.mean(1).min(), values.mean(1).max())
 
 
+def test_few_latents_have_a_value_and_no_interval():
+    few = [_sample(cells, np.ones_like(cells)) for cells in _cells(1, latents=13)]
+    enough = [_sample(cells, np.ones_like(cells)) for cells in _cells(1, latents=14)]
+    assert len(few) * 13 < FEWEST_LATENTS <= len(enough) * 14
+    assert math.isfinite(crossed_of_many(enough).error)
+    for samples in (few, [difference(*both) for both in zip(enough, few, strict=True)]):
+        found = crossed_of_many(samples)
+        assert math.isfinite(found.value) and math.isnan(found.low)
+        assert found.resampled == "no interval: 39 latents of all seeds, fewer than 40"
+
+
 def test_latents_that_do_not_fire_without_some_documents_have_no_part_there():
     parts_without = np.array([[0.1, -0.2, np.nan], [0.3, np.nan, -0.1], [0.2, -0.3, 0.2]] * 2)
-    sample = LatentSample(1.0, np.arange(6.0), np.array([0.5, -0.8, 0.3]), parts_without)
+    sample = LatentSample(1.0, np.arange(6.0), np.array([0.5, -0.8, 0.3]), parts_without, 3)
     explained = 0.0
     for column in parts_without.T:
         known = column[~np.isnan(column)]
@@ -441,10 +455,10 @@ def test_a_rank_correlation_is_spearmans(groups):
 @pytest.mark.parametrize("partial", [False, True])
 @pytest.mark.parametrize(("seeds", "groups"), [(1, 0), (1, GROUPS), (2, GROUPS)])
 def test_its_error_is_that_over_latents_and_documents(seeds, groups, partial):
-    made = [_ranked(seed, latents=15, groups=groups) for seed in range(seeds)]
+    made = [_ranked(seed, latents=40, groups=groups) for seed in range(seeds)]
     found = rank_correlation([sample for sample, _ in made], partial=partial)
     statistics = [_rank_statistic(sample, cells, partial) for sample, cells in made]
-    value, documents, latents = slow.crossed(statistics, 15, groups, fisher=True)
+    value, documents, latents = slow.crossed(statistics, 40, groups, fisher=True)
     assert found.value == pytest.approx(value)
     assert found.scale == "fisher"
     assert found.error**2 == pytest.approx(documents + latents, rel=1e-4)

@@ -106,13 +106,6 @@ def permuted(sae, order):
 # ---- noise ----
 
 
-def test_other_token_pairs_every_token_with_another_one():
-    for number in (2, 3, 50):
-        other = other_token(number, torch.Generator().manual_seed(number))
-        assert (other != torch.arange(number)).all()
-        assert (other.sort().values == torch.arange(number)).all()
-
-
 def test_isotropic_noise_has_each_tokens_norm_and_no_direction():
     difference = (
         random(4000, 8, seed=0) * uniform(4000, 1, seed=1) * torch.tensor([9.0] + [1.0] * 7)

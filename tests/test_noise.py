@@ -225,10 +225,15 @@ def test_what_is_particular_to_tokens_is_all_remainder():
 
 
 @pytest.mark.parametrize("number", [2, 3, 10, 1001])
-def test_every_token_gets_another_and_each_is_used_once(number):
-    partner = other_token(number, torch.Generator().manual_seed(0))
-    assert (partner != torch.arange(number)).all()
-    assert partner.unique().numel() == number
+def test_every_token_gets_another_drawn_by_itself(number):
+    generator = torch.Generator().manual_seed(0)
+    partners = torch.stack([other_token(number, generator) for _ in range(200)])
+    assert (partners != torch.arange(number)).all()
+    assert partners.min() == 0
+    assert partners.max() == number - 1
+    used = torch.stack([each.bincount(minlength=number) for each in partners]).double()
+    # Binomial: each of the others draws it with probability 1 / (number - 1).
+    assert used.var(0).mean() == pytest.approx((number - 2) / (number - 1), abs=0.05)
 
 
 def test_isotropic_noise_has_the_norm_of_each_difference_and_no_direction():
@@ -255,7 +260,7 @@ def test_the_null_gives_every_token_the_remainder_of_another(kind):
     distances = np.linalg.norm(found.numpy()[:, None] - own[None], axis=2)
     nearest = distances.argmin(1)
     assert distances.min(1).max() < 1e-4
-    assert sorted(nearest) == list(range(300))  # the same remainders, each once
+    assert len(set(nearest)) > 150  # remainders of many tokens
     assert (nearest != np.arange(300)).all()  # and never a token's own
     torch.testing.assert_close(
         remainders(world.dense, world.pruned, change, tokens).double().numpy(),

@@ -39,7 +39,9 @@ PARTS = {  # of what is made from several groups
     "robust_minus_fragile": ("robust", "fragile"),
     "matched_minus_fragile": ("matched", "fragile"),
 }
-FEWEST_LATENTS = 30  # of all seeds; intervals from fewer are too narrow
+FEWEST_LATENTS = 30  # of all seeds: these intervals are made for tails
+LARGEST_SPREAD = 1.2  # deviation of the log; what latents spread more gets too narrow an interval
+NOTHING = 1e-6  # of the largest; a latent that does not fire does no more
 LARGEST_SHARE = 1 / 3  # of a group's mean in one latent, beyond which the table says so
 _MEMBERS = ("latent", "match", "match_alive")
 _NEEDED = (*_MEMBERS, "firing_rate", "mean_activation")
@@ -149,11 +151,12 @@ def _measures(
     where, parts, models = (protocol, contexts), PARTS.get(group, (group,)), MODELS[ablated_in]
     by_seed = [world.sides(grouping, ablated_in, group, where) for world in worlds]
     measured = [sides for sides in by_seed if all(side.known.any() for side in sides)]
-    found, num_prompts, num_documents = _estimate(measured, prompts)
-    largest = max(
-        _largest_share([world.values(grouping, model, part, where) for world in worlds])
+    groups = [
+        [world.values(grouping, model, part, where) for world in worlds]
         for model, part in itertools.product(models, parts)
-    )
+    ]
+    largest, spread = (max(map(of, groups)) for of in (_largest_share, _log_deviation))
+    found, num_prompts, num_documents = _estimate(measured, prompts, spread)
     firing_share = reconstruction = math.nan
     if len(models) == len(parts) == 1:
         firing_share = _mean([world.firing_share(grouping, *models, group) for world in worlds])
@@ -319,7 +322,9 @@ def _measured(rows: pd.DataFrame, document_groups: Int[np.ndarray, " prompts"]) 
     return _Measured(latents, means, prompts, fires)
 
 
-def _estimate(measured: list[list[_Values]], prompts: _Prompts) -> tuple[Estimate, int, int]:
+def _estimate(
+    measured: list[list[_Values]], prompts: _Prompts, spread: float
+) -> tuple[Estimate, int, int]:
     """The mean over seeds, and in how many prompts and documents every side has a context."""
     if not measured:
         return no_estimate(math.nan, "no latent of the group was measured"), 0, 0
@@ -334,21 +339,15 @@ def _estimate(measured: list[list[_Values]], prompts: _Prompts) -> tuple[Estimat
         samples.append(
             both._replace(without=both.without[kept], parts_without=both.parts_without[kept])
         )
-    value, fewest = _mean([sample.value for sample in samples]), _fewest_latents(measured)
+    value = _mean([sample.value for sample in samples])
     if num_documents < FEWEST_UNITS:
         found = no_estimate(value, f"no interval: {num_documents} documents, fewer than 5")
-    elif fewest < FEWEST_LATENTS:
-        why = f"no interval: {fewest} latents of all seeds, fewer than {FEWEST_LATENTS}"
-        found = no_estimate(value, why)
+    elif spread > LARGEST_SPREAD:
+        why = f"the log of a latent's KL deviates by {spread:.2g}, more than {LARGEST_SPREAD}"
+        found = no_estimate(value, f"no interval: {why}")
     else:
-        found = crossed(samples, heavy_tails=True)
+        found = crossed(samples, heavy_tails=True, fewest=FEWEST_LATENTS)
     return found, num_prompts, num_documents
-
-
-def _fewest_latents(measured: list[list[_Values]]) -> int:
-    """Different latents of all seeds, of the smallest side; 0 where a seed has but one."""
-    counts = np.array([[len(np.unique(s.latents[s.known])) for s in sides] for sides in measured])
-    return int(counts.sum(0).min()) if counts.min() > 1 else 0
 
 
 def _largest_share(by_seed: list[_Values]) -> float:
@@ -360,6 +359,13 @@ def _largest_share(by_seed: list[_Values]) -> float:
             own = np.bincount(values.latents[values.known], kl)
             largest, total = largest + own.max() / len(kl), total + kl.mean()
     return largest / total if total > 0 else math.nan
+
+
+def _log_deviation(by_seed: list[_Values]) -> float:
+    """Deviation of the log of what latents do (those that do anything), mean over seeds."""
+    effects = [values.means[values.known, 0] for values in by_seed]
+    logs = [np.log(kl[kl > NOTHING * kl.max()]) for kl in effects if len(kl)]
+    return float(np.mean([each.std(ddof=1) for each in logs if len(each) > 1] or 0.0))
 
 
 def _remarks(found: Estimate, largest: float) -> list[str]:

@@ -284,7 +284,8 @@ def seeds_as_published(tables: Tables) -> list[Contrast]:
         profiles = profiles.reindex(range(1, 6))
         for a, b in itertools.combinations(profiles.columns, 2):
             rows.append(exact_spearman(profiles[a].to_numpy(), profiles[b].to_numpy()).rho)
-    mean = float(np.nanmean(not_empty(rows, "fewer than two seeds")))
+    defined = [rho for rho in not_empty(rows, "fewer than two seeds") if not math.isnan(rho)]
+    mean = float(np.mean(not_empty(defined, "every quintile survives alike")))
     # Fisher's formula for five groups: seeds that all agree have no spread of their own.
     error = 1 / math.sqrt(len(QUINTILES) - 3)
     found = Estimate(mean, error, math.inf, "five groups, by Fisher's z", scale="fisher")

@@ -270,7 +270,7 @@ def _bias(fates: pd.DataFrame, value: np.ndarray, measure: Measure) -> dict[str,
     off = value - fates[f"true_{measure.truth}"].to_numpy()
     groups = {"bias": planted.SURVIVES, "bias_rotated": ("rotated",)}
     return {
-        name: float(np.nanmean(chosen)) if len(chosen := _of(fates, off, which)) else math.nan
+        name: float(np.mean(chosen)) if len(chosen := _of(fates, off, which)) else math.nan
         for name, which in groups.items()
     }
 

@@ -179,11 +179,13 @@ def remainders(
 
 
 def other_token(num_tokens: int, generator: torch.Generator) -> Int[Tensor, " tokens"]:
-    """For every token a different one, each once: a random single cycle through all of them."""
-    cycle = torch.randperm(num_tokens, generator=generator)
-    partner = torch.empty_like(cycle)
-    partner[cycle] = cycle.roll(-1)
-    return partner
+    """For every token one of the others, each drawn by itself.
+
+    With replacement: if every one were drawn once, what all remainders add up to would be the same
+    in each draw of the noise, and leaving out documents would count a variance that is not there.
+    """
+    ahead = torch.randint(1, max(num_tokens, 2), (num_tokens,), generator=generator)
+    return (torch.arange(num_tokens) + ahead) % num_tokens
 
 
 def isotropic_noise_like(

@@ -25,13 +25,13 @@ from prunelens.sae import kernels
 from prunelens.sae.buffers import Buffers
 from prunelens.sae.kernels import SparseLatents
 
-WIDTH = 24
-NUM_DIRECTIONS = 80
+WIDTH = 32
+NUM_DIRECTIONS = 125
 RATES = (0.008, 0.15)  # a rare latent has some 25 firings to be measured by
-NUM_LATENTS = 64  # of a seed: four in five of the directions
+NUM_LATENTS = 100  # of a seed: four in five of the directions
 OFF_BY = 0.1  # length of what is added to them, which have length 1
 THRESHOLD = -0.5  # encoder bias: half of the mean activation
-K = 4
+K = 6
 HALVES = (6, 12)  # documents that latents are sorted by, and that they are measured on
 SEEDS = (0, 1)
 CONDITIONS = ("wanda", "magnitude")  # prunings of one world, whose fates have nothing in common

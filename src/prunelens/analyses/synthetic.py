@@ -20,12 +20,14 @@ from prunelens.analyses.statistics import (
     RankSample,
     clustered_auc,
     crossed,
+    difference,
     interval_over_windows,
     jackknife_over_seeds,
     mean_over,
     rank_correlation,
     ratio_of_means,
 )
+from prunelens.analyses.verdict import Recovery, drop_estimate, ratio_estimate
 
 Drawn = tuple[Estimate, float]
 Draw = Callable[[np.random.Generator], Drawn]
@@ -33,12 +35,13 @@ MEAN = 0.7  # of what seeds, conditions or latents are drawn around
 GROUPS = 20  # of documents
 LATENTS = 40  # of a quintile
 ALL_LATENTS = 150
-SHARED, OWN = (
-    0.8,
-    0.6,
-)  # of what a latent's rank has of its feature, and of the seed; squares add up
+# Of what a latent's rank has of its feature, and of the seed; squares add up.
+SHARED, OWN = 0.8, 0.6
 CELL = 0.3  # deviation of a latent on a group of documents, beyond what either has by itself
 TEXT = 60  # windows, each of which resembles the one before
+KL_SPREAD = 0.8  # deviation of the log of what ablating a latent does, as measured
+BY_DOCUMENT, BY_LATENT_AND_DOCUMENT, BY_SEED = 0.3, 0.5, 0.2  # and of the log of its parts
+LOSSES = 0.4  # deviation of the log of a document's mean loss
 AUC_APART = 0.7581  # of scores one deviation apart, give or take 0.2: Phi(1 / sqrt(2 + 0.2**2))
 
 
@@ -129,6 +132,50 @@ def _latents_on_documents(
     return draw
 
 
+def _ablations(num_latents: int, ratio: float | None, *, shared: bool) -> Draw:
+    """Lognormal effects of latents that three seeds share, or not; less those of a second group,
+    which are `ratio` times as large."""
+
+    def draw(generator: np.random.Generator) -> Drawn:
+        text = BY_DOCUMENT * generator.normal(size=GROUPS)
+        features = generator.normal(size=(2, num_latents, 1))
+        samples = []
+        for _ in range(3):
+            own = KL_SPREAD * (features if shared else generator.normal(size=features.shape))
+            own = own + BY_SEED * generator.normal(size=features.shape)
+            cells = BY_LATENT_AND_DOCUMENT * generator.normal(size=(2, num_latents, GROUPS))
+            kl = np.exp(own + text + cells)
+            first, second = (
+                _sample(part, np.ones_like(part)) for part in (kl[0], (ratio or 0) * kl[1])
+            )
+            samples.append(difference(first, second) if ratio is not None else first)
+        spreads = (KL_SPREAD, BY_SEED, BY_DOCUMENT, BY_LATENT_AND_DOCUMENT)
+        mean = np.exp(np.square(spreads).sum() / 2)
+        return crossed(samples, heavy_tails=True), float(mean * (1 - (ratio or 0)))
+
+    return draw
+
+
+def _fvu_ratio(generator: np.random.Generator) -> Drawn:
+    """Documents differ in how much there is to explain, and in what either model leaves."""
+    variance = np.exp(generator.normal(0, LOSSES, GROUPS))
+    left = np.exp(generator.normal(-0.02, 0.2, (2, GROUPS)))
+    found = ratio_estimate(MEAN * variance * left[0], variance, variance / 2 * left[1], variance)
+    return found, 2 * MEAN
+
+
+def _ce_drop(generator: np.random.Generator) -> Drawn:
+    """Documents differ in their loss, and in what the ablation and either SAE add to it."""
+    loss = np.exp(generator.normal(0, LOSSES, GROUPS))
+    harm = loss * np.exp(generator.normal(-0.02, 0.2, GROUPS))
+    added = harm * np.exp(generator.normal(-0.02, 0.2, (2, GROUPS)))
+    recoveries = [
+        Recovery(loss, loss + harm, loss + share * part)
+        for share, part in zip((0.1, 0.05), added, strict=True)
+    ]
+    return drop_estimate(*recoveries), 0.05
+
+
 def _sample(
     above: Float[np.ndarray, "latents groups"], below: Float[np.ndarray, "latents groups"]
 ) -> LatentSample:
@@ -157,6 +204,15 @@ SYNTHETIC: dict[str, Draw] = {
     "latents alike, 3 seeds": _latents_on_documents(3, documents=0.05),
     "latents of the same features, 3 seeds": _latents_on_documents(3, shared=0.2),
     "latents of the same features, 5 seeds": _latents_on_documents(5, shared=0.1),
+    "ablations, 10 latents of 3 seeds": _ablations(10, None, shared=False),
+    "ablations, 30 latents of the same features": _ablations(30, None, shared=True),
+    "ablations, 10 latents less as many": _ablations(10, 1.0, shared=False),
+    "ablations, 10 latents less as many of a fifth": _ablations(10, 0.2, shared=False),
+    "ablations, 30 latents less as many of a fifth, same features": _ablations(
+        30, 0.2, shared=True
+    ),
+    "FVU over the dense one": _fvu_ratio,
+    "drop of cross-entropy recovered": _ce_drop,
     "latents of other features, 3 seeds": _latents_on_documents(3, own=0.2),
     "latents partly the same, 3 seeds": _latents_on_documents(
         3, shared=0.15, own=0.15, documents=0.05

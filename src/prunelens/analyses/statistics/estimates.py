@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 Scale = Literal["plain", "fisher", "logit"]
 FEWEST_UNITS = 5  # documents, prompts, windows; left out in turn, fewer say too little
+FEWEST_LATENTS = 40  # of a group, over all seeds; the intervals of fewer are too narrow
 ROUNDING = 1e-12  # numbers that differ by less do not differ
 
 
@@ -87,6 +88,8 @@ class LatentSample(NamedTuple):
     the variance over latents (linearised)."""
     parts_without: Float[np.ndarray, "groups latents"]
     """The same without each group of documents; NaN where the latent does not fire there."""
+    fewest: int
+    """Latents, of the smaller group where the statistic compares two."""
 
 
 def no_estimate(value: float, why: str) -> Estimate:
@@ -153,7 +156,7 @@ def ratio_of_means(
         totals = np.nansum(b_without, axis=1, keepdims=True)
         ratios = np.nansum(a_without, axis=1, keepdims=True) / totals
         parts, parts_without = (a - ratio * b) / b.sum(), (a_without - ratios * b_without) / totals
-    return LatentSample(ratio, ratios[:, 0], parts, parts_without)
+    return LatentSample(ratio, ratios[:, 0], parts, parts_without, len(parts))
 
 
 def difference(first: LatentSample, second: LatentSample) -> LatentSample:
@@ -163,6 +166,7 @@ def difference(first: LatentSample, second: LatentSample) -> LatentSample:
         first.without - second.without,
         np.concatenate([first.parts, -second.parts]),
         np.concatenate([first.parts_without, -second.parts_without], axis=1),
+        min(first.fewest, second.fewest),
     )
 
 
@@ -172,6 +176,7 @@ def crossed(
     units: str = "documents",
     scale: Scale = "plain",
     heavy_tails: bool = False,
+    fewest: int = FEWEST_LATENTS,
 ) -> Estimate:
     """The mean over seeds of a statistic of latents, measured on documents: both are a sample.
 
@@ -182,7 +187,7 @@ def crossed(
     by more than documents explain. Of few seeds that difference is uncertain; where it comes out
     below 0 it stands (up to twice the variance), for cutting it at 0 would leave the errors of one
     sign and make the interval too narrow. A statistic without documents (samples without groups)
-    has its latents alone.
+    has its latents alone. With fewer latents than `fewest` over all seeds there is no interval.
 
     With `heavy_tails` (a few latents may hold most of a plain mean) the degrees of freedom follow
     the kurtosis of the parts, and the interval their skewness (Hall 1992): what a sample misses
@@ -190,6 +195,9 @@ def crossed(
     """
     count, groups = len(samples), len(samples[0].without)
     values = np.array([sample.value for sample in samples])
+    if (latents := sum(sample.fewest for sample in samples)) < fewest:
+        why = f"no interval: {latents} latents of all seeds, fewer than {fewest}"
+        return no_estimate(float(values.mean()), why)
     beyond = float(np.mean([_beyond_documents(sample) for sample in samples]))
     each = np.stack([sample.without for sample in samples])
     between = _between_beyond_documents(values, each) if count > 1 else 0.0

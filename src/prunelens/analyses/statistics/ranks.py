@@ -82,7 +82,7 @@ def rank_correlation(samples: Sequence[RankSample], *, partial: bool = False) ->
         without = [_without(sample, y, partial) for y in sample.y_without.T]
         lefts = np.array([left for left, _ in without])
         rest = np.array([part for _, part in without]).reshape(len(without), len(parts))
-        found.append(LatentSample(value, lefts, parts, rest))
+        found.append(LatentSample(value, lefts, parts, rest, len(parts)))
     if not found or not all(np.isfinite(sample.value) for sample in found):
         return no_estimate(np.nan, "firing rate or value never varies, or too few latents")
     return crossed(found, scale="fisher")
