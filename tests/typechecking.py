@@ -35,8 +35,8 @@ def _decorator(*, typechecker: Callable) -> Callable:
 def _checked(function: Callable, *, by_jaxtyping: Callable) -> Callable:
     if inspect.isclass(function) or inspect.isgeneratorfunction(function):
         return by_jaxtyping(function)
-    if "<locals>" in function.__qualname__:  # beartype would keep alive what it closes over
-        return by_jaxtyping(function)
+    if "<locals>" in function.__qualname__:  # beartype would keep alive what it closes over, and
+        return function  # compile anew at every outer call; mypy has looked at it
     checks = None if _unknown(function) else typechecker(function)
     if checks is function:
         return function
