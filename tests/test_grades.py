@@ -131,7 +131,7 @@ def value_of(row, name):
         return row["persistence_z"] - noise, None, halved
     if name.startswith("relative_"):
         noise = row[f"persistence_noise_{name.removeprefix('relative_')}"]
-        return row["persistence"] / noise if noise >= 0.1 else math.nan, None, halved
+        return row["persistence"] / noise if noise >= 0.3 else math.nan, None, halved
     return row[name], None, halved
 
 
@@ -557,7 +557,6 @@ def one_set(small_set, monkeypatch):
 @pytest.fixture(scope="module")
 def small_set():
     fates = next(simulated.simulated_fates("none", [3]))["wanda"]
-    fates = fates.groupby("seed").head(40).reset_index(drop=True)
     conditions = {"wanda": fates, "magnitude": fates}
     return conditions, dict.fromkeys(conditions, simulated.fragility_contrasts(fates))
 

@@ -40,10 +40,10 @@ def disturbed(x, y, change, groups, *, change_seed, seed):
 
 
 def partner_of(num_tokens, generator):
-    """The next in a random order, which closes to a circle."""
-    order = torch.randperm(num_tokens, generator=generator).tolist()
-    following = dict(zip(order, order[1:] + order[:1], strict=True))
-    return [following[token] for token in range(num_tokens)]
+    """So many tokens further on, from the start again after the last."""
+    ahead = torch.randint(1, num_tokens, (num_tokens,), generator=generator).tolist()
+    every = list(range(num_tokens))
+    return [(every[token:] + every)[steps] for token, steps in enumerate(ahead)]
 
 
 def without(before, after, groups):

@@ -21,6 +21,7 @@ from torch import Tensor
 from prunelens import planted
 from prunelens.analyses.fragility import fragility_contrasts
 from prunelens.analyses.measures import FIRST_HALF, LatentMeasure, latent_measures
+from prunelens.analyses.persistence import relative_to_noise
 from prunelens.analyses.statistics import Estimate, RankSample, rank_correlation
 from prunelens.match import unit_rows
 
@@ -218,7 +219,9 @@ def null_grades(fates: pd.DataFrame, *, choice: planted.Choice) -> pd.DataFrame:
 def correlation_with_rate(fates: pd.DataFrame, measure: LatentMeasure) -> Estimate:
     """Rank correlation of a measure with firing rate, over latents and documents."""
     rate, means = fates[measure.rate].to_numpy(dtype=float), measure.means
-    without = None if means is None else means.above_without / means.below_without
+    without = None
+    if means is not None:
+        without = relative_to_noise(means.above_without, means.below_without)
     known = np.where(rate > 0, measure.value, np.nan)
     return rank_correlation(_samples(fates, rate, measure.value, known, without))
 

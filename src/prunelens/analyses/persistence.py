@@ -42,7 +42,9 @@ SOURCES = tuple(DRAWS)
 JUDGED = ("pruned", "null")  # what is held against the noise controls
 NOISES = ("isotropic", "shuffled")
 FEWEST_FIRINGS = 10  # dense firings below which a correlation says nothing
-SMALLEST_LEFT = 0.1  # correlation under noise below which nothing can be said relative to it
+SMALLEST_LEFT = (
+    0.3  # correlation under noise; what is less is no more than its own error after ten firings
+)
 BATCH_TOKENS = 2048
 
 

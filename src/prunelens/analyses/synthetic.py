@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from prunelens.analyses.causal_groups import FEWEST_LATENTS
 from prunelens.analyses.statistics import (
     Estimate,
     LatentSample,
@@ -151,7 +152,8 @@ def _ablations(num_latents: int, ratio: float | None, *, shared: bool) -> Draw:
             samples.append(difference(first, second) if ratio is not None else first)
         spreads = (KL_SPREAD, BY_SEED, BY_DOCUMENT, BY_LATENT_AND_DOCUMENT)
         mean = np.exp(np.square(spreads).sum() / 2)
-        return crossed(samples, heavy_tails=True), float(mean * (1 - (ratio or 0)))
+        found = crossed(samples, heavy_tails=True, fewest=FEWEST_LATENTS)
+        return found, float(mean * (1 - (ratio or 0)))
 
     return draw
 

@@ -12,7 +12,7 @@ from prunelens.study.artifacts.store import Stage
 from prunelens.study.model_plan import ModelPlan
 
 SIMULATED = {"independent": "synthetic", "none": "none", "by_rate": "by_rate"}  # by scope
-TOKENS_PER_SET = {"synthetic": 200, "none": 2500, "by_rate": 2500}  # of eval: 500 and 40 sets
+TOKENS_PER_SET = {"synthetic": 100, "none": 1000, "by_rate": 1000}  # of eval: 1,000 and 100 sets
 
 
 class PlantedPlan(ModelPlan):
