@@ -17,7 +17,7 @@ from tiny_study import tiny_study, write_text
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Only where pytest is told of this folder: `pytest tests/faults --moments 50`."""
     group = parser.getgroup("faults")
-    group.addoption("--moments", type=int, default=10, help="kills of a study; default: 10")
+    group.addoption("--moments", type=int, default=6, help="kills of a study; default: 6")
     group.addoption("--flips", type=int, default=3, help="single flipped bits; default: 3")
     group.addoption("--fault-seed", type=int, default=0, help="draws moments and bits")
 
