@@ -19,7 +19,7 @@ PRUNINGS = (
     pl.PruningConfig(criterion="wanda", scope="row", sparsity=0.3),
     pl.PruningConfig(criterion="magnitude", scope="global", sparsity=0.5),
 )
-TEXT = pl.CorpusConfig(train_tokens=40_000, eval_tokens=12_000, calibration_tokens=10_000)
+TEXT = pl.CorpusConfig(train_tokens=40_960, eval_tokens=10_240, calibration_tokens=10_240)
 SIZES = pl.TransferConfig(ce_tokens=2_048, refit_tokens=5_120)  # small; without it, the defaults
 
 
@@ -40,7 +40,7 @@ def stand_in(folder: pathlib.Path) -> pathlib.Path:
         "models": [{"name": MODEL, "layers": [LAYER]}],
         "questions": ["persistence"],  # nothing is pruned: the dense SAE is all that is made
         "corpus": TEXT.model_dump(),
-        "sae": {"expansion": 4, "k": 8, "steps": 120, "batch_tokens": 512, "learning_rate": 4e-3,
+        "sae": {"expansion": 4, "k": 8, "steps": 150, "batch_tokens": 512, "learning_rate": 4e-3,
                 "seeds": [0]},
         "perplexity": {"context_tokens": [256], "max_tokens": 5_000},
         "threads_per_stage": 1,

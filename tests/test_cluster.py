@@ -78,7 +78,7 @@ def bucket():
 
 @pytest.fixture(scope="module")
 def nodes(bucket):
-    """A cluster of a head that computes nothing and three nodes that do; one counts a GPU."""
+    """A cluster of a head that computes nothing and two nodes that do; one counts a GPU."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -86,7 +86,7 @@ def nodes(bucket):
     head["ray_client_server_port"] = CLIENT_PORT
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        for gpus in (0, 0, 1):
+        for gpus in (0, 1):
             cluster.add_node(**WORKER, **HERE, num_gpus=gpus)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield cluster
@@ -105,6 +105,16 @@ def tables_of(out):
     plan, store = open_study(out)
     write_paper_tables(write_tables(study_results(plan, store), out), plan.study, out)
     return results_of(out)
+
+
+def begun(local, out, *kinds):
+    """The study of one process, in which artifacts of these kinds and all results are missing."""
+    shutil.copytree(local, out)
+    for part in ("tables", *(f"artifacts/{kind}" for kind in kinds)):
+        shutil.rmtree(out / part)
+    for name in ("latents.parquet", "runs.csv"):
+        (out / name).unlink()
+    return out
 
 
 def tasks_of(node):
@@ -192,9 +202,10 @@ def in_a_fresh_process(order, given):
 
 
 def test_a_study_that_loses_a_node_ends_with_the_tables_of_one_process(
-    data, expected, nodes, tmp_path
+    data, local, expected, nodes, tmp_path
 ):
     """The node that is killed is training an SAE."""
+    begun(local, tmp_path / "out", "sae", "prune", "survival", "persistence")
     lost = []
 
     def kill_a_node_that_trains() -> None:
@@ -213,7 +224,7 @@ def test_a_study_that_loses_a_node_ends_with_the_tables_of_one_process(
     assert {result.status for result in outcome.results} == {"done"}
     assert differences(expected, tables_of(tmp_path / "out")) == []
     assert run(data, tmp_path / "out").num_executed == 0
-    nodes.add_node(**WORKER, **HERE)
+    nodes.add_node(**WORKER, **HERE, num_gpus=lost[0]._ray_params.num_gpus)
 
 
 def test_artifacts_in_an_object_store_give_the_same_tables(data, expected, nodes, bucket, tmp_path):
@@ -286,10 +297,10 @@ def test_nodes_with_other_code_are_refused(data, nodes, tmp_path, monkeypatch):
 
 @pytest.mark.timeout(600)
 def test_a_ray_of_this_machine_is_closed_to_others_ends_at_once_and_leaves_nothing(
-    data, expected, nodes, tmp_path
+    data, local, expected, nodes, tmp_path
 ):
     """Ctrl-C in the middle; then the cluster, reached from outside, finishes what was begun."""
-    study, out = tmp_path / "study.json", tmp_path / "out"
+    study, out = tmp_path / "study.json", begun(local, tmp_path / "out", "sae", "persistence")
     study.write_text(json.dumps(data))
     command = [*PRUNELENS, "run", str(study), "--out", str(out), "--executor", "ray"]
     command += ["--device", "cpu"]

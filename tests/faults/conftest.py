@@ -35,6 +35,15 @@ class Finished(NamedTuple):
         """The same somewhere else, to be damaged."""
         return pathlib.Path(shutil.copytree(self.folder, folder))
 
+    def copy_without(self, folder: pathlib.Path, *kinds: str) -> pathlib.Path:
+        """The same, but that artifacts of some kinds are still to be made, and all results."""
+        copy = self.copy(folder)
+        for part in ("tables", *(f"artifacts/{kind}" for kind in kinds)):
+            shutil.rmtree(copy / part)
+        for name in ("latents.parquet", "runs.csv"):
+            (copy / name).unlink()
+        return copy
+
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
