@@ -40,7 +40,12 @@ os.environ["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "150"
 WORKER = {"num_cpus": 1, "memory": 8e9, "object_store_memory": 80_000_000}
 CLIENT_PORT = 20000 + os.getpid() % 10000  # no two test processes share one
 HERE = {"node_ip_address": "127.0.0.1"}
-PRUNELENS = [sys.executable, "-c", "from prunelens.cli import main; main()"]
+UNDRAWN = """
+from prunelens.cli import main
+from prunelens.report import write
+write.write_figures = write.write_page = lambda *_: None  # which would take longer than the study
+main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +307,17 @@ def test_a_ray_of_this_machine_is_closed_to_others_ends_at_once_and_leaves_nothi
     """Ctrl-C in the middle; then the cluster, reached from outside, finishes what was begun."""
     study, out = tmp_path / "study.json", begun(local, tmp_path / "out", "sae", "persistence")
     study.write_text(json.dumps(data))
-    command = [*PRUNELENS, "run", str(study), "--out", str(out), "--executor", "ray"]
+    command = [
+        sys.executable,
+        "-c",
+        UNDRAWN,
+        "run",
+        str(study),
+        "--out",
+        str(out),
+        "--executor",
+        "ray",
+    ]
     command += ["--device", "cpu"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:

@@ -1,4 +1,4 @@
-"""Study files: 250 generated ones, and YAML made to fill the memory."""
+"""Study files: 500 generated ones, and YAML made to fill the memory."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def as_yaml(data: Any) -> str:
     return json.dumps(data)
 
 
-# --- 250 of them ----------------------------------------------------------------------------------
+# --- 500 of them ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -183,14 +183,14 @@ def command_line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]
 
 
 @settings(
-    max_examples=250,
+    max_examples=500,
     derandomize=True,
     database=None,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 @given(text=st.one_of(broken_studies(), broken_studies(), broken_texts(), st.text(max_size=200)))
-def test_250_study_files_end_in_a_plan_or_in_one_line(
+def test_500_study_files_end_in_a_plan_or_in_one_line(
     text: str,
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
@@ -244,7 +244,7 @@ def test_studies_that_are_valid_pass_the_whole_preflight_or_end_in_one_line(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     reached = 0
 
-    @settings(max_examples=500, derandomize=True, database=None, deadline=None)
+    @settings(max_examples=1000, derandomize=True, database=None, deadline=None)
     @given(odd_studies())
     def check(data: Any) -> None:
         nonlocal reached
