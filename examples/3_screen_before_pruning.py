@@ -29,7 +29,7 @@ def main() -> None:
         "prunings": [{"criterion": "wanda", "scope": "row", "sparsities": SPARSITIES}],
         "questions": ["survival", "persistence", "predictor", "evidence"],
         "corpus": {"train_tokens": 40_000, "eval_tokens": 12_000, "calibration_tokens": 10_000},
-        "sae": {"expansion": 4, "k": 8, "steps": 100, "batch_tokens": 512, "learning_rate": 4e-3,
+        "sae": {"expansion": 4, "k": 8, "steps": 120, "batch_tokens": 512, "learning_rate": 4e-3,
                 "seeds": [SEED, 1]},
         "perplexity": {"context_tokens": [256], "max_tokens": 5_000},
         "taus": [0.7],

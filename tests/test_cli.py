@@ -125,7 +125,12 @@ def test_match_prints_the_rates_of_two_saes(tmp_path, prunelens):
     assert "one-way" in prunelens("match", tmp_path / "a", tmp_path / "c").stdout
 
 
-def test_transfer_and_predict_print_what_python_gives(checkpoint_folder, text, tmp_path):
+def test_transfer_and_predict_print_what_python_gives(
+    checkpoint_folder, text, tmp_path, monkeypatch, prunelens
+):
+    """Figures and page, which neither reads, take longer than the study: not drawn."""
+    monkeypatch.setattr("prunelens.report.write.write_figures", lambda *_: [])
+    monkeypatch.setattr("prunelens.report.write.write_page", lambda *_: None)
     settings = {
         "corpus.source": "files", "corpus.paths": f"[{text}]", "corpus.document": "line",
         "corpus.context_tokens": 16, "corpus.train_tokens": 1600, "corpus.eval_tokens": 800,
@@ -140,11 +145,9 @@ def test_transfer_and_predict_print_what_python_gives(checkpoint_folder, text, t
         "questions: [survival, persistence, predictor]\nthreads_per_stage: 1\n"
     )
     given = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    run = in_a_process("run", study, "--out", tmp_path / "s", "--quiet", "--workers", "1", *given)
+    run = prunelens("run", study, "--out", tmp_path / "s", "--quiet", "--workers", "1", *given)
     assert run.returncode == 0, run.stderr
-    told = in_a_process(
-        "predict", tmp_path / "s", "--sparsity", "0.5", "--latents", "3,5", "--json"
-    )
+    told = prunelens("predict", tmp_path / "s", "--sparsity", "0.5", "--latents", "3,5", "--json")
     assert {row["latent"] for row in json.loads(told.stdout)} == {3, 5}
     training = pd.read_csv(tmp_path / "s" / "tables" / "sae_training.csv")
     sae = tmp_path / "s" / training["folder"].iloc[0]

@@ -40,7 +40,12 @@ os.environ["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "150"
 WORKER = {"num_cpus": 1, "memory": 8e9, "object_store_memory": 80_000_000}
 CLIENT_PORT = 20000 + os.getpid() % 10000  # no two test processes share one
 HERE = {"node_ip_address": "127.0.0.1"}
-PRUNELENS = [sys.executable, "-c", "from prunelens.cli import main; main()"]
+UNDRAWN = """
+from prunelens.cli import main
+from prunelens.report import write
+write.write_figures = write.write_page = lambda *_: None  # which would take longer than the study
+main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +83,7 @@ def bucket():
 
 @pytest.fixture(scope="module")
 def nodes(bucket):
-    """A cluster of a head that computes nothing and three nodes that do; one counts a GPU."""
+    """A cluster of a head that computes nothing and two nodes that do; one counts a GPU."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -86,7 +91,7 @@ def nodes(bucket):
     head["ray_client_server_port"] = CLIENT_PORT
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        for gpus in (0, 0, 1):
+        for gpus in (0, 1):
             cluster.add_node(**WORKER, **HERE, num_gpus=gpus)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         yield cluster
@@ -105,6 +110,16 @@ def tables_of(out):
     plan, store = open_study(out)
     write_paper_tables(write_tables(study_results(plan, store), out), plan.study, out)
     return results_of(out)
+
+
+def begun(local, out, *kinds):
+    """The study of one process, in which artifacts of these kinds and all results are missing."""
+    shutil.copytree(local, out)
+    for part in ("tables", *(f"artifacts/{kind}" for kind in kinds)):
+        shutil.rmtree(out / part)
+    for name in ("latents.parquet", "runs.csv"):
+        (out / name).unlink()
+    return out
 
 
 def tasks_of(node):
@@ -192,9 +207,10 @@ def in_a_fresh_process(order, given):
 
 
 def test_a_study_that_loses_a_node_ends_with_the_tables_of_one_process(
-    data, expected, nodes, tmp_path
+    data, local, expected, nodes, tmp_path
 ):
     """The node that is killed is training an SAE."""
+    begun(local, tmp_path / "out", "sae", "prune", "survival", "persistence")
     lost = []
 
     def kill_a_node_that_trains() -> None:
@@ -213,7 +229,7 @@ def test_a_study_that_loses_a_node_ends_with_the_tables_of_one_process(
     assert {result.status for result in outcome.results} == {"done"}
     assert differences(expected, tables_of(tmp_path / "out")) == []
     assert run(data, tmp_path / "out").num_executed == 0
-    nodes.add_node(**WORKER, **HERE)
+    nodes.add_node(**WORKER, **HERE, num_gpus=lost[0]._ray_params.num_gpus)
 
 
 def test_artifacts_in_an_object_store_give_the_same_tables(data, expected, nodes, bucket, tmp_path):
@@ -286,12 +302,22 @@ def test_nodes_with_other_code_are_refused(data, nodes, tmp_path, monkeypatch):
 
 @pytest.mark.timeout(600)
 def test_a_ray_of_this_machine_is_closed_to_others_ends_at_once_and_leaves_nothing(
-    data, expected, nodes, tmp_path
+    data, local, expected, nodes, tmp_path
 ):
     """Ctrl-C in the middle; then the cluster, reached from outside, finishes what was begun."""
-    study, out = tmp_path / "study.json", tmp_path / "out"
+    study, out = tmp_path / "study.json", begun(local, tmp_path / "out", "sae", "persistence")
     study.write_text(json.dumps(data))
-    command = [*PRUNELENS, "run", str(study), "--out", str(out), "--executor", "ray"]
+    command = [
+        sys.executable,
+        "-c",
+        UNDRAWN,
+        "run",
+        str(study),
+        "--out",
+        str(out),
+        "--executor",
+        "ray",
+    ]
     command += ["--device", "cpu"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:

@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import runpy
+import shutil
 import sys
 
 import nbformat
@@ -42,18 +43,27 @@ CUTS |= {
 """
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The artifacts of the examples that have run: several ask for the same dense SAEs."""
+    return tmp_path_factory.mktemp("made")
+
+
 @pytest.fixture
-def run_example(monkeypatch, tmp_path, capsys):
-    """Runs an example in an empty folder; returns what it printed.
+def run_example(monkeypatch, tmp_path, capsys, made):
+    """Runs an example in a folder with nothing but such artifacts; returns what it printed.
 
     Figures and page, which no example reads, take longer than some of the studies: not drawn.
     """
 
-    def run(name):
+    def run(name, study):
         monkeypatch.chdir(tmp_path)
+        artifacts = tmp_path / study / "artifacts"
+        shutil.copytree(made, artifacts)
         monkeypatch.setattr("prunelens.report.write.write_figures", lambda *_: [])
         monkeypatch.setattr("prunelens.report.write.write_page", lambda *_: None)
         runpy.run_path(str(FOLDER / name), run_name="__main__")
+        shutil.copytree(artifacts, made, dirs_exist_ok=True)
         printed = capsys.readouterr().out
         assert not re.search(r"\b(nan|inf|None)\b", printed), printed
         return printed
@@ -68,7 +78,7 @@ def numbers_after(printed, words):
 
 
 def test_1_survival_lies_between_its_controls(run_example):
-    printed = run_example("1_which_features_survive.py")
+    printed = run_example("1_which_features_survive.py", "runs/example_1")
     (survival,) = numbers_after(printed, "survival, as published (both SAEs share a start):")
     (ceiling,) = numbers_after(printed, "the same start, nothing pruned:")
     (floor,) = numbers_after(printed, "the same start, no feature in common:")
@@ -82,7 +92,7 @@ def test_1_survival_lies_between_its_controls(run_example):
 
 
 def test_2_a_mild_pruning_keeps_the_sae_and_a_ruinous_one_does_not(run_example):
-    printed = run_example("2_may_i_keep_my_sae.py")
+    printed = run_example("2_may_i_keep_my_sae.py", "runs/example_2/study")
     verdicts = dict(re.findall(r"^(\S+): (keep|refit|retrain)$", printed, re.MULTILINE))
     assert list(verdicts) == ["wanda-row-0.30", "magnitude-global-0.50"]
     assert verdicts["magnitude-global-0.50"] == "retrain"
@@ -94,7 +104,7 @@ def test_2_a_mild_pruning_keeps_the_sae_and_a_ruinous_one_does_not(run_example):
 
 
 def test_3_more_pruning_keeps_fewer_latents(run_example):
-    printed = run_example("3_screen_before_pruning.py")
+    printed = run_example("3_screen_before_pruning.py", "runs/example_3")
     sparsities = ("0.2", "0.4", "0.5", "0.6")
     rows = {sparsity: numbers_after(printed, sparsity) for sparsity in sparsities}
     predicted = [row[0] for row in rows.values()]
@@ -107,7 +117,7 @@ def test_3_more_pruning_keeps_fewer_latents(run_example):
 
 
 def test_4_the_saved_checkpoint_has_the_sparsity_of_its_name(run_example, tmp_path):
-    printed = run_example("4_my_own_checkpoint.py")
+    printed = run_example("4_my_own_checkpoint.py", "runs/example_4/study")
     (dense,) = numbers_after(printed, "perplexity of the dense model:")
     mild = numbers_after(printed, "my_model/L2/wanda-row-0.30")
     strong = numbers_after(printed, "my_model/L2/wanda-row-0.50")

@@ -357,7 +357,7 @@ def test_a_study_on_a_spread_model_gives_the_same_tables(checkpoint_folder, tmp_
     monkeypatch.setattr("prunelens.report.write.write_figures", lambda *_: [])
     monkeypatch.setattr("prunelens.report.write.write_page", lambda *_: None)
     data = tiny_study(checkpoint_folder, write_text(tmp_path / "text.txt"))
-    data["prunings"][0] = {"criterion": "sparsegpt", "scope": "matrix", "sparsities": [0.5]}
+    data["prunings"] = [{"criterion": "sparsegpt", "scope": "matrix", "sparsities": [0.5]}]
     data["questions"] = ["survival", "persistence", "transfer", "causal"]
     data["causal"] = {"prompts": 2, "group_size": 1, "contexts_per_latent": 1}
     (tmp_path / "offload").mkdir()

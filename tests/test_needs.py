@@ -46,7 +46,7 @@ def all_stages(plan):
 
 
 def test_a_gpu_goes_to_the_stages_that_compute_on_their_device_and_to_no_other(
-    data, tmp_path, monkeypatch
+    data, plan, tmp_path, monkeypatch
 ):
     """Found by watching which stages ask for it."""
     asked, made = set(), set()
@@ -60,8 +60,10 @@ def test_a_gpu_goes_to_the_stages_that_compute_on_their_device_and_to_no_other(
             return object.__getattribute__(self, name)
 
     monkeypatch.setattr(stages, "Work", Watched)
+    study = study_from_data({**data, "prunings": data["prunings"][1:]})
     with alone_in(tmp_path / "out"):
-        run_study(study_from_data(data), tmp_path / "out", device="cpu", quiet=True)
+        run_study(study, tmp_path / "out", device="cpu", quiet=True)
+    assert made >= {stage.name for stage in all_stages(plan)}
     assert asked == {name for name in made if KINDS.get(name) in ON_DEVICE}
     assert {"sae", "perplexity", "transfer", "causal", "persistence"} <= asked
     assert {"survival", "stability", "statistics", "fates"} <= made - asked

@@ -6,14 +6,13 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from pyarrow import fs
 from typer.testing import CliRunner
 
+from faults.kill import start_at_once
 from prunelens.cli.app import app
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
@@ -404,24 +403,16 @@ def test_two_workers_and_a_kill_change_nothing(server, small_tables, small, tmp_
     study.write_text(json.dumps(small))
     out, place = tmp_path / "s", f"{server.bucket}/{tmp_path.name}"
     bucket = opened(place)
-    command = [sys.executable, "-c", "from prunelens.cli import main; main()", "run", str(study)]
-    command += [
-        "--out",
-        str(out),
-        "--artifacts",
-        place,
-        "--workers",
-        "2",
-        "--device",
-        "cpu",
-        "--quiet",
-    ]
-    killed = subprocess.Popen(command, start_new_session=True)
+
+    def start():
+        return start_at_once(str(study), out, "--artifacts", place, workers=2)
+
+    killed = start()
     while len(keys(bucket)) < 25 and killed.poll() is None:
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert len(keys(bucket)) >= 25
-    assert subprocess.run(command, timeout=120).returncode == 0
+    assert start().wait(120) == 0
     assert tables(out) == small_tables
     assert not list(pathlib.Path(out).glob("artifacts/*/*.tmp"))

@@ -17,7 +17,7 @@ from tiny_study import tiny_study, write_text
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Only where pytest is told of this folder: `pytest tests/faults --moments 50`."""
     group = parser.getgroup("faults")
-    group.addoption("--moments", type=int, default=10, help="kills of a study; default: 10")
+    group.addoption("--moments", type=int, default=6, help="kills of a study; default: 6")
     group.addoption("--flips", type=int, default=3, help="single flipped bits; default: 3")
     group.addoption("--fault-seed", type=int, default=0, help="draws moments and bits")
 
@@ -34,6 +34,15 @@ class Finished(NamedTuple):
     def copy(self, folder: pathlib.Path) -> pathlib.Path:
         """The same somewhere else, to be damaged."""
         return pathlib.Path(shutil.copytree(self.folder, folder))
+
+    def copy_without(self, folder: pathlib.Path, *kinds: str) -> pathlib.Path:
+        """The same, but that artifacts of some kinds are still to be made, and all results."""
+        copy = self.copy(folder)
+        for part in ("tables", *(f"artifacts/{kind}" for kind in kinds)):
+            shutil.rmtree(copy / part)
+        for name in ("latents.parquet", "runs.csv"):
+            (copy / name).unlink()
+        return copy
 
 
 @pytest.fixture(autouse=True)

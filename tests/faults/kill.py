@@ -80,13 +80,13 @@ def kill_again_and_again(
     problems = []
     landed = 0
     for number, kill in enumerate(_draw(undisturbed, moments, generator), start=1):
-        process = start_at_once(study, folder, workers=kill.workers)
+        process = start_at_once(study, folder, workers=kill.workers, is_drawn=True)
         is_killed = _kill(process, folder, kill, startup=undisturbed.published[0])
         landed += is_killed
         if left := wait_for_orphans(process.pid):
             problems.append(f"kill {number}: still running: {left}")
         print(f"kill {number}/{moments}: {kill}{'' if is_killed else ' came too late'}", flush=True)
-    end = start_at_once(study, folder, workers=2)
+    end = start_at_once(study, folder, workers=2, is_drawn=True)
     code = end.wait(RUN_SECONDS)
     if code != 0:
         problems.append(f"the last run ended with exit code {code}")
@@ -99,7 +99,7 @@ def kill_again_and_again(
 
 def run_undisturbed(study: str, folder: pathlib.Path, *, workers: int = 2) -> Timeline:
     """Run a study into a new folder, and note when each artifact came."""
-    process = start_at_once(study, folder, workers=workers)
+    process = start_at_once(study, folder, workers=workers, is_drawn=True)
     started, published = time.monotonic(), list[float]()
     while process.poll() is None:
         now = time.monotonic() - started
@@ -123,12 +123,18 @@ def start(
     )
 
 
-def start_at_once(study: str, folder: pathlib.Path, *, workers: int = 1) -> Forked:
-    """The same, forked from a process that has imported everything: where imports are not meant."""
+def start_at_once(
+    study: str, folder: pathlib.Path, *more: str, workers: int = 1, is_drawn: bool = False
+) -> Forked:
+    """The same, forked from a process that has imported everything: where imports are not meant.
+
+    Figures and page take longer than a tiny study: `is_drawn` where they are meant.
+    """
     server = _fork_server()
     assert server.stdin and server.stdout
     left = pathlib.Path(tempfile.mkdtemp(prefix="prunelens-run-"))
-    order = [_arguments(study, folder, workers=workers), str(left)]
+    arguments = _arguments(study, folder, *more, workers=workers)
+    order = [arguments, str(left), is_drawn, dict(os.environ)]
     server.stdin.write(json.dumps(order) + "\n")
     server.stdin.flush()
     return Forked(int(server.stdout.readline()), left)
@@ -180,9 +186,13 @@ import matplotlib.pyplot, prunelens.cli.app, prunelens.report.write, transformer
 from prunelens.cli import main
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
-    arguments, left = json.loads(line)
+    arguments, left, is_drawn, environment = json.loads(line)
     if os.fork():
         continue
+    os.environ |= environment
+    if not is_drawn:
+        write = prunelens.report.write
+        write.write_figures = write.write_page = lambda *_: None
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if run := os.fork():  # this process waits for the run, and tells how it ended
         print(run, flush=True)

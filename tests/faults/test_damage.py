@@ -44,12 +44,12 @@ def set_aside_in(folder):
     )
 
 
-@pytest.mark.parametrize("time", [0, 1])
-def test_a_flipped_bit_in_every_artifact(finished, request, tmp_path, caplog, time):
+def test_a_flipped_bit_in_every_artifact(finished, request, tmp_path, caplog):
+    """Other bits with another --fault-seed."""
     folder = finished.copy(tmp_path / "copy")
-    generator = random.Random(f"{request.config.getoption('--fault-seed', 0)} {time}")
+    generator = random.Random(request.config.getoption("--fault-seed", 0))
     damaged = artifacts_of(folder)
-    assert len(damaged) >= 50  # a hundred in both times
+    assert len(damaged) >= 50
     for artifact in damaged:
         flip_a_bit(artifact, generator)
     with caplog.at_level(logging.WARNING):
@@ -103,17 +103,25 @@ def swap(one, other):
     one.rename(aside), other.rename(one), aside.rename(other)
 
 
-@pytest.mark.parametrize(
-    ("damage", "num_damaged"),
-    [(truncate, 1), (delete_a_file, 1), (delete_meta, 1), (swap_files, 2), (swap, 2)],
-)
-def test_other_damage(finished, tmp_path, caplog, damage, num_damaged):
+DAMAGES = {  # to artifacts of which kind -> what is done, and to how many of two
+    "persistence": (truncate, 1),
+    "survival": (delete_a_file, 1),
+    "transfer": (delete_meta, 1),
+    "fates": (swap_files, 2),
+    "subspace": (swap, 2),
+}
+
+
+def test_other_damage(finished, tmp_path, caplog):
     folder = finished.copy(tmp_path / "copy")
-    damaged = sorted((folder / "artifacts" / "persistence").iterdir())
-    damage(*damaged)
+    damaged = []
+    for kind, (damage, num_damaged) in DAMAGES.items():
+        one, other, *_ = sorted((folder / "artifacts" / kind).iterdir())
+        damage(one, other)
+        damaged += [one, other][:num_damaged]
     with caplog.at_level(logging.WARNING):
         run_and_report(finished.study, folder, quiet=True)
-    assert named_in(caplog) == set_aside_in(folder) == names(damaged[:num_damaged])
+    assert named_in(caplog) == set_aside_in(folder) == names(damaged)
     assert results_of(folder) == finished.results
 
 
@@ -133,17 +141,10 @@ def spoil_the_note(path):
     path.write_bytes(path.read_bytes().replace(b'"note"', b'"nota"', 1))
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("checkpoint", flip_a_weight),
-        ("checkpoint", spoil_the_note),
-        ("at_*", flip_a_weight),
-        ("at_*", spoil_the_note),
-    ],
-)
-def test_damage_in_an_unfinished_training(finished, tmp_path, monkeypatch, caplog, name, damage):
-    folder = finished.copy(tmp_path / "copy")
+@pytest.fixture(scope="module")
+def unfinished(finished, tmp_path_factory):
+    """The study, killed at the last step of a training; copy it before changing it."""
+    folder = finished.copy(tmp_path_factory.mktemp("unfinished") / "tiny")
     run = plan_study(finished.study).runs[1]
     for stage in (*run.saes.values(), run.stages["persistence"]):
         shutil.rmtree(folder / "artifacts" / stage.name / stage.identity)
@@ -154,12 +155,18 @@ def test_damage_in_an_unfinished_training(finished, tmp_path, monkeypatch, caplo
             raise KilledError
         advance(training, *rest, **options)
 
-    monkeypatch.setattr(Training, "advance", killed)
-    with pytest.raises(KilledError):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(Training, "advance", killed)
         run_and_report(finished.study, folder, quiet=True)
-    monkeypatch.setattr(Training, "advance", advance)
-    unfinished = folder / "artifacts" / "unfinished"
-    damaged = sorted(unfinished.glob(f"sae-*/{name}.safetensors"))[0]
+    return folder
+
+
+@pytest.mark.parametrize("damage", [flip_a_weight, spoil_the_note])
+@pytest.mark.parametrize("name", ["checkpoint", "at_*"])
+def test_damage_in_an_unfinished_training(finished, unfinished, tmp_path, caplog, name, damage):
+    folder = shutil.copytree(unfinished, tmp_path / "copy")
+    half_done = folder / "artifacts" / "unfinished"
+    damaged = sorted(half_done.glob(f"sae-*/{name}.safetensors"))[0]
     damage(damaged)
     with caplog.at_level(logging.WARNING):
         run_and_report(finished.study, folder, quiet=True)
@@ -167,4 +174,4 @@ def test_damage_in_an_unfinished_training(finished, tmp_path, monkeypatch, caplo
         f"damaged checkpoint {damaged}: training starts again"
     ]
     assert results_of(folder) == finished.results
-    assert not list(unfinished.iterdir())
+    assert not list(half_done.iterdir())

@@ -121,7 +121,8 @@ def test_a_real_full_disk_and_a_real_read_only_one(finished, tiny_data, tmp_path
         subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], check=True)
 
     with small_disk(disk, "64m"):
-        code, said = run(fill_at=6)
+        there = num_artifacts(finished.copy_without(disk / "out", "sae", "transfer"))
+        code, said = run(fill_at=there + 3)
         assert code == 2 and len(said) == 1, said
         assert "disk of" in said[0] and "is full" in said[0] and "free there" in said[0]
         (disk / "ballast").unlink()

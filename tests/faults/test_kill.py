@@ -10,7 +10,7 @@ from faults.kill import STUDY, kill_again_and_again, run_undisturbed
 @pytest.mark.timeout(1800)
 def test_killed_at_random_moments_it_ends_with_the_same_files(request, tmp_path):
     seed = request.config.getoption("--fault-seed", 0)
-    moments = request.config.getoption("--moments", 10)
+    moments = request.config.getoption("--moments", 6)
     undisturbed = run_undisturbed(STUDY, tmp_path / "undisturbed")
     assert len(undisturbed.results) > 20
     problems = kill_again_and_again(
