@@ -34,7 +34,9 @@ def interruptible() -> Iterator[list[int]]:
 
     def unraisable(dropped: Any) -> None:
         if received and issubclass(dropped.exc_type, KeyboardInterrupt):
-            again.append(threading.Timer(AGAIN_AFTER, signal.raise_signal, [received[-1]]))
+            # To the main thread: a signal that another one takes does not end what it waits for.
+            main = threading.main_thread().ident, received[-1]
+            again.append(threading.Timer(AGAIN_AFTER, signal.pthread_kill, main))
             again[-1].daemon = True
             again[-1].start()
         else:
