@@ -26,8 +26,10 @@ def main() -> None:
                 raise
             code, became = 130, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if received and code:
+        from prunelens.terminal import say
+
         if became:
-            print(f"prunelens: the interruption came out as {became}", file=sys.stderr)
-        print("prunelens: stopped; the same command goes on from here", file=sys.stderr)
+            say(f"prunelens: the interruption came out as {became}", error=True)
+        say("prunelens: stopped; the same command goes on from here", error=True)
         code = 128 + received[0]
     sys.exit(code)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 
 from prunelens.cli import explorer, export, selftest, steps, studies
 from prunelens.errors import UserError
+from prunelens.terminal import Console, say
 
 app = typer.Typer(
     help="What did pruning do to a model's features, and can you trust the answer?",
@@ -60,5 +59,5 @@ def run_app() -> int:
 
 
 def _mistake(message: str) -> int:
-    print(f"prunelens: {' '.join(message.split())}", file=sys.stderr)
+    say(f"prunelens: {' '.join(message.split())}", error=True)
     return 2

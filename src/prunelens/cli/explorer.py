@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from prunelens.cli.options import Folder
+from prunelens.terminal import Console, say
 
 
 def view(
@@ -33,7 +33,7 @@ def view(
 
         def ready(address: str) -> None:
             tell("")
-            print(f"{address}  (Ctrl-C ends it)", flush=True)
+            say(f"{address}  (Ctrl-C ends it)", flush=True)
 
         view_study(folder, port=port, browser=not no_browser, labels=labels, tell=tell, ready=ready)
 

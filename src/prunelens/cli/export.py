@@ -10,6 +10,7 @@ import typer
 from prunelens.cli.options import AsJson
 from prunelens.cli.printing import print_json
 from prunelens.errors import UserError
+from prunelens.terminal import say
 
 if TYPE_CHECKING:
     from prunelens.cards import Sharing
@@ -55,7 +56,7 @@ def export(
         shown = {"out": str(out), "format": file_format, **told}
         print_json({**shown, "pushed": address} if file_format in FOR_THE_HUB else shown)
         return
-    print(_in_words(file_format, told, out))
+    say(_in_words(file_format, told, out))
     tell_pushed(address)
 
 
@@ -88,7 +89,7 @@ def push_if_asked(folder: pathlib.Path, push: str | None, private: bool) -> str 
 def tell_pushed(address: str | None) -> None:
     """Say where the files went."""
     if address is not None:
-        print(f"uploaded to {address}")
+        say(f"uploaded to {address}")
 
 
 def _check(file_format: str, condition: str | None, license: str | None, push: str | None) -> None:

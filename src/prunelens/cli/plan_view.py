@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from prunelens.study.preflight.preview import Preflight
+from prunelens.terminal import Console
 
 _LEVELS = ["error", "warning", "ok"]
 _STYLES = {"error": "bold red", "warning": "yellow", "ok": "dim"}

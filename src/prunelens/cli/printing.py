@@ -7,10 +7,11 @@ import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+
+from prunelens.terminal import Console, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +21,7 @@ WIDE = 110  # letters; a narrower terminal wraps lines, which reads better than 
 
 def print_json(content: Any) -> None:
     """JSON, indented."""
-    print(json.dumps(content, indent=1))
+    say(json.dumps(content, indent=1))
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:

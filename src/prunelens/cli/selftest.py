@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import pathlib
-import sys
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from prunelens.cli.options import AsJson, Out, Quiet, Settings, Workers, parsed
 from prunelens.cli.printing import print_json, records
+from prunelens.terminal import Console, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,10 +56,10 @@ def selftest(
         print_json({**verdict, **told, "believe": believe})
     elif not quiet:
         _show(found, believe)
-        print(f"The rest of the study: {folder / 'report.html'}")
+        say(f"The rest of the study: {folder / 'report.html'}")
     if not as_json:
         for failure in found.failures:
-            print(f"prunelens: {failure}", file=sys.stderr)
+            say(f"prunelens: {failure}", error=True)
     raise typer.Exit(0 if found.passed else 1)
 
 

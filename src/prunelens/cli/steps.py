@@ -8,7 +8,6 @@ import pathlib
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from prunelens.cli.export import (
@@ -32,6 +31,7 @@ from prunelens.cli.options import (
     single_step,
 )
 from prunelens.cli.printing import print_json, print_table, progress_bar, records
+from prunelens.terminal import Console, say
 
 TEXT = {  # of `transfer`: enough for its sums, and there in any corpus
     "train_tokens": 50_000,
@@ -107,7 +107,7 @@ def prune(
         told = {"out": str(out), "achieved_sparsity": pruned.achieved_sparsity}
         print_json({**told, "masks_sha256": masks_sha256(pruned.masks), "pushed": address})
     else:
-        print(f"achieved sparsity {pruned.achieved_sparsity:.4f}; checkpoint saved in {out}")
+        say(f"achieved sparsity {pruned.achieved_sparsity:.4f}; checkpoint saved in {out}")
         tell_pushed(address)
 
 
@@ -187,11 +187,11 @@ def transfer(
         parts = (table[f"{name}{tail}"] for tail in ("", "_low", "_high"))
         table[name] = list(itertools.starmap(_with_interval, zip(*parts, strict=True)))
     print_table(table[["condition", "positions", "refit", "ce_recovered", *LIMITS, "verdict"]])
-    print(TRANSFER_RULE)
+    say(TRANSFER_RULE)
     answer = table[(table["positions"] == "norm_filtered") & (table["verdict"] != "")].iloc[0]
-    print(f"believe norm_filtered: {answer['verdict']}")
+    say(f"believe norm_filtered: {answer['verdict']}")
     if answer["reason"]:
-        print(answer["reason"])
+        say(answer["reason"])
 
 
 def _with_interval(value: float, low: float, high: float) -> str:

@@ -7,7 +7,6 @@ import shlex
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -32,6 +31,7 @@ from prunelens.cli.options import (
 from prunelens.cli.printing import print_json, print_table, records
 from prunelens.errors import UserError
 from prunelens.study_file import read_study
+from prunelens.terminal import Console, say
 
 
 def demo(
@@ -84,7 +84,7 @@ def run(
         runs = {result.run.name: result.reason or "done" for result in outcome.results}
         print_json({"out": str(folder), "executed": outcome.num_executed, "runs": runs})
     elif not quiet:
-        print(f"{outcome.num_executed} stages executed; read {folder / 'report.html'}")
+        say(f"{outcome.num_executed} stages executed; read {folder / 'report.html'}")
     raise typer.Exit(1 if failed or outcome.failures else 0)
 
 
@@ -174,7 +174,7 @@ def report(
 
         with what_is_done() as tell:
             written = write_study_explorer(folder, tell=tell)
-        print(f"open {written / 'index.html'}, or copy the folder and open it anywhere")
+        say(f"open {written / 'index.html'}, or copy the folder and open it anywhere")
 
 
 def predict(
@@ -199,7 +199,7 @@ def predict(
         return
     shown = table if latents else table.head(top)
     print_table(shown)
-    print(
+    say(
         "persistence: chance that the latent's activations keep a correlation above 0.7;"
         " shared_init: chance to be matched as published (inflated by the shared start)."
         " The study's pruning methods are pooled. Intervals: 95 %, of the fit, conditions as"
@@ -229,6 +229,6 @@ def clean(
     folders = "1 folder" if len(found) == 1 else f"{len(found)} folders"
     total = f"{sum(one.num_bytes for one in found) / 1e6:.1f} MB in {folders}"
     if yes or not found:
-        print(f"freed {total}" if found else "nothing to free")
+        say(f"freed {total}" if found else "nothing to free")
     else:
-        print(f"{total}; free them with: prunelens clean {shlex.quote(str(folder))} --yes")
+        say(f"{total}; free them with: prunelens clean {shlex.quote(str(folder))} --yes")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pandas as pd
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
 from prunelens.report.sufficiency import known_of_the_others, not_enough
+from prunelens.terminal import Console
 
 PRIMARY_TAU = 0.7
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from prunelens.study.artifacts.store import Stage
+from prunelens.terminal import Console
 
 SECONDS_BETWEEN_LINES = 15  # where there is no terminal to draw a bar in
 
