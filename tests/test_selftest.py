@@ -13,7 +13,6 @@ from prunelens.cli.selftest import TITLES
 from prunelens.errors import UserError
 from prunelens.report import selftest
 from prunelens.report.selftest import judge, run_selftest, selftest_study, what_to_believe
-from prunelens.study import planted_plan
 
 SMALL = {
     "corpus.train_tokens": "60_000",
@@ -34,10 +33,8 @@ MARKED = {world: {*SEPARATES, *FOLLOWS_RATE} for world in CHANGED} | {"none": {*
 
 @pytest.fixture(scope="module", autouse=True)
 def undrawn():
-    """Figures and page take as long as half of the study; ten sets show that sets are simulated."""
-    few = dict.fromkeys(planted_plan.TOKENS_PER_SET, 4_000)
+    """Figures and page take as long as half of the study."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planted_plan, "TOKENS_PER_SET", few)
         patch.setattr("prunelens.report.write.write_figures", lambda *_: [])
         patch.setattr("prunelens.report.write.write_page", lambda *_: None)
         yield

@@ -659,8 +659,14 @@ def test_the_null_shuffles_what_is_left(tiny_llama, tmp_path):
     own = run_to_site(pruned, text["windows"], "resid_post", LAYER)
     made = null.of(own, torch.arange(6))
     assert torch.equal(made[~at], own[~at]) and not torch.isclose(made[at], own[at]).all(1).any()
-    # The same remainders in another order: means agree, and any order of windows gives the same.
-    assert torch.allclose(made[at].mean(0), own[at].mean(0), atol=1e-4)
+    # Each has the remainder of one that is replaced; any order of windows gives the same.
+    dense = run_to_site(tiny_llama, text["windows"], "resid_post", LAYER)
+    mean, sigma = source.evaluation[0].mean, source.evaluation[0].sigma
+    common = source.change.of((dense[at] - mean) / sigma)
+    remainder, drawn = ((each[at] - mean) / sigma - common for each in (own, made))
+    apart = torch.cdist(drawn, remainder)
+    assert apart.min(1).values.max() < 0.01
+    assert not (apart.argmin(1) == torch.arange(len(drawn))).any()
     order = torch.tensor([4, 2])
     assert torch.allclose(null.of(own[order], order), made[order], atol=1e-6)
 

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from faults.kill import COMMAND, results_of
+from prunelens.report import write
 from prunelens.report.write import run_and_report
 
 
@@ -45,6 +46,7 @@ def test_what_was_drawn_is_not_told_by_times(finished, tmp_path, monkeypatch):
     (folder / "report.html").write_text("drawn")
     drawn = []
     monkeypatch.setattr("prunelens.report.write.write_page", lambda *_: drawn.append(1))
+    (folder / ".drawn").write_text(write._sha256_of_results(folder))
     os.utime(folder / "report.html", (0, 0))
     run_and_report(finished.study, folder, quiet=True)
     assert not drawn

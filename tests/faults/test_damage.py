@@ -1,6 +1,7 @@
 """Damaged artifacts are found, moved aside, made again, and named."""
 
 import logging
+import pathlib
 import random
 import shutil
 
@@ -175,3 +176,36 @@ def test_damage_in_an_unfinished_training(finished, unfinished, tmp_path, caplog
     ]
     assert results_of(folder) == finished.results
     assert not list(half_done.iterdir())
+
+
+# ---- results ----
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:7])
+
+
+@pytest.mark.parametrize("spoil", [pathlib.Path.unlink, cut])
+@pytest.mark.parametrize(
+    "name", ["report.html", "figures/fig2.png", "figures/fig2.pdf", "tables/survival.csv"]
+)
+def test_a_spoilt_result_is_made_again(finished, tmp_path, monkeypatch, name, spoil):
+    """Whatever of the results is missing or not whole, whether anything else has changed or not."""
+    folder = finished.copy(tmp_path / "copy")
+
+    def figures(_, out):
+        (out / "figures").mkdir(exist_ok=True)
+        for suffix in ("png", "pdf"):
+            (out / "figures" / f"fig2.{suffix}").write_text("a whole figure")
+
+    monkeypatch.setattr("prunelens.report.write.write_figures", figures)
+    monkeypatch.setattr(
+        "prunelens.report.write.write_page",
+        lambda out, *_: (out / "report.html").write_text("a whole page"),
+    )
+    run_and_report(finished.study, folder, quiet=True)
+    path = folder / name
+    whole = path.read_bytes()
+    spoil(path)
+    assert run_and_report(finished.study, folder, quiet=True).num_executed == 0
+    assert path.read_bytes() == whole

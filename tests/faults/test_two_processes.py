@@ -17,7 +17,7 @@ import pytest
 
 from faults.kill import leftovers, results_of, start_at_once
 from prunelens.errors import UserError
-from prunelens.report.write import run_and_report
+from prunelens.report.write import run_and_report, write_report
 from prunelens.study.alone import alone_in
 from prunelens.study.artifacts.claims import NO_LOCKS, warn_of_no_locks
 from prunelens.study.executor import Here
@@ -207,6 +207,21 @@ def test_no_right_to_lock_is_no_want_of_locks(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(UserError, match="cannot write to"), alone_in(tmp_path / "out"):
         pass
+
+
+def test_nothing_is_drawn_beside_a_run(finished, tmp_path):
+    """What a run changes meanwhile would be certified as what was drawn."""
+    folder = finished.copy(tmp_path / "copy")
+    before = contents(folder)
+    with alone_in(folder), pytest.raises(UserError, match="another prunelens works in"):
+        write_report(folder)
+    assert contents(folder) == before
+    write_report(folder)
+    assert (folder / ".drawn").is_file()
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 WRITING = """

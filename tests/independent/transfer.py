@@ -152,7 +152,7 @@ def measure(lm, sae, windows, refit_windows, layer, limits, dense, l0, null=None
     norms, refit_norms = (np.sqrt((s**2).sum(-1)) for s in (dense_x, dense_refit))
     chosen, chosen_refit = places(norms, limits), places(refit_norms, limits)
     sigma = np.array([dense_refit[p] for p in chosen_refit["norm_filtered"]]).std(0)
-    read = None
+    read, own_refit = None, x_refit
     if null:
         chosen = {"norm_filtered": chosen["norm_filtered"]}
         x = read = null(0, x, dense_x, chosen["norm_filtered"])
@@ -162,6 +162,7 @@ def measure(lm, sae, windows, refit_windows, layer, limits, dense, l0, null=None
         xs = np.array([x[p] for p in tokens])
         fit = np.array([x_refit[p] for p in chosen_refit[name]])
         dense_xs = np.array([dense_x[p] for p in tokens])
+        ablated = np.mean([own_refit[p] for p in chosen_refit[name]], axis=0)
         factor = 1.0 if l0 is None else sae.factor_for(fit, round(l0[name] * len(fit)))
 
         def shift(factor, fit=fit):
@@ -173,7 +174,7 @@ def measure(lm, sae, windows, refit_windows, layer, limits, dense, l0, null=None
             "threshold": (factor, shift(factor)),
         }
         model = cross_entropy(lm, windows, layer, tokens, None, read)
-        mean = cross_entropy(lm, windows, layer, tokens, lambda v, fit=fit: fit.mean(0))
+        mean = cross_entropy(lm, windows, layer, tokens, lambda v, ablated=ablated: ablated)
         for kind, (scale, delta) in kinds.items():
 
             def rebuild(v, scale=scale, delta=delta):

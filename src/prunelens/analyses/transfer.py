@@ -155,7 +155,7 @@ def transfer(
         for index in range(len(each[0].sets))
     ]
     drawn = spread_over_documents(documents, seed=SEED)[:ce_windows]
-    means = fits[0].mean  # of the null as well: it has the same remainders, in another order
+    means = fits[0].mean  # of the null as well, of whose remainders it is the expectation
     places = [each.place(eval_norms[drawn], limit, drawn, means) for each in sets]
     nats: list[Nats] = []
     runs, groups = Runs(where), drawn[:0]

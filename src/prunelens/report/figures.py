@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from prunelens.report.panels import FIGURES, FigureOf
 from prunelens.report.panels.panel import Panel, Points, Site, shortened, sites
+from prunelens.study.artifacts.temporary import replacing
 
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^"}
 LINES = {"solid": "-", "dashed": "--", "dotted": ":", "none": ""}
@@ -210,8 +211,6 @@ def _save(figure: Figure, stem: pathlib.Path) -> pathlib.Path:
     # Not "none": that leaves a placeholder, for which every file is drawn twice.
     figure.set_layout_engine(None)
     for suffix in (".pdf", ".png"):
-        path = stem.with_suffix(suffix)
-        temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, format=suffix[1:], dpi=150)
-        temporary.replace(path)
+        with replacing(stem.with_suffix(suffix)) as file:
+            figure.savefig(file, format=suffix[1:], dpi=150)
     return stem.with_suffix(".png")

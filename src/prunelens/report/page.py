@@ -28,6 +28,8 @@ from prunelens.report.paper_tables import DEPTH, MATRIX, paper_tables
 from prunelens.report.questions import ASSUMED, CAPTIONS, QUESTIONS, Question
 from prunelens.report.shown_table import Shown, number, shown
 from prunelens.report.sufficiency import not_enough
+from prunelens.study.artifacts.temporary import replacing
+from prunelens.study.work import read_json
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 MOST_ROWS = 300  # of one table on the page; the rest is in its CSV
@@ -83,9 +85,8 @@ def write_page(
         study: the description of the study.
     """
     path = out / "report.html"
-    temporary = out / ".report.html.tmp"
-    temporary.write_text(page(out, tables, runs, study), encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write_text(page(out, tables, runs, study), encoding="utf-8")
     return path
 
 
@@ -200,8 +201,11 @@ def _environment_rows(path: pathlib.Path) -> list[tuple[str, str]]:
     """environment.json as name and value; libraries as rows of their own."""
     if not path.is_file():
         return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    libraries = found.pop("libraries", {})
+    try:
+        found = dict(read_json(path))
+        libraries = dict(found.pop("libraries", {}))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return [(path.name, "damaged")]
     return [(str(name), str(value)) for name, value in {**found, **libraries}.items()]
 
 

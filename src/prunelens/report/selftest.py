@@ -14,7 +14,7 @@ from prunelens.analyses.grades import AUC_MARK, DECIDES, FOLLOWS_RATE, MEASURES,
 from prunelens.config import StudyConfig
 from prunelens.errors import UserError
 from prunelens.report.tables import COLUMNS
-from prunelens.report.write import write_report
+from prunelens.report.write import write_results
 from prunelens.study.alone import alone_in
 from prunelens.study.run import run_study
 from prunelens.study.schedule import Outcome
@@ -71,7 +71,7 @@ def run_selftest(
     study = selftest_study(settings)
     with alone_in(out):
         outcome = run_study(study, out, workers=workers, quiet=quiet)
-        tables = write_report(out, redraw=outcome.num_executed > 0)
+        tables = write_results(out, redraw=outcome.num_executed > 0)
     grades, nulls, coverage = (
         _table(tables, name, outcome) for name in ("selftest", "selftest_null", "coverage")
     )

@@ -16,6 +16,7 @@ from prunelens.analyses.grades import NULL_COLUMNS
 from prunelens.analyses.noise import COLUMNS as CHANGE_COLUMNS
 from prunelens.analyses.verdict import LIMITS
 from prunelens.csv_table import as_csv
+from prunelens.study.artifacts.temporary import replacing
 
 _CONDITION = ["run", "model", "layer", "method", "sparsity"]
 COLUMNS = {
@@ -126,11 +127,10 @@ def write_tables(results: dict[str, pd.DataFrame], out: pathlib.Path) -> dict[st
         else:
             path.unlink(missing_ok=True)
     if "latents" in results:
-        temporary = out / ".latents.parquet.tmp"
         leading = [*_CONDITION, "scope", "pattern"]
         rest = [name for name in results["latents"] if name not in leading]
-        results["latents"][[*leading, *rest]].to_parquet(temporary, index=False)
-        temporary.replace(out / "latents.parquet")
+        with replacing(out / "latents.parquet") as file:
+            results["latents"][[*leading, *rest]].to_parquet(file, index=False)
     return tables
 
 
@@ -138,6 +138,5 @@ def write_if_changed(path: pathlib.Path, content: bytes) -> None:
     """Replace a file whole; one that has that content is not touched, so its time is its age."""
     if path.is_file() and path.read_bytes() == content:
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write_bytes(content)

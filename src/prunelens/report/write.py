@@ -22,7 +22,8 @@ from prunelens.study.results import study_results
 from prunelens.study.run import run_study
 from prunelens.study.schedule import Outcome
 
-DRAWN = ".drawn"  # written last: SHA-256 of the tables that figures and page show
+DRAWN = ".drawn"  # written last: SHA-256 of all results, those that are drawn among them
+SHOWN = ("tables/*.csv", "figures/*.png", "figures/*.pdf", "runs.csv", "report.html")
 
 
 def run_and_report(
@@ -55,7 +56,7 @@ def run_and_report(
             track=track,
         )
         still_alone()
-        tables = write_report(out, redraw=outcome.num_executed > 0)
+        tables = write_results(out, redraw=outcome.num_executed > 0)
     if not quiet:
         print_summary(tables, read_runs(out))
     return outcome
@@ -68,7 +69,15 @@ def write_report(out: pathlib.Path, *, redraw: bool = True) -> dict[str, pd.Data
         out: the study's folder.
         redraw: draw figures and page also where they show these very tables.
     Returns: the tables by name.
+    Raises: UserError where another process works in the folder, or it holds no study.
     """
+    open_study(out)  # says what is wrong before anything is made
+    with alone_in(out), stopped_by_disk(out):
+        return write_results(out, redraw=redraw)
+
+
+def write_results(out: pathlib.Path, *, redraw: bool) -> dict[str, pd.DataFrame]:
+    """`write_report` for whoever holds the folder's lock: nobody changes what is being drawn."""
     plan, store = open_study(out)
     refuse_links_out(out)
     tables = write_tables(study_results(plan, store), out)
@@ -78,12 +87,12 @@ def write_report(out: pathlib.Path, *, redraw: bool = True) -> dict[str, pd.Data
         mark.unlink(missing_ok=True)
         write_figures(tables, out)
         write_page(out, tables, read_runs(out), plan.study)
-        mark.write_text(_sha256_of_tables(out), encoding="utf-8")
+        mark.write_text(_sha256_of_results(out), encoding="utf-8")
     return tables | paper
 
 
 def _is_drawn(out: pathlib.Path) -> bool:
-    """Whether figures and page are there, whole, and of the tables that are there now.
+    """Whether figures and page are there, all and whole, and of the tables that are there now.
 
     Not told by their times: a clock may be set, and a copy may have new ones.
     """
@@ -91,14 +100,14 @@ def _is_drawn(out: pathlib.Path) -> bool:
     return (
         (out / "report.html").is_file()
         and mark.is_file()
-        and mark.read_text(encoding="utf-8", errors="replace") == _sha256_of_tables(out)
+        and mark.read_text(encoding="utf-8", errors="replace") == _sha256_of_results(out)
     )
 
 
-def _sha256_of_tables(out: pathlib.Path) -> str:
-    """Of the names and contents of all tables, and of the table of runs."""
+def _sha256_of_results(out: pathlib.Path) -> str:
+    """Of the names and contents of everything that is shown and shows it."""
     total = hashlib.sha256()
-    for path in [*sorted((out / "tables").glob("*.csv")), out / "runs.csv"]:
+    for path in sorted(path for pattern in SHOWN for path in out.glob(pattern)):
         if path.is_file():
-            total.update(f"{path.name} {sha256_of(path)} ".encode())
+            total.update(f"{path.relative_to(out)} {sha256_of(path)} ".encode())
     return total.hexdigest()

@@ -19,7 +19,7 @@ from prunelens.errors import UserError
 from prunelens.study.artifacts.address import artifacts_of, remember_artifacts
 from prunelens.study.artifacts.seal import library_versions
 from prunelens.study.artifacts.store import DamagedArtifactError, Stage, Store
-from prunelens.study.artifacts.temporary import is_left, temporary_beside
+from prunelens.study.artifacts.temporary import replacing
 from prunelens.study.matrix import Plan
 from prunelens.study.plan import plan_study
 from prunelens.study.results import method_columns
@@ -30,6 +30,7 @@ RUN_COLUMNS = [
     "run", "model", "layer", "method", "scope", "pattern", "sparsity",
     "status", "reason", "wall_seconds",
 ]  # fmt: skip
+WORDS = ("run", "model", "method", "scope", "pattern", "status", "reason")
 
 
 def describe_study(out: pathlib.Path, study: StudyConfig, store: Store, device: str) -> None:
@@ -80,8 +81,11 @@ def study_status(out: pathlib.Path) -> list[dict[str, Any]]:
 
 def read_runs(out: pathlib.Path) -> pd.DataFrame:
     """The table of runs; without rows where the study has not ended yet, or it is damaged."""
+    path, words = out / "runs.csv", dict.fromkeys(WORDS, str)  # a reason may be a number
+    if not path.is_file():  # nor a pipe, which would be waited for
+        return pd.DataFrame(columns=RUN_COLUMNS)
     try:
-        table = pd.read_csv(out / "runs.csv", keep_default_na=False)[RUN_COLUMNS]
+        table = pd.read_csv(path, keep_default_na=False, dtype=words)[RUN_COLUMNS]
     except (OSError, ValueError, KeyError):  # pandas' parser errors are ValueErrors
         return pd.DataFrame(columns=RUN_COLUMNS)
     return table.map(as_written)
@@ -136,10 +140,5 @@ def _as_yaml(study: StudyConfig) -> str:
 
 def _write(path: pathlib.Path, text: str) -> None:
     """Replace a file whole, also where another process does so at the same time."""
-    hidden = path.with_name(f".{path.name}")
-    temporary = temporary_beside(hidden)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-    for left in path.parent.glob(f"{hidden.name}.*.tmp"):
-        if is_left(left):
-            left.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write_text(text, encoding="utf-8")

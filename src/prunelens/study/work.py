@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunelens.study.artifacts.store import Stage
+from prunelens.study.artifacts.temporary import replacing
 from prunelens.study.tracking import Tracker
 
 
@@ -59,6 +60,5 @@ def read_json(path: pathlib.Path) -> Any:
 
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Replace a JSON file whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write_text(json.dumps(content), encoding="utf-8")

@@ -24,6 +24,21 @@ def temporary_beside(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f"{path.name}.{host}-{os.getpid()}-{os.urandom(4).hex()}.tmp")
 
 
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file to write, which takes the place of `path` whole once the block ends well."""
+    hidden = path.with_name(f".{path.name}")
+    temporary = temporary_beside(hidden)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    for left in path.parent.glob(f"{hidden.name}.*.tmp"):
+        if is_left(left):
+            left.unlink(missing_ok=True)
+
+
 def remove_folder(folder: pathlib.Path) -> None:
     """Rename a folder before it is emptied, so that a kill leaves no half of it under its name."""
     if folder.is_symlink():  # what it leads to is not ours
