@@ -14,6 +14,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import typechecking
 from prunelens.cli import main
 from prunelens.model import LanguageModel, as_language_model
 
@@ -22,6 +23,12 @@ VOCABULARY, CONTEXT = 128, 64
 TEXT = (
     "def greet(name):\n    return 'hello ' + name\n\nThe quick brown fox jumps over the lazy dog.\n"
 )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """The first calls of every function are checked in every test."""
+    typechecking.next_test()
 
 
 def pytest_configure() -> None:

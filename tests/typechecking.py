@@ -19,6 +19,14 @@ from beartype import BeartypeConf, beartype
 _CHECK = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as mypy has it
 _BY_JAXTYPING = jaxtyping.jaxtyped
 _SCOPE = jaxtyping.jaxtyped("context")
+_CALLS = 20  # of every function in every test; what a loop calls more often has these shapes
+_test = 0  # number of the one that runs
+
+
+def next_test() -> None:
+    """Every function is checked again."""
+    global _test
+    _test += 1
 
 
 def typechecker(function: Callable) -> Callable:
@@ -41,10 +49,17 @@ def _checked(function: Callable, *, by_jaxtyping: Callable) -> Callable:
     if checks is function:
         return function
 
+    checked_in, left = _test, _CALLS
+
     @functools.wraps(function)
     def in_a_scope(*args: object, **kwargs: object) -> object:
         __tracebackhide__ = True
-        nonlocal checks
+        nonlocal checks, checked_in, left
+        if checked_in != _test:
+            checked_in, left = _test, _CALLS
+        if not left:
+            return function(*args, **kwargs)
+        left -= 1
         if checks is None:  # the whole module is there now; what is not is for type checkers alone
             function.__annotations__ |= dict.fromkeys(_unknown(function), Any)
             checks = typechecker(function)
