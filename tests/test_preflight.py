@@ -8,7 +8,6 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -21,6 +20,7 @@ from prunelens.checkpoint import model_shape
 from prunelens.cli.app import app
 from prunelens.cli.plan_view import show_preflight
 from prunelens.config import ModelConfig, SaeConfig, study_from_data
+from prunelens.console import Console
 from prunelens.errors import UserError
 from prunelens.model import logits, run_to_site
 from prunelens.prune.masks import save_masks

@@ -8,12 +8,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
-from typing import Any
-
-import rich.console
-from rich.segment import Segment
-from rich.text import Text
 
 _OBEYED = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 and C1 but tab and line feed
@@ -30,16 +24,3 @@ def inert(text: str) -> str:
 def say(text: object, *, error: bool = False, flush: bool = False) -> None:
     """A line on standard output, or on standard error."""
     print(inert(str(text)), file=sys.stderr if error else sys.stdout, flush=flush)
-
-
-class Console(rich.console.Console):
-    """Rich's console, which leaves escapes in what it is told to print."""
-
-    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
-        """As Rich does; only its own control codes remain."""
-        for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=inert(segment.text))
-
-    def render_str(self, text: str, **how: Any) -> Text:
-        """As Rich does; made inert before it is measured, so that nothing is cut."""
-        return super().render_str(inert(text), **how)

@@ -18,12 +18,12 @@ import hypothesis.strategies as st
 import pytest
 from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
-from rich.console import Console
 
 import prunelens.study.preflight.preview
 from prunelens.cli import main
 from prunelens.cli.plan_view import show_preflight
 from prunelens.config import StudyConfig, study_from_data
+from prunelens.console import Console
 from prunelens.errors import UserError
 from prunelens.study.preflight.preview import preflight
 from prunelens.study_file import (

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from prunelens.cli import main
-from prunelens.terminal import Console, inert, say
+from prunelens.console import Console
+from prunelens.terminal import inert, say
 
 SOURCE = pathlib.Path(__file__).parents[2] / "src" / "prunelens"
 RED, TITLE, C1, BACKWARDS = "\x1b[31m", "\x1b]0;owned\x07", "\x9b31m", "\u202egnp.exe"
@@ -93,5 +94,5 @@ def test_nothing_else_writes_to_a_terminal():
         r"^ *print\(|rich.console import.*Console|sys\.std(out|err)\.", re.MULTILINE
     )
     for path in SOURCE.rglob("*.py"):
-        if path.name != "terminal.py":
+        if path.name not in ("terminal.py", "console.py"):
             assert not direct.search(path.read_text(encoding="utf-8")), path

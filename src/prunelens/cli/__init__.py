@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 from prunelens.interruption import interruptible
+from prunelens.terminal import say
 
 
 def main() -> None:
@@ -26,8 +27,6 @@ def main() -> None:
                 raise
             code, became = 130, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if received and code:
-        from prunelens.terminal import say
-
         if became:
             say(f"prunelens: the interruption came out as {became}", error=True)
         say("prunelens: stopped; the same command goes on from here", error=True)

@@ -9,8 +9,9 @@ import typer
 from rich.logging import RichHandler
 
 from prunelens.cli import explorer, export, selftest, steps, studies
+from prunelens.console import Console
 from prunelens.errors import UserError
-from prunelens.terminal import Console, say
+from prunelens.terminal import say
 
 app = typer.Typer(
     help="What did pruning do to a model's features, and can you trust the answer?",

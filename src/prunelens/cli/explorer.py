@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 
 from prunelens.cli.options import Folder
-from prunelens.terminal import Console, say
+from prunelens.console import Console
+from prunelens.terminal import say
 
 
 def view(

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from prunelens.console import Console
 from prunelens.study.preflight.preview import Preflight
-from prunelens.terminal import Console
 
 _LEVELS = ["error", "warning", "ok"]
 _STYLES = {"error": "bold red", "warning": "yellow", "ok": "dim"}

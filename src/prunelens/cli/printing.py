@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from prunelens.terminal import Console, say
+from prunelens.console import Console
+from prunelens.terminal import say
 
 if TYPE_CHECKING:
     import pandas as pd

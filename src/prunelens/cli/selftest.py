@@ -11,7 +11,8 @@ from rich.table import Table
 
 from prunelens.cli.options import AsJson, Out, Quiet, Settings, Workers, parsed
 from prunelens.cli.printing import print_json, records
-from prunelens.terminal import Console, say
+from prunelens.console import Console
+from prunelens.terminal import say
 
 if TYPE_CHECKING:
     import pandas as pd

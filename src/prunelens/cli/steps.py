@@ -31,7 +31,8 @@ from prunelens.cli.options import (
     single_step,
 )
 from prunelens.cli.printing import print_json, print_table, progress_bar, records
-from prunelens.terminal import Console, say
+from prunelens.console import Console
+from prunelens.terminal import say
 
 TEXT = {  # of `transfer`: enough for its sums, and there in any corpus
     "train_tokens": 50_000,

@@ -29,9 +29,10 @@ from prunelens.cli.options import (
     workers_to_simulate,
 )
 from prunelens.cli.printing import print_json, print_table, records
+from prunelens.console import Console
 from prunelens.errors import UserError
 from prunelens.study_file import read_study
-from prunelens.terminal import Console, say
+from prunelens.terminal import say
 
 
 def demo(

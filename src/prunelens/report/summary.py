@@ -7,8 +7,8 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from prunelens.console import Console
 from prunelens.report.sufficiency import known_of_the_others, not_enough
-from prunelens.terminal import Console
 
 PRIMARY_TAU = 0.7
 

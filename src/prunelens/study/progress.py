@@ -6,8 +6,8 @@ import time
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from prunelens.console import Console
 from prunelens.study.artifacts.store import Stage
-from prunelens.terminal import Console
 
 SECONDS_BETWEEN_LINES = 15  # where there is no terminal to draw a bar in
 
