@@ -7,8 +7,14 @@ from tests.independent import causal as slow
 from conftest import ARCHITECTURES, VOCABULARY, tiny_language_model
 from prunelens.activations import Statistics
 from prunelens.analyses.causal import Ablations, ablate, nothing_ablated
-from prunelens.analyses.causal_groups import SeedAblations, causal_summary, latent_groups
-from prunelens.analyses.statistics import Estimate
+from prunelens.analyses.causal_groups import (
+    LARGEST_SPREAD,
+    SeedAblations,
+    causal_summary,
+    latent_groups,
+)
+from prunelens.analyses.statistics import Estimate, crossed, ratio_of_means
+from prunelens.analyses.synthetic import _ablations
 from prunelens.errors import UserError
 from prunelens.model import run_to_site
 from prunelens.sae.topk import TopKSAE
@@ -478,6 +484,33 @@ def test_no_interval_has_zero_width():
     assert row["kl_mean"] == 1.0
     assert np.isnan(row["ci_low"])
     assert row["reason"].startswith("no interval: the same without any")
+
+
+@pytest.mark.parametrize(("size", "spread"), [(30, 0.8), (100, 1.5)])
+def test_intervals_of_heavy_tailed_groups_cover_the_mean_and_plain_ones_do_not(size, spread):
+    """Lognormal latents on documents that all measure alike; the self-test has more of them."""
+    generator = np.random.default_rng(0)
+    truth, draws, hits = np.exp(spread**2 / 2), 400, np.zeros(2)
+    for _ in range(draws):
+        latents = np.exp(spread * generator.normal(size=size))
+        means = latents[:, None] * np.exp(0.1 * generator.normal(size=(size, 9)))
+        sample = ratio_of_means(means[:, 0], means[:, 1:], np.ones(size), np.ones((size, 8)))
+        found = [crossed([sample], heavy_tails=heavy, fewest=30) for heavy in (True, False)]
+        hits += [each.low <= truth <= each.high for each in found]
+    heavy, plain = hits / draws
+    assert 0.92 <= heavy <= 0.98
+    assert plain < heavy - 0.02
+
+
+def test_beyond_the_largest_spread_a_contrast_of_unequal_groups_covers_too_seldom():
+    """Why there is such a limit: the same latents of three seeds, less those of a fifth."""
+    shares = []
+    for spread in (0.8, 1.5):
+        draw, generator = _ablations(10, 0.2, shared=True, spread=spread), np.random.default_rng(0)
+        drawn = [draw(generator) for _ in range(600)]
+        shares.append(np.mean([found.low <= truth <= found.high for found, truth in drawn]))
+    assert 0.8 < LARGEST_SPREAD < 1.5
+    assert shares[0] > 0.9 > shares[1]
 
 
 @pytest.mark.parametrize("spread", [0.5, 2.0])

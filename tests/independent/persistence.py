@@ -13,7 +13,7 @@ NULL_SEED = 999_999
 def disturbed(x, y, change, groups, *, change_seed, seed):
     """Source -> the disturbed activations of every draw, of float64 x and y [tokens, d_model].
 
-    Partners come from a random cycle, isotropic noise group of documents after group.
+    Partners are drawn one by one, isotropic noise group of documents after group.
     """
     m, a = change
     common = np.array([m + a @ one for one in x])

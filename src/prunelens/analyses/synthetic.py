@@ -133,7 +133,9 @@ def _latents_on_documents(
     return draw
 
 
-def _ablations(num_latents: int, ratio: float | None, *, shared: bool) -> Draw:
+def _ablations(
+    num_latents: int, ratio: float | None, *, shared: bool, spread: float = KL_SPREAD
+) -> Draw:
     """Lognormal effects of latents that three seeds share, or not; less those of a second group,
     which are `ratio` times as large."""
 
@@ -142,7 +144,7 @@ def _ablations(num_latents: int, ratio: float | None, *, shared: bool) -> Draw:
         features = generator.normal(size=(2, num_latents, 1))
         samples = []
         for _ in range(3):
-            own = KL_SPREAD * (features if shared else generator.normal(size=features.shape))
+            own = spread * (features if shared else generator.normal(size=features.shape))
             own = own + BY_SEED * generator.normal(size=features.shape)
             cells = BY_LATENT_AND_DOCUMENT * generator.normal(size=(2, num_latents, GROUPS))
             kl = np.exp(own + text + cells)
@@ -150,7 +152,7 @@ def _ablations(num_latents: int, ratio: float | None, *, shared: bool) -> Draw:
                 _sample(part, np.ones_like(part)) for part in (kl[0], (ratio or 0) * kl[1])
             )
             samples.append(difference(first, second) if ratio is not None else first)
-        spreads = (KL_SPREAD, BY_SEED, BY_DOCUMENT, BY_LATENT_AND_DOCUMENT)
+        spreads = (spread, BY_SEED, BY_DOCUMENT, BY_LATENT_AND_DOCUMENT)
         mean = np.exp(np.square(spreads).sum() / 2)
         found = crossed(samples, heavy_tails=True, fewest=FEWEST_LATENTS)
         return found, float(mean * (1 - (ratio or 0)))

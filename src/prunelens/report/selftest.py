@@ -16,6 +16,7 @@ from prunelens.errors import UserError
 from prunelens.report.tables import COLUMNS
 from prunelens.report.write import write_results
 from prunelens.study.alone import alone_in
+from prunelens.study.folder import open_study
 from prunelens.study.run import run_study
 from prunelens.study.schedule import Outcome
 from prunelens.study_file import SHIPPED_STUDIES, read_study
@@ -71,7 +72,7 @@ def run_selftest(
     study = selftest_study(settings)
     with alone_in(out):
         outcome = run_study(study, out, workers=workers, quiet=quiet)
-        tables = write_results(out, redraw=outcome.num_executed > 0)
+        tables = write_results(out, *open_study(out), redraw=outcome.num_executed > 0)
     grades, nulls, coverage = (
         _table(tables, name, outcome) for name in ("selftest", "selftest_null", "coverage")
     )

@@ -15,9 +15,10 @@ from prunelens.report.summary import print_summary
 from prunelens.report.tables import write_tables
 from prunelens.study.alone import alone_in
 from prunelens.study.artifacts.disk import stopped_by_disk
-from prunelens.study.artifacts.links import refuse_links_out
 from prunelens.study.artifacts.seal import sha256_of
+from prunelens.study.artifacts.store import Store
 from prunelens.study.folder import open_study, read_runs
+from prunelens.study.matrix import Plan
 from prunelens.study.results import study_results
 from prunelens.study.run import run_study
 from prunelens.study.schedule import Outcome
@@ -56,7 +57,7 @@ def run_and_report(
             track=track,
         )
         still_alone()
-        tables = write_results(out, redraw=outcome.num_executed > 0)
+        tables = write_results(out, *open_study(out), redraw=outcome.num_executed > 0)
     if not quiet:
         print_summary(tables, read_runs(out))
     return outcome
@@ -71,15 +72,15 @@ def write_report(out: pathlib.Path, *, redraw: bool = True) -> dict[str, pd.Data
     Returns: the tables by name.
     Raises: UserError where another process works in the folder, or it holds no study.
     """
-    open_study(out)  # says what is wrong before anything is made
+    opened = open_study(out)  # says what is wrong before a lock is left in a folder of no study
     with alone_in(out), stopped_by_disk(out):
-        return write_results(out, redraw=redraw)
+        return write_results(out, *opened, redraw=redraw)
 
 
-def write_results(out: pathlib.Path, *, redraw: bool) -> dict[str, pd.DataFrame]:
+def write_results(
+    out: pathlib.Path, plan: Plan, store: Store, *, redraw: bool
+) -> dict[str, pd.DataFrame]:
     """`write_report` for whoever holds the folder's lock: nobody changes what is being drawn."""
-    plan, store = open_study(out)
-    refuse_links_out(out)
     tables = write_tables(study_results(plan, store), out)
     paper = write_paper_tables(tables, plan.study, out)
     if redraw or not _is_drawn(out):
