@@ -7,6 +7,7 @@ import pathlib
 import signal
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -35,6 +36,19 @@ def pytest_configure() -> None:
     """Ctrl-C is part of what is tested, but shells have it ignored by what they start with `&`."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def sae_lens() -> ModuleType:
+    return pytest.importorskip("sae_lens", reason="the extra `saelens` is not installed")
+
+
+@pytest.fixture(scope="session")
+def sparsify() -> ModuleType:
+    """Its first import by a process decides whether it decodes with kernels for GPUs only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSIFY_DISABLE_TRITON", "1")
+        return pytest.importorskip("sparsify", reason="eai-sparsify (extra `dev`) is not installed")
 
 
 @pytest.fixture(autouse=True)

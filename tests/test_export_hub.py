@@ -245,12 +245,8 @@ def test_any_change_of_masks_changes_their_hash():
 # ---- a hub folder of one SAE ----
 
 
-def test_all_layouts_compute_the_same(tmp_path, request):
+def test_all_layouts_compute_the_same(tmp_path, sae_lens, sparsify):
     """By prunelens' own reading, and by the code of SAELens and sparsify."""
-    sae_lens = pytest.importorskip("sae_lens", reason="the extra `saelens` is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPARSIFY_DISABLE_TRITON", "1")
-        sparsify = pytest.importorskip("sparsify", reason="eai-sparsify is not installed")
     x = own_sae(tmp_path / "own")
     out = export_hub(tmp_path / "own", tmp_path / "out").folder
     ours = loaded(tmp_path / "own")
@@ -544,10 +540,9 @@ def test_kinds_of_matrices_in_any_architecture(tiny_lm):
 # ---- upload ----
 
 
+@pytest.mark.usefixtures("sae_lens", "sparsify")
 def test_an_uploaded_folder_loads_from_the_hub(hub, tmp_path, monkeypatch):
     """Through the real client in both directions, by the lines that the card gives."""
-    pytest.importorskip("sae_lens", reason="the extra `saelens` is not installed")
-    pytest.importorskip("sparsify", reason="eai-sparsify is not installed")
     x = own_sae(tmp_path / "own")
     out = export_hub(tmp_path / "own", tmp_path / "out", sharing=Sharing(repository="me/mine"))
     assert push_folder(out.folder, "me/mine") == f"{hub.address}/me/mine"

@@ -37,18 +37,6 @@ LIBRARIES = ("saelens", "sparsify")
 CLOSE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def sae_lens():
-    return pytest.importorskip("sae_lens", reason="the extra `saelens` is not installed")
-
-
-@pytest.fixture(scope="module")
-def sparsify():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPARSIFY_DISABLE_TRITON", "1")  # which runs on a GPU only
-        return pytest.importorskip("sparsify", reason="eai-sparsify (extra `dev`) is not installed")
-
-
 class World(NamedTuple):
     folder: object
     sae: TopKSAE

@@ -12,7 +12,7 @@ import pytest
 from pyarrow import fs
 from typer.testing import CliRunner
 
-from faults.kill import start_at_once
+from faults.kill import start_at_once, wait_for_orphans
 from prunelens.cli.app import app
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
@@ -411,7 +411,7 @@ def test_two_workers_and_a_kill_change_nothing(server, small_tables, small, tmp_
     while len(keys(bucket)) < 25 and killed.poll() is None:
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    assert not wait_for_orphans(killed.pid)  # until then what they write is theirs
     assert len(keys(bucket)) >= 25
     assert start().wait(120) == 0
     assert tables(out) == small_tables

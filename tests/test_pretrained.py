@@ -21,11 +21,6 @@ GEMMA_2 = {"release": "gemma-scope-2b-pt-res-canonical", "sae_id": "layer_12/wid
 GEMMA_3 = {"release": "gemma-scope-2-1b-pt-res-all", "sae_id": "layer_12_width_16k_l0_small"}
 
 
-@pytest.fixture(scope="module")
-def sae_lens():
-    return pytest.importorskip("sae_lens", reason="the extra `saelens` is not installed")
-
-
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
     """A function that lays a repository into an empty hub cache; there is no network."""

@@ -71,6 +71,14 @@ def is_left(temporary: pathlib.Path) -> bool:
         if len(parts) != 3 or not parts[1].isdecimal() or age > FORGOTTEN_SECONDS:
             return True
         host = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())
-        return parts[0] == host and not psutil.pid_exists(int(parts[1]))
+        return parts[0] == host and not _is_running(int(parts[1]))
     except FileNotFoundError:
+        return False
+
+
+def _is_running(pid: int) -> bool:
+    """A zombie is not: in a container nobody may ever ask how an orphan ended."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
