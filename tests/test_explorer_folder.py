@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import pathlib
 import re
 from typing import Any
@@ -255,6 +256,35 @@ def test_an_explorer_is_replaced_whole(tmp_path: pathlib.Path) -> None:
     assert not (out / "left over").exists()
     assert not (out / "data/v0/contexts-0001.js").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "name", ["app.js", "index.html", "data/study.js", "data/v0/latents.js", MARKER]
+)
+@pytest.mark.parametrize("damage", ["cut", "planted", "link", "gone"])
+def test_an_explorer_that_is_not_as_it_was_written_has_no_identity(
+    tmp_path: pathlib.Path, name: str, damage: str
+) -> None:
+    out = write_explorer(explorer_world(num_latents=20), tmp_path / "out", identity="one")
+    path, content = out / name, (out / name).read_bytes()
+    path.unlink()
+    if damage == "link":
+        (tmp_path / "elsewhere").write_bytes(content)
+        path.symlink_to(tmp_path / "elsewhere")
+    elif damage != "gone":
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"[" * 10**5)
+    assert written_identity(out) is None
+    if name != MARKER:  # without it, it may be anybody's
+        write_explorer(explorer_world(num_latents=20), out, identity="one")
+        assert written_identity(out) == "one"
+        (out / "data/v0/more.js").write_text("alert(1)")
+        assert written_identity(out) is None
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_the_marker_is_not_waited_for(tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / MARKER)
+    assert written_identity(tmp_path) is None
 
 
 def test_an_empty_folder_is_filled(tmp_path: pathlib.Path) -> None:

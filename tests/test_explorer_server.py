@@ -8,10 +8,12 @@ import socket
 import threading
 import urllib.error
 import urllib.request
+from http import HTTPStatus
 
 import pytest
 
 from prunelens.errors import UserError
+from prunelens.report.explorer.folder import CONTENT_SECURITY_POLICY, FRONT, POLICY_PLACE
 from prunelens.report.explorer.labels import ADDRESS, NeuronpediaLabels, first_label
 from prunelens.report.explorer.server import HEADERS, serve_explorer
 
@@ -22,15 +24,17 @@ HOSTILE = "</script><script>alert(1)</script>\u2028\"'); alert(2); //"
 def folder(tmp_path):
     """A folder to serve, with something beside it that must stay unseen."""
     served = tmp_path / "explorer"
-    (served / "data").mkdir(parents=True)
-    (served / "index.html").write_text("<!doctype html>the page")
+    (served / "data" / "v0").mkdir(parents=True)
+    (served / "index.html").write_text("<!doctype html>secret")
     (served / "data" / "study.js").write_text('prunelens.receive("study",{});\n')
-    (served / "data" / "a b.js").write_text("1\n")
+    (served / "data" / "v0" / "latents.js").write_text('prunelens.receive("v0/latents",[1]);\n')
+    (served / "planted.js").write_text("secret\n")
     (served / ".hidden").write_text("no\n")
-    (tmp_path / "secret.txt").write_text("secret\n")
-    (served / "out.txt").symlink_to(tmp_path / "secret.txt")
+    secret = tmp_path / "secret.js"
+    secret.write_text('prunelens.receive("outside","secret");\n')
+    (served / "data" / "outside.js").symlink_to(secret)
     (served / "outside").symlink_to(tmp_path)
-    (served / "inside.js").symlink_to(served / "data" / "study.js")
+    (served / "data" / "inside.js").symlink_to(served / "data" / "study.js")
     return served
 
 
@@ -62,17 +66,19 @@ def ask(server, target="/", *, method="GET", host=None, headers=(), body=b""):
     return int(status.split()[1]), dict(field.split(": ", 1) for field in fields), found
 
 
-def test_files_are_served_as_they_are(folder):
+def test_the_installed_page_is_served_with_the_data_of_the_folder(folder):
+    page = (FRONT / "index.html").read_text().replace(POLICY_PLACE, CONTENT_SECURITY_POLICY)
     with served(folder) as server:
-        for target, name in (
-            ("/", "index.html"),
-            ("/index.html", "index.html"),
-            ("/data/study.js?1", "data/study.js"),
-            ("/data/a%20b.js", "data/a b.js"),
+        for target, content in (
+            ("/", page.encode()),
+            ("/index.html", page.encode()),
+            ("/app.js", (FRONT / "app.js").read_bytes()),
+            ("/data/study.js?1", (folder / "data/study.js").read_bytes()),
+            ("/data/v0/latents.js", (folder / "data/v0/latents.js").read_bytes()),
         ):
             status, headers, body = ask(server, target)
             assert status == 200
-            assert body == (folder / name).read_bytes()
+            assert body == content
             assert int(headers["Content-Length"]) == len(body)
             assert HEADERS.items() <= headers.items()
             assert "utf-8" in headers["Content-Type"]
@@ -97,11 +103,12 @@ def test_the_policy_lets_nothing_in_from_elsewhere(folder):
 @pytest.mark.parametrize(
     "target",
     [
-        "/../secret.txt", "/%2e%2e/secret.txt", "/..%2fsecret.txt", "/data/../../secret.txt",
-        "/data/%2e%2e/%2e%2e/secret.txt", "/..\\secret.txt", "/..%5csecret.txt", "//secret.txt",
-        "/out.txt", "/outside/secret.txt", "/outside/explorer/index.html", "/inside.js",
-        "/.hidden", "/data", "/data/", "/data/.", "/nothing.js", "/%00", "/index.html%00.js",
-        "/index.html/", "/labels/v0/1.js", "secret.txt", "http://127.0.0.1/index.html", "*",
+        "/../secret.js", "/%2e%2e/secret.js", "/..%2fsecret.js", "/data/../../secret.js",
+        "/data/%2e%2e/%2e%2e/secret.js", "/..\\secret.js", "/..%5csecret.js", "//secret.js",
+        "/data/outside.js", "/outside/secret.js", "/outside/explorer/index.html", "/planted.js",
+        "/data/inside.js", "/.hidden", "/data", "/data/", "/data/.", "/nothing.js", "/%00",
+        "/index.html%00.js", "/index.html/", "/labels/v0/1.js", "secret.js", "*",
+        "http://127.0.0.1/index.html", f"/data/{'x' * 300}.js", f"/{'x/' * 5000}x.js",
     ],
 )  # fmt: skip
 def test_nothing_else_is_served(folder, target):
@@ -110,6 +117,38 @@ def test_nothing_else_is_served(folder, target):
     assert status == 404
     assert b"secret" not in body
     assert HEADERS.items() <= headers.items()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'prunelens.receive("study",alert(1));\n',
+        'prunelens.receive("study",{});alert(1);\n',
+        'prunelens.receive("other",{});\n',
+        'prunelens.receive("study",{});',
+        'prunelens.receive("study",{"a',
+        'prunelens.receive("study","\u2028");\n',
+        f'prunelens.receive("study",{"[" * 100_000});\n',
+        "alert(1)",
+        "",
+    ],
+)
+def test_a_script_in_the_place_of_data_is_not_served(folder, content):
+    """The page's policy would run it: it comes from the page's own address."""
+    (folder / "data" / "study.js").write_text(content, encoding="utf-8")
+    with served(folder) as server:
+        assert ask(server, "/data/study.js")[0] == 404
+
+
+@pytest.mark.parametrize("version", [" HTTP/9.9", " HTTP/x", " HTTP/1.1.1", " FTP/1.1", ""])
+def test_a_malformed_request_is_answered_with_the_policy_too(folder, version):
+    with served(folder) as server, socket.socket() as connection:
+        connection.connect(("127.0.0.1", server.server_port))
+        connection.sendall(f"GET /{version}\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: connection.recv(65_536), b""))
+    assert answer.startswith((b"HTTP/1.1 4", b"HTTP/1.1 505"))
+    for name, value in HEADERS.items():
+        assert f"{name}: {value}\r\n".encode() in answer
 
 
 def test_a_name_of_another_site_is_refused(folder):
@@ -253,17 +292,14 @@ def test_without_labels_no_connection_is_tried(folder, monkeypatch):
 def test_a_redirection_is_not_followed(folder, monkeypatch):
     from prunelens.report.explorer import labels
 
-    (folder / "index.html").write_bytes(_said)
+    def answer(self):
+        if self.path.startswith("/there"):
+            self._send(_said, "application/json")
+        else:
+            self._send(b"", "text/plain", HTTPStatus.FOUND, Location=f"{self.server.address}there")
+
     with served(folder) as server:
         monkeypatch.setattr(labels, "ADDRESS", server.address)
-        assert NeuronpediaLabels({"v0": "index.html?"})("v0", 1) == HOSTILE[:500]
-        handler = server.RequestHandlerClass
-
-        def redirect(self):
-            self.send_response(302)
-            self.send_header("Location", f"{server.address}index.html")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        monkeypatch.setattr(handler, "do_GET", redirect)
+        monkeypatch.setattr(server.RequestHandlerClass, "do_GET", answer)
+        assert NeuronpediaLabels({"v0": "there?"})("v0", 1) == HOSTILE[:500]
         assert NeuronpediaLabels({"v0": "m/s"})("v0", 1) is None

@@ -3,14 +3,11 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from prunelens.study.artifacts.seal import sealed, unsealed
 from prunelens.study.artifacts.store import DamagedArtifactError, Stage, Store
-from prunelens.study.artifacts.temporary import is_left, temporary_beside
 
 
 def stage(**changes):
@@ -105,23 +102,6 @@ def test_what_another_machine_may_be_writing_is_swept_only_when_old(tmp_path, mo
         assert ours.exists() and not theirs.exists()
         (ours / "a.txt").write_text("x")
     assert store.is_sound(stage())
-
-
-def test_an_orphan_that_nobody_waits_for_is_gone(tmp_path):
-    """In a container without an init, what a killed run left would be kept for a day."""
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # it has ended and stays a zombie
-    mine = temporary_beside(tmp_path / "x")
-    theirs = mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
-    mine.mkdir(), theirs.mkdir()
-    assert not is_left(mine) and is_left(theirs)
-    ended.wait()
-    assert is_left(theirs)
-
-
-def test_no_two_makers_write_to_one_folder(tmp_path):
-    names = {temporary_beside(tmp_path / "x").name for _ in range(100)}
-    assert len(names) == 100 and all(name.startswith("x.") for name in names)
 
 
 def test_a_folder_without_meta_json_gives_way(tmp_path, caplog):

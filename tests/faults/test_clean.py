@@ -40,7 +40,7 @@ def artifact(folder, kind):
 
 def killed(folder):
     """As `temporary_beside` names it, of a process of this machine that is gone."""
-    from prunelens.study.artifacts.temporary import temporary_beside
+    from prunelens.temporary import temporary_beside
 
     name = temporary_beside(folder).name.replace(f"-{os.getpid()}-", f"-{DEAD}-")
     return folder.with_name(name)
@@ -72,6 +72,7 @@ def test_everything_that_can_go_is_found_and_freed_and_nothing_else(folder, fini
         (folder / "artifacts/damaged/sae-0123456789ab-ffffff", DAMAGED),
         (folder / f"artifacts/unfinished/sae-{sae.name}", UNFINISHED),
         (killed(sae), KILLED),
+        (killed(folder / ".explorer"), KILLED),
     ):
         path.mkdir(parents=True)
         (path / "x.safetensors").write_bytes(bytes(1000))

@@ -249,7 +249,7 @@ def test_a_file_of_the_folder_bears_two_writers(tmp_path):
 
 
 def _owner(process):
-    from prunelens.study.artifacts.temporary import temporary_beside
+    from prunelens.temporary import temporary_beside
 
     name = temporary_beside(pathlib.Path("x")).name
     return name.split(".")[1].replace(f"-{os.getpid()}-", f"-{process}-")

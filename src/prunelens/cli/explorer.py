@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from prunelens.cli.options import Folder
+from prunelens.cli.options import Folder, Remembered
 from prunelens.console import Console
 from prunelens.terminal import say
 
@@ -26,6 +26,7 @@ def view(
         bool,
         typer.Option("--labels", help="Ask neuronpedia.org for labels of the latents you open."),
     ] = False,
+    artifacts: Remembered = None,
 ) -> None:
     """Explore a study's latents on a page of this machine, until Ctrl-C: which were lost?"""
     from prunelens.report.explorer.study import view_study
@@ -36,7 +37,15 @@ def view(
             tell("")
             say(f"{address}  (Ctrl-C ends it)", flush=True)
 
-        view_study(folder, port=port, browser=not no_browser, labels=labels, tell=tell, ready=ready)
+        view_study(
+            folder,
+            port=port,
+            browser=not no_browser,
+            labels=labels,
+            artifacts=artifacts,
+            tell=tell,
+            ready=ready,
+        )
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunelens.cli.options import AsJson
+from prunelens.cli.options import AsJson, Remembered
 from prunelens.cli.printing import print_json
 from prunelens.errors import UserError
 from prunelens.terminal import say
@@ -45,12 +45,13 @@ def export(
     license: License = None,
     push: Push = None,
     private: Private = False,
+    artifacts: Remembered = None,
     as_json: AsJson = False,
 ) -> None:
     """Write an SAE for SAELens or sparsify, or SAEs or a pruned model for the Hugging Face hub."""
-    _check(file_format, condition, license, push)
+    _check(file_format, condition, {"--license": license, "--push": push, "--artifacts": artifacts})
     sharing = checked_sharing(license, push, private, model)
-    told = _write(source, file_format, out, condition, sharing)
+    told = _write(source, file_format, out, condition, sharing, artifacts)
     address = push_if_asked(out, push, private)
     if as_json:
         shown = {"out": str(out), "format": file_format, **told}
@@ -92,7 +93,7 @@ def tell_pushed(address: str | None) -> None:
         say(f"uploaded to {address}")
 
 
-def _check(file_format: str, condition: str | None, license: str | None, push: str | None) -> None:
+def _check(file_format: str, condition: str | None, for_the_hub: dict[str, str | None]) -> None:
     if file_format not in FORMATS:
         raise UserError(
             f"--format: {file_format!r} is none of {', '.join(FORMATS)}; give one of them"
@@ -103,7 +104,7 @@ def _check(file_format: str, condition: str | None, license: str | None, push: s
         )
     if file_format != "checkpoint" and condition is not None:
         raise UserError("--condition: it goes with --format checkpoint; leave it out")
-    for option, value in (("--license", license), ("--push", push)):
+    for option, value in for_the_hub.items():
         if value is not None and file_format not in FOR_THE_HUB:
             raise UserError(f"{option}: it goes with --format hub or checkpoint; leave it out")
 
@@ -114,13 +115,14 @@ def _write(
     out: pathlib.Path,
     condition: str | None,
     sharing: Sharing,
+    artifacts: str | None,
 ) -> dict[str, Any]:
     """Write the files; what to tell of them."""
     if file_format == "checkpoint":
         from prunelens.study.exports import export_checkpoint
 
         assert condition is not None
-        checkpoint = export_checkpoint(source, condition, out, sharing=sharing)
+        checkpoint = export_checkpoint(source, condition, out, sharing=sharing, artifacts=artifacts)
         record = checkpoint.record
         return {
             "condition": checkpoint.condition,
@@ -130,7 +132,7 @@ def _write(
     if file_format == "hub":
         from prunelens.study.exports import export_hub
 
-        return {"saes": list(export_hub(source, out, sharing=sharing).saes)}
+        return {"saes": list(export_hub(source, out, sharing=sharing, artifacts=artifacts).saes)}
     from prunelens.sae.export import export_format, export_sae
 
     exported = export_sae(source, out, format=export_format(file_format), model=sharing.base_model)

@@ -30,6 +30,14 @@ Artifacts = Annotated[
         help="Where artifacts are: a folder, s3://bucket/prefix, gs://…; default: in --out.",
     ),
 ]
+Remembered = Annotated[
+    str | None,
+    typer.Option(
+        "--artifacts",
+        metavar="ADDRESS",
+        help="Where the study's artifacts are; default: where the study says.",
+    ),
+]
 Track = Annotated[
     str | None, typer.Option(help="Also show it in tensorboard, wandb or trackio; default: off.")
 ]

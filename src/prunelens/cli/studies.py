@@ -20,6 +20,7 @@ from prunelens.cli.options import (
     Folder,
     Out,
     Quiet,
+    Remembered,
     Settings,
     Study,
     Track,
@@ -142,11 +143,11 @@ def plan(
     raise typer.Exit(2 if any(check["level"] == "error" for check in found.checks) else 0)
 
 
-def status(folder: Folder, as_json: AsJson = False) -> None:
+def status(folder: Folder, artifacts: Remembered = None, as_json: AsJson = False) -> None:
     """How far a study is: which runs are done, failed or missing stages."""
     from prunelens.study.folder import study_status
 
-    rows = study_status(folder)
+    rows = study_status(folder, artifacts)
     if as_json:
         print_json(rows)
         return
@@ -163,18 +164,19 @@ def report(
     explorer: Annotated[
         bool, typer.Option("--explorer", help="Also write DIR/explorer, a page to share.")
     ] = False,
+    artifacts: Remembered = None,
 ) -> None:
     """Write a study's tables and figures again from its artifacts, and print the summary."""
     from prunelens.report.summary import print_summary
     from prunelens.report.write import write_report
     from prunelens.study.folder import read_runs
 
-    print_summary(write_report(folder), read_runs(folder))
+    print_summary(write_report(folder, artifacts=artifacts), read_runs(folder))
     if explorer:
         from prunelens.report.explorer.study import write_study_explorer
 
         with what_is_done() as tell:
-            written = write_study_explorer(folder, tell=tell)
+            written = write_study_explorer(folder, artifacts=artifacts, tell=tell)
         say(f"open {written / 'index.html'}, or copy the folder and open it anywhere")
 
 
@@ -189,12 +191,20 @@ def predict(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the dense SAE; default: the first.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many of the most endangered to show.")] = 20,
+    artifacts: Remembered = None,
     as_json: AsJson = False,
 ) -> None:
     """Before pruning: how likely is each latent to survive, and which are most endangered?"""
     from prunelens.study.predict import predict_latents
 
-    table = predict_latents(folder, sparsity=sparsity, latents=numbers(latents), run=run, seed=seed)
+    table = predict_latents(
+        folder,
+        sparsity=sparsity,
+        latents=numbers(latents),
+        run=run,
+        seed=seed,
+        artifacts=artifacts,
+    )
     if as_json:
         print_json(records(table))
         return

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -21,6 +19,7 @@ from prunelens.offload import any_offloaded
 from prunelens.prune.card import checkpoint_card
 from prunelens.prune.masks import MASKS_FILE, masks_sha256, save_masks
 from prunelens.prune.record import PruningRecord
+from prunelens.temporary import new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,13 +71,8 @@ def writing_checkpoint(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises: UserError as `check_target`.
     """
     check_target(folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        partial = pathlib.Path(scratch) / folder.name
-        partial.mkdir()
+    with new_folder(folder) as partial:
         yield partial
-        for path in (*partial.iterdir(), partial):
-            flush(path)
-        partial.replace(folder)
 
 
 def save_beside_weights(
@@ -112,12 +106,3 @@ def check_target(folder: pathlib.Path) -> None:
     except OSError as error:
         why = f"cannot write to {str(folder)!r} ({error.strerror})"
         raise UserError(f"out: {why}; name a folder that you can write to") from None
-
-
-def flush(path: pathlib.Path) -> None:
-    """Have the operating system write a file or a folder's entries to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

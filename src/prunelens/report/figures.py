@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from prunelens.report.panels import FIGURES, FigureOf
 from prunelens.report.panels.panel import Panel, Points, Site, shortened, sites
-from prunelens.study.artifacts.temporary import replacing
+from prunelens.temporary import replacing
 
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^"}
 LINES = {"solid": "-", "dashed": "--", "dotted": ":", "none": ""}

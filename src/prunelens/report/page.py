@@ -28,8 +28,8 @@ from prunelens.report.paper_tables import DEPTH, MATRIX, paper_tables
 from prunelens.report.questions import ASSUMED, CAPTIONS, QUESTIONS, Question
 from prunelens.report.shown_table import Shown, number, shown
 from prunelens.report.sufficiency import not_enough
-from prunelens.study.artifacts.temporary import replacing
 from prunelens.study.work import read_json
+from prunelens.temporary import replacing
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 MOST_ROWS = 300  # of one table on the page; the rest is in its CSV

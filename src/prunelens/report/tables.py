@@ -16,7 +16,7 @@ from prunelens.analyses.grades import NULL_COLUMNS
 from prunelens.analyses.noise import COLUMNS as CHANGE_COLUMNS
 from prunelens.analyses.verdict import LIMITS
 from prunelens.csv_table import as_csv
-from prunelens.study.artifacts.temporary import replacing
+from prunelens.temporary import replacing
 
 _CONDITION = ["run", "model", "layer", "method", "sparsity"]
 COLUMNS = {

@@ -57,22 +57,27 @@ def run_and_report(
             track=track,
         )
         still_alone()
-        tables = write_results(out, *open_study(out), redraw=outcome.num_executed > 0)
+        tables = write_results(out, *open_study(out, artifacts), redraw=outcome.num_executed > 0)
     if not quiet:
         print_summary(tables, read_runs(out))
     return outcome
 
 
-def write_report(out: pathlib.Path, *, redraw: bool = True) -> dict[str, pd.DataFrame]:
+def write_report(
+    out: pathlib.Path, *, redraw: bool = True, artifacts: str | None = None
+) -> dict[str, pd.DataFrame]:
     """Write `tables/`, `latents.parquet`, `figures/` and `report.html` of a study folder.
 
     Args:
         out: the study's folder.
         redraw: draw figures and page also where they show these very tables.
+        artifacts: where they are, as `open_store` takes it; None: where the folder says.
     Returns: the tables by name.
     Raises: UserError where another process works in the folder, or it holds no study.
     """
-    opened = open_study(out)  # says what is wrong before a lock is left in a folder of no study
+    opened = open_study(
+        out, artifacts
+    )  # says what is wrong before a lock is left in a folder of no study
     with alone_in(out), stopped_by_disk(out):
         return write_results(out, *opened, redraw=redraw)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import tempfile
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -19,12 +18,13 @@ from torch import Tensor
 
 from prunelens.activations import Statistics
 from prunelens.errors import UserError
-from prunelens.prune.checkpoint import check_target, flush
+from prunelens.prune.checkpoint import check_target
 from prunelens.sae import sparsify
 from prunelens.sae.formats import GivenSae, NormalisedTopK
 from prunelens.sae.kernels import Weights
 from prunelens.sae.own_folder import PLACE_FILE, own_sae
 from prunelens.sae.topk import TopKSAE
+from prunelens.temporary import new_folder
 
 ExportFormat = Literal["saelens", "sparsify"]
 
@@ -208,14 +208,9 @@ def _stated_l0(given: GivenSae) -> float | None:
 
 
 def _write(layout: _Layout, out: pathlib.Path) -> None:
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        partial = pathlib.Path(scratch) / out.name
-        partial.mkdir()
+    with new_folder(out) as partial:
         tensors = {name: tensor.cpu() for name, tensor in layout.tensors.items()}
         save_file(tensors, partial / layout.weights_file)
         for name, description in layout.descriptions.items():
             text = json.dumps(description, indent=2) + "\n"
             (partial / name).write_text(text, encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            flush(path)
-        partial.replace(out)

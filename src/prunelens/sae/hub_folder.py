@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from prunelens.cards import CARD_FILE, RECORD_FILE, Sharing, version
-from prunelens.prune.checkpoint import check_target, flush
+from prunelens.prune.checkpoint import check_target
 from prunelens.sae.card import OWN, SAELENS, SPARSIFY, prunings_of, sae_card
 from prunelens.sae.export import export_sae
 from prunelens.sae.own_folder import PLACE_FILE
 from prunelens.sae.record import QUALITY_FILE, SaeRecord, TrainingRecord, sae_record
+from prunelens.temporary import new_folder
 
 # Of an SAE's artifact, what it needs to be used; the others are about the study.
 _NEEDED = ("sae.json", "sae.safetensors", "normalisation.safetensors")
@@ -62,8 +62,7 @@ def write_hub_folder(
     records = {path: sae_record(*source) for path, source in sources.items()}
     card = sae_card(records, sharing)
     check_target(out)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        partial = pathlib.Path(scratch) / out.name
+    with new_folder(out) as partial:
         for path, source in sources.items():
             _write_layouts(source.folder, partial / path, _model_name(records[path], sharing))
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
@@ -76,9 +75,6 @@ def write_hub_folder(
         }
         text = json.dumps(facts, indent=1, allow_nan=False) + "\n"
         (partial / RECORD_FILE).write_text(text, encoding="utf-8")
-        for written in (*partial.rglob("*"), partial):
-            flush(written)
-        partial.replace(out)
     return HubFolder(out, tuple(path or "." for path in sources))
 
 

@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 from prunelens.errors import UserError
 from prunelens.study.alone import alone_in
+from prunelens.study.artifacts.address import remembered_place
 from prunelens.study.artifacts.links import refuse_links_out
 from prunelens.study.artifacts.store import Store
-from prunelens.study.artifacts.temporary import left_in, remove_folder
 from prunelens.study.conclude import predictor_stage
 from prunelens.study.folder import open_study
 from prunelens.study.matrix import STORES, Plan, parents_first
 from prunelens.study.preflight.room import bytes_written
+from prunelens.temporary import is_left, remove
 
 DAMAGED = "was found damaged and set aside"
 KILLED = "left half-written by a process that was killed"
@@ -28,7 +29,7 @@ _IDENTITY = re.compile("[0-9a-f]{64}")
 
 
 class Leftover(NamedTuple):
-    """A folder that a study can do without."""
+    """A folder or file that a study can do without."""
 
     path: str
     """Below the study's folder, with `/` between folders."""
@@ -41,7 +42,7 @@ class Leftover(NamedTuple):
 
 
 def leftovers(out: pathlib.Path) -> list[Leftover]:
-    """What of the artifacts of the study folder `out` can be freed; nothing is changed.
+    """What of the study folder `out` can be freed; nothing is changed.
 
     What is set aside or half-written, checkpoints that no training goes on from, activation stores
     that nothing missing reads, and, once the study has ended, artifacts that `study.yaml` does not
@@ -51,20 +52,16 @@ def leftovers(out: pathlib.Path) -> list[Leftover]:
         studies may need them.
     """
     refuse_links_out(out)
-    plan, store = open_study(out)
-    if store.address != str((out / "artifacts").absolute()):
+    if (place := remembered_place(out)) not in (None, str((out / "artifacts").absolute())):
         raise UserError(
-            f"clean: the artifacts of {str(out)!r} are in {store.address!r}, where other studies"
-            " may need them; delete there by hand what you do not need"
+            f"clean: the artifacts of {str(out)!r} are in {place!r}, where other studies may need"
+            " them; delete there by hand what you do not need"
         )
+    plan, store = open_study(out)
+    unneeded = [*_unneeded(plan, store), *((path, KILLED) for path in _half_written(out))]
     return [
-        Leftover(
-            f"artifacts/{path.relative_to(store.root).as_posix()}",
-            _label(path),
-            why,
-            int(bytes_written(path)),
-        )
-        for path, why in _unneeded(plan, store)
+        Leftover(path.relative_to(out).as_posix(), _label(path), why, int(bytes_written(path)))
+        for path, why in unneeded
     ]
 
 
@@ -76,7 +73,7 @@ def clean_study(out: pathlib.Path) -> list[Leftover]:
     with alone_in(out):
         found = leftovers(out)
         for leftover in found:
-            remove_folder(out / leftover.path)
+            remove(out / leftover.path)
     return found
 
 
@@ -88,7 +85,7 @@ def _unneeded(plan: Plan, store: Store) -> Iterator[tuple[pathlib.Path, str]]:
     awaited = {parent.identity for stage in missing for parent in stage.parents.values()}
     going_on = {f"{stage.name}-{stage.identity}" for stage in missing}
     yield from ((path, DAMAGED) for path in _folders(store.root / "damaged"))
-    yield from ((path, KILLED) for path in sorted(left_in(store.root, store.claims)))
+    yield from ((path, KILLED) for path in sorted(store.left_half_written()))
     for path in _folders(store.root / "unfinished"):
         if path.name not in going_on:
             yield path, UNFINISHED
@@ -101,6 +98,13 @@ def _unneeded(plan: Plan, store: Store) -> Iterator[tuple[pathlib.Path, str]]:
                     yield path, UNASKED
             elif kind.name in STORES and path.name not in awaited:
                 yield path, READ
+
+
+def _half_written(out: pathlib.Path) -> list[pathlib.Path]:
+    """What killed processes left of pages, tables, figures and the explorer."""
+    places = (out, out / "tables", out / "figures")
+    found = (path for place in places if not place.is_symlink() for path in place.glob(".*.tmp"))
+    return sorted(path for path in found if is_left(path))
 
 
 def _folders(above: pathlib.Path) -> list[pathlib.Path]:

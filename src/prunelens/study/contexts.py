@@ -14,7 +14,11 @@ from prunelens.study.matrix import Plan, Run
 
 
 def study_contexts(
-    out: pathlib.Path, *, run: str | None = None, under: str | None = None
+    out: pathlib.Path,
+    *,
+    run: str | None = None,
+    under: str | None = None,
+    artifacts: str | None = None,
 ) -> pd.DataFrame:
     """The contexts of the latents of one run's SAE (of the first seed).
 
@@ -23,6 +27,7 @@ def study_contexts(
         run: a run's name; None: the first dense run.
         under: a pruned run of that model and layer, for a dense `run`: the same latents on the same
             tokens there.
+        artifacts: where they are, as `open_store` takes it; None: where the folder says.
     Returns: one row per context: latent, kind (`top`: its strongest activations, each from another
         window; `sample`: one firing of each interval of its range), rank, low, high (of a sample's
         interval), window, position, activation, tokens (the text of each token around it),
@@ -30,7 +35,7 @@ def study_contexts(
         also activations_under. A latent that never fires has no rows.
     Raises: UserError where there is no such run or no evidence of it.
     """
-    plan, store = open_study(out)
+    plan, store = open_study(out, artifacts)
     chosen = _run(plan, run)
     folder = _evidence(store, chosen)
     if not (folder / "contexts.parquet").is_file():

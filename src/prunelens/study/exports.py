@@ -52,7 +52,11 @@ class ExportedCheckpoint(NamedTuple):
 
 
 def export_hub(
-    source: str | pathlib.Path, out: str | pathlib.Path, *, sharing: Sharing | None = None
+    source: str | pathlib.Path,
+    out: str | pathlib.Path,
+    *,
+    sharing: Sharing | None = None,
+    artifacts: str | None = None,
 ) -> HubFolder:
     """Write one SAE, or all of a study's own ones, as a folder for the Hugging Face hub.
 
@@ -61,6 +65,7 @@ def export_hub(
             study), or of a study: then every condition's own SAEs, not the controls.
         out: a new folder; see `write_hub_folder`.
         sharing: license, repository and what the user says of the model.
+        artifacts: of a study: where they are, as `open_store` takes it; None: where it says.
     Raises: UserError where `source` is neither, an SAE is missing, damaged or of the planted
         world, the study cannot be opened, or `out` is not empty.
     """
@@ -68,14 +73,14 @@ def export_hub(
     sharing = sharing or Sharing()
     check_target(pathlib.Path(out))
     if (source / "study.yaml").is_file():
-        sources = _own_saes(_Facts(source), sharing)
+        sources = _own_saes(_Facts(source, artifacts), sharing)
     elif not (source / "sae.json").is_file():
         raise UserError(
             f"SAE: {str(source)!r} holds neither sae.json (an SAE of ours) nor study.yaml (a"
             " study); give such a folder"
         )
     elif study := _study_of(source):
-        sources = {"": _Facts(study).source_at(source)}
+        sources = {"": _Facts(study, artifacts).source_at(source)}
     else:
         sources = {"": SaeSource(source, None)}
     return write_hub_folder(sources, out, sharing=sharing)
@@ -87,6 +92,7 @@ def export_checkpoint(
     out: str | pathlib.Path,
     *,
     sharing: Sharing | None = None,
+    artifacts: str | None = None,
 ) -> ExportedCheckpoint:
     """Write a study's pruned model as a Hugging Face checkpoint, made again from its artifact.
 
@@ -98,10 +104,12 @@ def export_checkpoint(
         condition: e.g. `wanda-row-0.50`; with several models `MODEL/wanda-row-0.50`.
         out: a new folder; see `save_checkpoint`.
         sharing: license, repository and what the user says of the model.
+        artifacts: where they are, as `open_store` takes it; None: where the study says.
     Raises: UserError where the study cannot be opened, has no such condition or has not pruned it
         yet, its masks are damaged, the model is out of reach, or `out` is not empty.
     """
-    facts, out = _Facts(pathlib.Path(study)), pathlib.Path(out).expanduser().absolute()
+    facts = _Facts(pathlib.Path(study), artifacts)
+    out = pathlib.Path(out).expanduser().absolute()
     check_target(out)
     run = facts.pruned_run(condition)
     if isinstance(run.pruning, CheckpointConfig):
@@ -166,8 +174,8 @@ def _condition(run: Run) -> str:
 class _Facts:
     """What a study's plan and artifacts say of its SAEs and prunings."""
 
-    def __init__(self, study: pathlib.Path) -> None:
-        self.plan, self.store = open_study(study.expanduser())
+    def __init__(self, study: pathlib.Path, artifacts: str | None) -> None:
+        self.plan, self.store = open_study(study.expanduser(), artifacts)
         self._prunings: dict[str, PruningRecord] = {}
         if any(model.is_planted for model in self.plan.study.models):
             raise UserError(

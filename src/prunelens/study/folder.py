@@ -19,12 +19,12 @@ from prunelens.errors import UserError
 from prunelens.study.artifacts.address import artifacts_of, remember_artifacts
 from prunelens.study.artifacts.seal import library_versions
 from prunelens.study.artifacts.store import DamagedArtifactError, Stage, Store
-from prunelens.study.artifacts.temporary import replacing
 from prunelens.study.matrix import Plan
 from prunelens.study.plan import plan_study
 from prunelens.study.results import method_columns
 from prunelens.study.schedule import RunResult, finished_targets
 from prunelens.study_file import parse_yaml, read_text
+from prunelens.temporary import replacing
 
 RUN_COLUMNS = [
     "run", "model", "layer", "method", "scope", "pattern", "sparsity",
@@ -45,18 +45,27 @@ def write_runs(out: pathlib.Path, results: list[RunResult], store: Store) -> Non
     _write(out / "runs.csv", as_csv(_runs_table(results, store)))
 
 
-def open_study(out: pathlib.Path) -> tuple[Plan, Store]:
-    """The plan and the artifacts of a study folder that `run_study` left."""
+def open_study(out: pathlib.Path, artifacts: str | None = None) -> tuple[Plan, Store]:
+    """The plan and the artifacts of a study folder that `run_study` left.
+
+    Args:
+        out: the folder.
+        artifacts: where they are, as `open_store` takes it; None: where the folder says.
+    """
     path = out / "study.yaml"
     if not path.is_file():
         raise UserError(f"study folder: {str(out)!r} has no study.yaml; give the folder of a study")
     study = study_from_data(parse_yaml(read_text(path), where=str(path)))
-    return plan_study(study), artifacts_of(out)
+    store = artifacts_of(out, artifacts)
+    return plan_study(study), store
 
 
-def study_status(out: pathlib.Path) -> list[dict[str, Any]]:
-    """Per run: run, status (done, failed, unfinished), present and stages (counts), reason."""
-    plan, store = open_study(out)
+def study_status(out: pathlib.Path, artifacts: str | None = None) -> list[dict[str, Any]]:
+    """Per run: run, status (done, failed, unfinished), present and stages (counts), reason.
+
+    Arguments as `open_study`.
+    """
+    plan, store = open_study(out, artifacts)
     table = read_runs(out)
     there = finished_targets(plan, store)
     reasons = dict(zip(table["run"], table["reason"], strict=True))

@@ -30,6 +30,7 @@ def predict_latents(
     latents: Sequence[int] | None = None,
     run: str | None = None,
     seed: int | None = None,
+    artifacts: str | None = None,
 ) -> pd.DataFrame:
     """Survival probability of the latents of a study's dense SAE under a pruning.
 
@@ -39,6 +40,7 @@ def predict_latents(
         latents: only these; None: all.
         run: the dense run, e.g. `bundled/L2/dense`; needed where the study has several.
         seed: of the dense SAE; None: the first.
+        artifacts: where they are, as `open_store` takes it; None: where the folder says.
     Returns: latent, firing_rate, then for survival without a shared start (`persistence` above
         0.7) and as published (`shared_init`, MNN at tau 0.7) the probability with its 95 %
         interval: persistence, persistence_low, persistence_high, shared_init, shared_init_low,
@@ -46,7 +48,7 @@ def predict_latents(
     Raises: UserError where there is no predictor, no such run, seed or latent, or the sparsity is
         out of range.
     """
-    plan, store = open_study(out)
+    plan, store = open_study(out, artifacts)
     chosen = _dense_run(plan, run)
     seeds = plan.study.sae.seeds
     if seed is not None and seed not in seeds:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.artifacts.temporary import replacing
 from prunelens.study.tracking import Tracker
+from prunelens.temporary import replacing
 
 
 @dataclass(frozen=True)

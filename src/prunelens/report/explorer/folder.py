@@ -6,6 +6,7 @@ data/study.js                                    what there is: views, condition
 data/v0/latents.js  tokens.js  places.js         numbers, eval text, where latents fire
 data/v0/contexts-0000.js …                       contexts and effects, 128 latents each
 data/v0/c0/latents.js  contexts-0000.js …        the same of a condition's own dictionary
+prunelens-explorer.json                          whose it is, and the SHA-256 of every data file
 ```
 A page opened from a disk may load scripts but not read files, so every data file is a script that
 calls `prunelens.receive(name, JSON)`. `labels/v0/123.js` (`prunelens.receive("labels/v0/123",
@@ -14,12 +15,12 @@ calls `prunelens.receive(name, JSON)`. `labels/v0/123.js` (`prunelens.receive("l
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import pathlib
 import re
-import shutil
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from prunelens.errors import UserError
 from prunelens.report.explorer.content import (
@@ -40,6 +41,9 @@ from prunelens.report.explorer.shards import (
     places,
     shard,
 )
+from prunelens.study.artifacts.links import is_plain
+from prunelens.study.artifacts.seal import sha256_of
+from prunelens.temporary import new_folder
 
 FRONT = pathlib.Path(__file__).parent / "front"
 MARKER = "prunelens-explorer.json"
@@ -77,34 +81,62 @@ def write_explorer(
     final = out.resolve()
     _refuse_other_things(final)
     addresses = _checked(dict(links or {}))
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        _write_page(temporary)
-        _write_script(temporary, "study", _study(explorer, addresses, labels))
+    with new_folder(final) as folder:
+        for name, content in front_files().items():
+            _write(folder / name, content)
+        _write_script(folder, "study", _study(explorer, addresses, labels))
         for view in explorer.views:
             for name, data in _files(view):
-                _write_script(temporary, name, data)
-        marker = {"prunelens_explorer": FORMAT, "identity": identity}
-        (temporary / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
-        _put_in_place(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+                _write_script(folder, name, data)
+        files = {name: sha256_of(folder / name) for name in _data_files(folder)}
+        marker = {"prunelens_explorer": FORMAT, "identity": identity, "files": files}
+        _write(folder / MARKER, f"{json.dumps(marker)}\n".encode())
     return out
 
 
 def written_identity(folder: pathlib.Path) -> str | None:
-    """The `identity` that an explorer was written with; None where there is no such folder."""
-    if not _is_explorer(folder):
+    """The `identity` that an explorer was written with; None where it is not there or not whole.
+
+    Whole: the page is this version's, and every data file is the one that was written.
+    """
+    marker, data = _marker(folder), _data_files(folder)
+    if marker is None or not all(is_plain(folder, name) for name in (*front_files(), *data)):
         return None
-    return str(json.loads((folder / MARKER).read_text(encoding="utf-8"))["identity"])
+    page = {name: (folder / name).read_bytes() for name in front_files()}
+    hashes = {name: sha256_of(folder / name) for name in data}
+    is_whole = page == front_files() and hashes == marker.get("files")
+    return str(marker["identity"]) if is_whole else None
+
+
+@functools.cache
+def front_files() -> dict[str, bytes]:
+    """What the page consists of, by its path in the folder, as it is installed here."""
+    files = {
+        path.relative_to(FRONT).as_posix(): path.read_bytes()
+        for path in FRONT.rglob("*")
+        if path.is_file()
+    }
+    policy = (POLICY_PLACE.encode(), CONTENT_SECURITY_POLICY.encode())
+    return files | {"index.html": files["index.html"].replace(*policy)}
+
+
+def is_data(name: str, content: bytes) -> bool:
+    """Whether a data file does nothing but hand over data: it may have come from someone else."""
+    head, tail = f"prunelens.receive({json.dumps(name)},".encode(), b");\n"
+    if not (content.startswith(head) and content.endswith(tail) and content.isascii()):
+        return False
+    try:
+        json.loads(content[len(head) : -len(tail)])
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 # --- the folder -----------------------------------------------------------------------------------
 
 
 def _refuse_other_things(final: pathlib.Path) -> None:
-    if not final.exists() or _is_explorer(final):
+    if not final.exists() or _marker(final):
         return
     if not final.is_dir():
         raise UserError(f"explorer: {final} is a file; name a folder that is new or empty")
@@ -115,36 +147,31 @@ def _refuse_other_things(final: pathlib.Path) -> None:
         )
 
 
-def _is_explorer(folder: pathlib.Path) -> bool:
-    """Our marker, of a format that this version writes or wrote."""
+def _marker(folder: pathlib.Path) -> dict[str, Any] | None:
+    """What an explorer's folder says of itself, in a format that this version writes or wrote."""
+    if not is_plain(folder, MARKER):
+        return None
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-    return isinstance(marker, dict) and {"prunelens_explorer", "identity"} <= marker.keys()
+        marker = json.loads((folder / MARKER).read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    is_ours = isinstance(marker, dict) and {"prunelens_explorer", "identity"} <= marker.keys()
+    return marker if is_ours else None
 
 
-def _put_in_place(temporary: pathlib.Path, final: pathlib.Path) -> None:
-    """A folder cannot be renamed onto a full one: the old one is moved aside first."""
-    old = final.with_name(f".{final.name}.{os.getpid()}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    temporary.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_page(folder: pathlib.Path) -> None:
-    shutil.copytree(FRONT, folder)
-    index = folder / "index.html"
-    text = index.read_text(encoding="utf-8")
-    index.write_text(text.replace(POLICY_PLACE, CONTENT_SECURITY_POLICY), encoding="utf-8")
+def _data_files(folder: pathlib.Path) -> list[str]:
+    """All that is there beside page and marker, by its path in the folder."""
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in files if name not in front_files() and name != MARKER)
 
 
 def _write_script(folder: pathlib.Path, name: str, data: Json) -> None:
-    path = folder / "data" / f"{name}.js"
+    _write(folder / "data" / f"{name}.js", script(name, data).encode("ascii"))
+
+
+def _write(path: pathlib.Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(script(name, data), encoding="ascii")
+    path.write_bytes(content)
 
 
 def script(name: str, data: Json) -> str:

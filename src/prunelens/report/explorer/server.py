@@ -12,16 +12,16 @@ import http.server
 import logging
 import pathlib
 import re
-import shutil
 import socketserver
 import sys
 import urllib.parse
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any, BinaryIO
+from typing import Any
 
 from prunelens.errors import UserError
-from prunelens.report.explorer.folder import CONTENT_SECURITY_POLICY, script
+from prunelens.report.explorer.folder import CONTENT_SECURITY_POLICY, front_files, is_data, script
+from prunelens.study.artifacts.links import is_plain
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+DATA = re.compile(r"/data/([a-z0-9-]{1,32}(?:/[a-z0-9-]{1,32}){0,2})\.js", re.ASCII)
 LABEL = re.compile(r"/labels/(v\d+)/(\d{1,9})\.js", re.ASCII)
 
 Labels = Callable[[str, int], str | None]
@@ -108,7 +109,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """One connection."""
 
     server: ExplorerServer
-    protocol_version = "HTTP/1.1"
+    protocol_version = default_request_version = "HTTP/1.1"  # else some refusals had no headers
     server_version, sys_version = "prunelens", ""
     timeout = 60.0  # of a connection on which nothing is asked
 
@@ -120,11 +121,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.FORBIDDEN)
         elif self.server.labels and (asked := LABEL.fullmatch(self.path)):
             self._send_label(asked[1], int(asked[2]))
-        elif (path := self._file()) is None:
+        elif (found := self._file()) is None:
             self._refuse(HTTPStatus.NOT_FOUND)
         else:
-            with path.open("rb") as file:
-                self._send_file(file, path.stat().st_size, path.suffix)
+            name, content = found
+            suffix = pathlib.PurePosixPath(name).suffix
+            self._send(content, MEDIA_TYPES.get(suffix, "application/octet-stream"))
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -145,28 +147,25 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             and self.headers.get("Sec-Fetch-Dest") == "document"
         )
 
-    def _file(self) -> pathlib.Path | None:
-        """The file that is asked for; None where the folder has none."""
+    def _file(self) -> tuple[str, bytes] | None:
+        """Name and content of the file that is asked for; None where there is none.
+
+        The page is the installed one, whatever the folder holds: that may have come from someone
+        else, and so may its data.
+        """
         asked = urllib.parse.unquote(self.path.partition("?")[0])
-        names = "index.html" if asked == "/" else asked.removeprefix("/")
-        is_plain = asked.startswith("/") and not re.search(r"[\\:\0]", names)
-        if not is_plain or any(part.startswith(".") or not part for part in names.split("/")):
+        name = "index.html" if asked == "/" else asked.removeprefix("/")
+        if asked.startswith("/") and name in front_files():
+            return name, front_files()[name]
+        if not (data := DATA.fullmatch(asked)) or not is_plain(self.server.folder, name):
             return None
-        path = self.server.folder.resolve() / names
-        # Where a link leads to may lie outside; the explorer has none.
-        return path if path.is_file() and path.resolve() == path else None
+        content = (self.server.folder / name).read_bytes()
+        return (name, content) if is_data(data[1], content) else None
 
     def _send_label(self, view: str, latent: int) -> None:
         assert self.server.labels
         name, text = f"labels/{view}/{latent}", self.server.labels(view, latent)
         self._send(script(name, {"text": text}).encode("ascii"), MEDIA_TYPES[".js"])
-
-    def _send_file(self, file: BinaryIO, size: int, suffix: str) -> None:
-        self._send_head(
-            HTTPStatus.OK, size, MEDIA_TYPES.get(suffix.lower(), "application/octet-stream")
-        )
-        if self.command != "HEAD":
-            shutil.copyfileobj(file, self.wfile)
 
     def _refuse(self, status: HTTPStatus, **headers: str) -> None:
         self.close_connection = True  # a body that is not read would be taken for a request
@@ -176,17 +175,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _send(
         self, body: bytes, media_type: str, status: HTTPStatus = HTTPStatus.OK, **headers: str
     ) -> None:
-        self._send_head(status, len(body), media_type, **headers)
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _send_head(self, status: HTTPStatus, size: int, media_type: str, **headers: str) -> None:
         self.send_response(status)
         self.send_header("Content-Type", media_type)
-        self.send_header("Content-Length", str(size))
+        self.send_header("Content-Length", str(len(body)))
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def end_headers(self) -> None:
         """The safety headers go with every answer, the base class's refusals included."""

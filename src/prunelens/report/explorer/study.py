@@ -16,6 +16,7 @@ from prunelens.errors import UserError
 from prunelens.report.explorer.folder import write_explorer, written_identity
 from prunelens.report.explorer.labels import NeuronpediaLabels
 from prunelens.report.explorer.server import serve_explorer
+from prunelens.study.artifacts.address import artifacts_of
 from prunelens.study.artifacts.links import refuse_links_out
 
 FOLDER = "explorer"
@@ -25,7 +26,10 @@ STAGES = (  # whose artifacts an explorer is made from
 
 
 def write_study_explorer(
-    folder: str | pathlib.Path, *, tell: Callable[[str], None] = lambda _: None
+    folder: str | pathlib.Path,
+    *,
+    artifacts: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> pathlib.Path:
     """Write a study's explorer to its folder `explorer`, which can be copied and opened anywhere.
 
@@ -33,12 +37,13 @@ def write_study_explorer(
 
     Args:
         folder: of the study.
+        artifacts: where they are, as `open_store` takes it; None: where the folder says.
         tell: told what is being done.
     Returns: the explorer's folder; `index.html` in it is the page.
     Raises: UserError where the study did not ask for evidence, none of it is there, or the folder
         `explorer` holds something else.
     """
-    return _written(pathlib.Path(folder), labels=False, tell=tell)
+    return _written(pathlib.Path(folder), artifacts, labels=False, tell=tell)
 
 
 def view_study(
@@ -47,6 +52,7 @@ def view_study(
     port: int = 0,
     browser: bool = True,
     labels: bool = False,
+    artifacts: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
     ready: Callable[[str], None] = print,
 ) -> None:
@@ -57,12 +63,13 @@ def view_study(
         port: 0 takes a free one.
         browser: open the page, where there is a screen.
         labels: ask Neuronpedia for the labels of latents that are looked at.
+        artifacts: where they are, as `open_store` takes it; None: where the folder says.
         tell: told what is being done until the page is there.
         ready: told the page's address.
     Raises: UserError as `write_study_explorer`, and where the port is not free.
     """
     study = pathlib.Path(folder)
-    written = _written(study, labels=labels, tell=tell)
+    written = _written(study, artifacts, labels=labels, tell=tell)
     named = NeuronpediaLabels(_neuronpedia_names(written)) if labels else None
     with serve_explorer(written, port=port, labels=named) as server:
         ready(server.address)
@@ -72,24 +79,26 @@ def view_study(
             server.serve_forever()
 
 
-def _written(study: pathlib.Path, *, labels: bool, tell: Callable[[str], None]) -> pathlib.Path:
+def _written(
+    study: pathlib.Path, artifacts: str | None, *, labels: bool, tell: Callable[[str], None]
+) -> pathlib.Path:
     out = study / FOLDER
-    identity = _identity(study, labels)
     refuse_links_out(study)
+    identity = _identity(study, artifacts, labels)
     if written_identity(out) != identity:
         tell("reading the study")
         # What takes seconds to import is not needed where the explorer is there.
         from prunelens.report.explorer.collect import study_explorer
         from prunelens.study.folder import open_study
 
-        plan, store = open_study(study)
+        plan, store = open_study(study, artifacts)
         explorer = study_explorer(plan, store, tell=tell)
         tell(f"writing {out}")
         write_explorer(explorer, out, labels=labels, identity=identity)
     return out
 
 
-def _identity(study: pathlib.Path, labels: bool) -> str:
+def _identity(study: pathlib.Path, artifacts: str | None, labels: bool) -> str:
     """SHA-256 of what an explorer is made of: the study, its artifacts' identities, and our code.
 
     Neither model nor text is looked at, so that an explorer which is there opens at once.
@@ -101,9 +110,9 @@ def _identity(study: pathlib.Path, labels: bool) -> str:
             f"study folder: {str(study)!r} has no study.yaml; give the folder of a study"
         ) from None
     digest = hashlib.sha256(described)
+    store = artifacts_of(study, artifacts)
     for stage in STAGES:
-        for path in sorted((study / "artifacts" / stage).glob("*/meta.json")):
-            digest.update(path.parent.name.encode())
+        digest.update(f"{stage} {sorted(store.finished(stage))}".encode())
     for path in sorted(pathlib.Path(__file__).parent.rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
             digest.update(path.read_bytes())

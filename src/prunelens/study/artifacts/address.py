@@ -30,7 +30,7 @@ def open_store(address: str, cache: pathlib.Path | None = None) -> Store:
     Raises: UserError for an address of another kind, or a bucket that cannot be reached.
     """
     plain = checked(address)
-    if not plain.startswith(tuple(f"{scheme}://" for scheme in REMOTE)):
+    if not _is_remote(plain):
         return Store(pathlib.Path(plain))
     from prunelens.study.artifacts.bucket import Bucket  # pyarrow.fs, which only few need
     from prunelens.study.artifacts.object_store import ObjectStore
@@ -39,20 +39,22 @@ def open_store(address: str, cache: pathlib.Path | None = None) -> Store:
 
 
 def artifacts_of(out: pathlib.Path, address: str | None = None, *, to_write: bool = False) -> Store:
-    """The store of the study folder `out`: the one that it remembers, else `address`.
+    """The store of the study folder `out`: at `address`, else where the folder remembers it.
 
-    To write there, the address has to be given even so: the folder may come from someone else, who
-    would choose where this user's rights are used.
+    The folder may come from someone else, who would choose where this user's rights are used. So
+    the address has to be given to write there, and to read where the remembered one says more than
+    a folder, or a bucket and a prefix: how a bucket is reached is for this user's settings to say.
 
-    Raises: UserError where the folder's artifacts are elsewhere already, or as `open_store`.
+    Raises: UserError where the folder's artifacts are elsewhere already, the address has to be
+        given, or as `open_store`.
     """
-    known, beside = _remembered(out), out / "artifacts"
+    known, beside = remembered_place(out), out / "artifacts"
     given = None if address is None else checked(address)
     if given == str(beside.absolute()):
         given = None if known is None else given
     if known is None and given and any(beside.glob("*/*/meta.json")):
         known = str(beside.absolute())
-    if known and given and known != given:
+    if known and given and _without_options(known) != _without_options(given):
         raise UserError(
             f"--artifacts: {given!r}, but the artifacts of {str(out)!r} are in {known!r}; give"
             " that, or another --out"
@@ -61,6 +63,11 @@ def artifacts_of(out: pathlib.Path, address: str | None = None, *, to_write: boo
         raise UserError(
             f"--artifacts: {str(out)!r} has its artifacts in {known!r}; to go on there, give"
             f" --artifacts {shlex.quote(known)}"
+        )
+    if known and not given and not _is_plain(known):
+        raise UserError(
+            f"artifacts: {str(out)!r} remembers {known!r}, which says how to reach a server, and"
+            f" was not contacted; if you trust it, give --artifacts {shlex.quote(known)}"
         )
     place = given or known
     return Store(beside) if place is None else open_store(place, beside)
@@ -121,7 +128,8 @@ def _folder(path: str) -> pathlib.Path:
         ) from None
 
 
-def _remembered(out: pathlib.Path) -> str | None:
+def remembered_place(out: pathlib.Path) -> str | None:
+    """Where the study folder `out` says that its artifacts are; None: beside it."""
     path = out / PLACE_FILE
     if not path.is_file():
         return None
@@ -131,6 +139,25 @@ def _remembered(out: pathlib.Path) -> str | None:
         raise UserError(
             f'artifacts: {str(path)!r} is damaged; write {{"artifacts": "ADDRESS"}} into it'
         ) from None
+
+
+def _without_options(address: str) -> str:
+    """A folder, or bucket and prefix alone: what two addresses of one place have in common."""
+    if not _is_remote(address):
+        return address
+    parts = urllib.parse.urlsplit(address)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _is_plain(address: str) -> bool:
+    """Whether it names no server: neither options or a user for a bucket, nor a network share."""
+    if not _is_remote(address):
+        return not address.startswith(("//", "\\\\"))
+    return _without_options(address) == address and ":" not in urllib.parse.urlsplit(address).netloc
+
+
+def _is_remote(address: str) -> bool:
+    return address.startswith(tuple(f"{scheme}://" for scheme in REMOTE))
 
 
 def _cache_here(address: str) -> pathlib.Path:

@@ -22,8 +22,8 @@ from prunelens.study.artifacts.store import (
     named_files,
     parsed_meta,
 )
-from prunelens.study.artifacts.temporary import remove_folder, temporary_beside
 from prunelens.study.matrix import STORES
+from prunelens.temporary import remove, temporary_beside
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class ObjectStore(Store):
             cached = {path.name for path in (self.root / kind).glob("*") if "." not in path.name}
             for identity in cached - self.finished(kind) if cached else ():
                 if self.claims.is_free(identity):
-                    remove_folder(self.root / kind / identity)
+                    remove(self.root / kind / identity)
 
     def _read_meta(self, stage: Stage) -> bytes:
         found = self._bucket.get(f"{_key(stage)}/meta.json")
@@ -207,7 +207,7 @@ class ObjectStore(Store):
 
     def _drop_cached(self, stage: Stage) -> None:
         self._verified.discard(stage.identity)
-        remove_folder(self.folder(stage))
+        remove(self.folder(stage))
 
 
 def _key(stage: Stage) -> str:

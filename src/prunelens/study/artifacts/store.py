@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 from prunelens.config import CorpusConfig, ModelConfig, PretrainedSaeConfig
 from prunelens.errors import UserError
-from prunelens.prune.checkpoint import flush
 from prunelens.study.artifacts.claims import Claims
 from prunelens.study.artifacts.links import is_plain
 from prunelens.study.artifacts.seal import (
@@ -32,7 +31,7 @@ from prunelens.study.artifacts.seal import (
     sha256_of,
     unsealed,
 )
-from prunelens.study.artifacts.temporary import left_in, remove_folder, temporary_beside
+from prunelens.temporary import flush, is_left, remove, temporary_beside
 
 CLAIMS_FILE = ".claims"  # empty; stages are locked on its bytes
 # The disk cannot read it, or what lies in its place is no file.
@@ -226,13 +225,25 @@ class Store:
 
     def delete(self, stage: Stage) -> None:
         """Remove an artifact; it can be made again from its stage."""
-        remove_folder(self.folder(stage))
+        remove(self.folder(stage))
         self.forget(stage)
 
     def sweep_temporary(self) -> None:
         """Remove what killed processes left half-written, but not what one is writing."""
-        for folder in left_in(self.root, self.claims):
+        for folder in self.left_half_written():
             shutil.rmtree(folder, ignore_errors=True)
+
+    def left_half_written(self) -> Iterator[pathlib.Path]:
+        """What killed processes left half-written.
+
+        Where the file system has no locks, nobody's claim can be seen: a folder then counts as
+        written to while the process in its name runs, and one of another machine for a day.
+        """
+        for folder in self.root.glob("*/*.tmp"):
+            if folder.parent.is_symlink():  # what it leads to is not ours
+                continue
+            if self.claims.is_free(folder.name.split(".")[0]) and is_left(folder):
+                yield folder
 
     def _place_aside(self, stage: Stage) -> pathlib.Path:
         name = f"{stage.name}-{stage.identity[:12]}-{os.urandom(3).hex()}"

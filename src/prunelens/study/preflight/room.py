@@ -94,7 +94,8 @@ def _level(there: float, need: float) -> Level:
 
 def bytes_written(artifacts: pathlib.Path) -> float:
     """Bytes of the artifacts that are there."""
-    return float(sum(path.stat().st_size for path in artifacts.rglob("*") if path.is_file()))
+    files = [artifacts, *artifacts.rglob("*")]
+    return float(sum(path.stat().st_size for path in files if path.is_file()))
 
 
 def _existing(folder: pathlib.Path) -> pathlib.Path:
