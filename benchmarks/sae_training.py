@@ -31,7 +31,7 @@ from prunelens.activations import Activations, capture, statistics
 from prunelens.config import ActivationConfig, CorpusConfig, ModelConfig, SaeConfig
 from prunelens.corpus import split_tokens, windows
 from prunelens.model import load_model, load_tokenizer
-from prunelens.sae import SaeRequest, TopKSAE, evaluate_sae, train_sae, train_saes, training
+from prunelens.sae import SaeRequest, TopKSAE, engine, evaluate_sae, train_sae, train_saes
 from prunelens.sae.order import TokenOrder
 from prunelens.sae.training import Training
 from side_by_side import Mark, options, publish, take_turns
@@ -173,16 +173,16 @@ def final_fvu(place: pathlib.Path, steps: int) -> dict[str, float]:
     """FVU on held-out activations of the bundled model, after block 2."""
     train, evaluation = bundled_activations(place)
     found = {}
-    usual = training.COMPILED_FROM
+    usual = engine.COMPILED_FROM
     for loops, compiled_from in (("", math.inf), (" in compiled loops", 0.0)):
         for dtype in ("float32", "bfloat16"):
             config = SaeConfig.model_validate(
                 {**DEMO, "steps": steps, "resample_every": steps, "dtype": dtype}
             )
-            training.COMPILED_FROM = compiled_from
+            engine.COMPILED_FROM = compiled_from
             trained = train_sae(train, config, init_seed=0, data_seed=0)
             found[dtype + loops] = evaluate_sae(trained.sae, evaluation, dense_variance=1.0).fvu
-    training.COMPILED_FROM = usual
+    engine.COMPILED_FROM = usual
     dense = train_densely(train, config)
     found["dense autograd float32"] = evaluate_sae(dense, evaluation, dense_variance=1.0).fvu
     return found

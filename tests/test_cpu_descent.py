@@ -14,6 +14,7 @@ from prunelens.sae import (
     cpu_descent,
     cpu_kernels,
     cpu_numbers,
+    engine,
     kernels,
     rounding,
     train_sae,
@@ -33,7 +34,7 @@ RATE = 1e-3
 def compiled():
     """Every training of this file takes the compiled loops, however small it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "COMPILED_FROM", 0)
+        patch.setattr(engine, "COMPILED_FROM", 0)
         yield
 
 
@@ -128,7 +129,7 @@ def test_steps_equal_dense_gradients_with_torch_adam(case):
 @pytest.mark.parametrize("has_units", [True, False])
 def test_a_bfloat16_step_is_that_of_rounded_factors(monkeypatch, has_units):
     """Against dense float64 products of rounded factors; Adam's first moments show gradients."""
-    monkeypatch.setattr(rounding, "_has_bfloat16_units", lambda: has_units)
+    monkeypatch.setattr(rounding, "has_bfloat16_units", lambda: has_units)
     sae, x_hat = unit(random_sae(num_latents=96)), inputs(64)
     ours = CpuDescent(copied(sae.weights), sae.k, dtype=torch.bfloat16)
     found = ours.step(x_hat, rate=RATE, number=1)
@@ -197,7 +198,7 @@ def test_a_killed_training_resumes_to_the_same_bits(tmp_path, dtype):
 
 def test_a_training_ends_where_that_of_torchs_operators_ends(monkeypatch):
     ours = train_sae(clustered(), SMALL, init_seed=0, data_seed=0)
-    monkeypatch.setattr(training, "COMPILED_FROM", math.inf)
+    monkeypatch.setattr(engine, "COMPILED_FROM", math.inf)
     theirs = train_sae(clustered(), SMALL, init_seed=0, data_seed=0)
     assert torch.equal(ours.resampled, theirs.resampled)
     for a, b in zip(ours.sae.weights, theirs.sae.weights, strict=True):
@@ -229,7 +230,7 @@ def test_compiled_beforehand_the_first_step_compiles_nothing(dtype):
 
 @pytest.mark.parametrize(("steps", "expected"), [(100, Descent), (10_000_000, CpuDescent)])
 def test_only_a_long_training_compiles(monkeypatch, steps, expected):
-    monkeypatch.setattr(training, "COMPILED_FROM", 2e12)
+    monkeypatch.setattr(engine, "COMPILED_FROM", 2e12)
     config = SMALL.model_copy(update={"steps": steps, "batch_tokens": 512})
     made = training.Training(clustered(), config, init_seed=0, data_seed=0)
     assert type(made.descent) is expected
@@ -238,8 +239,8 @@ def test_only_a_long_training_compiles(monkeypatch, steps, expected):
 def test_only_a_cpu_takes_them():
     """Another accelerator's memory cannot be read by compiled code, however long the training."""
     sae = random_sae(32, 96, 6)
-    assert type(training._descent(sae, SMALL, None)) is CpuDescent
-    assert type(training._descent(sae.to("meta"), SMALL, None)) is Descent
+    assert type(engine.descent_of(sae, SMALL, None)[1]) is CpuDescent
+    assert type(engine.descent_of(sae.to("meta"), SMALL, None)[1]) is Descent
 
 
 _NO_PICKLE = """

@@ -151,7 +151,7 @@ def rounded(tensor):
 @pytest.mark.parametrize("has_units", [True, False])
 def test_bfloat16_rounds_the_factors_of_the_encoder_product(monkeypatch, has_units):
     """With or without bfloat16 units: the slow product of rounded factors, summed in float64."""
-    monkeypatch.setattr(rounding, "_has_bfloat16_units", lambda: has_units)
+    monkeypatch.setattr(rounding, "has_bfloat16_units", lambda: has_units)
     sae, x_hat = random_sae(num_latents=96), inputs(64)
     weights = Weights(*(w.detach() for w in sae.weights))
     encoder, bias = (rounded(w).double() for w in weights[:2])

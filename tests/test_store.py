@@ -86,6 +86,15 @@ def test_checkpoints_go_when_the_artifact_is_published(tmp_path):
     assert not partial.exists()
 
 
+def test_checkpoints_of_what_was_published_just_before_a_kill_are_swept(tmp_path):
+    store, other = Store(tmp_path), stage(config={"k": 5})
+    write(store, stage())
+    for of in (stage(), other):
+        (store.partial(of) / "checkpoint").write_text("1")
+    store.sweep_temporary()
+    assert [path.name for path in (tmp_path / "unfinished").iterdir()] == [f"sae-{other.identity}"]
+
+
 def test_what_another_machine_may_be_writing_is_swept_only_when_old(tmp_path, monkeypatch):
     """Where the file system has no locks, a claim looks free to everybody."""
     store = Store(tmp_path)

@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 
-from prunelens.sae import kernels
+from prunelens.sae import engine, kernels
 from prunelens.sae.descent import Descent
 from prunelens.sae.kernels import SparseLatents, Weights
 
@@ -208,6 +208,14 @@ def test_a_training_goes_as_on_the_cpu(dtype, within, share):
         both = torch.cat([ours.encoder_weight, bias], dim=1)
         assert torch.equal(descent._copies.encoder[:, : D + 1], rounded(both))
         assert torch.equal(descent._copies.decoder, rounded(ours.decoder_weight))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_they_hold_the_trial_that_decides_whether_they_are_used(dtype):
+    from prunelens.sae.cuda_descent import CudaDescent
+
+    assert engine._problem(CudaDescent, torch.device(DEVICE), dtype, D, F, K) == ""
 
 
 @pytest.mark.gpu

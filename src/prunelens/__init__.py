@@ -27,7 +27,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunelens.activations import Activations, Statistics, capture, capture_sites, statistics
+    from prunelens.activations import (
+        Activations,
+        Statistics,
+        capture,
+        capture_sites,
+        statistics,
+        usable_rows,
+    )
     from prunelens.analyses.activation_matching import activation_matching, latent_series
     from prunelens.analyses.causal import ablate
     from prunelens.analyses.causal_groups import SeedAblations, causal_summary, latent_groups
@@ -105,6 +112,7 @@ _HOMES = {
         "capture",
         "capture_sites",
         "statistics",
+        "usable_rows",
     ),
     "prunelens.analyses.activation_matching": (
         "activation_matching",

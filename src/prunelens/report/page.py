@@ -27,6 +27,7 @@ from prunelens.report.panels.panel import Panel, Tables, sites
 from prunelens.report.paper_tables import DEPTH, MATRIX, paper_tables
 from prunelens.report.questions import ASSUMED, CAPTIONS, QUESTIONS, Question
 from prunelens.report.shown_table import Shown, number, shown
+from prunelens.report.sinks import sinks_found
 from prunelens.report.sufficiency import not_enough
 from prunelens.study.work import read_json
 from prunelens.temporary import replacing
@@ -108,6 +109,7 @@ def page(out: pathlib.Path, tables: Tables, runs: pd.DataFrame, study: StudyConf
         verdicts=VERDICTS,
         sections=[section for section in sections if _says_something(section)],
         untrained=not_enough(tables),
+        sinks=sinks_found(tables),
         failed=_records(runs[runs["status"] == "failed"]) if len(runs) else [],
         num_runs=len(runs),
         matrix=shown(theirs[MATRIX], CAPTIONS[MATRIX], drop=REDUNDANT, file=_file(MATRIX)),

@@ -25,6 +25,8 @@ class Question(NamedTuple):
     """Shown on request."""
     needs: tuple[str, ...] = ()
     """Results without any of which the question was not asked."""
+    moved_by_sinks: bool = True
+    """Whether it reads activations that sinks of the compressed model alone can change."""
 
 
 QUESTIONS = (
@@ -48,6 +50,7 @@ QUESTIONS = (
         ),
         more=("selftest", "selftest_null"),
         needs=("selftest",),
+        moved_by_sinks=False,
     ),
     Question(
         "perplexity",
@@ -57,6 +60,7 @@ QUESTIONS = (
         "Perplexity on the longest windows, as the pruning literature measures it.",
         tables=("table1_perplexity",),
         needs=("perplexity",),
+        moved_by_sinks=False,
     ),
     Question(
         "sufficiency",
@@ -207,7 +211,7 @@ QUESTIONS = (
         "",
         "",
         tables=("tableB1_quality",),
-        more=("sae_training",),
+        more=("sae_training", "sinks"),
         needs=("sae_quality",),
     ),
 )
@@ -244,6 +248,7 @@ CAPTIONS = {
     "predictor_calibration": "Calibration",
     "causal": "Every group and protocol",
     "sae_training": "Every SAE",
+    "sinks": "Tokens left out for their dense norm, and sinks of one condition alone",
     "activation_matching": "Matching by activations, every pair",
     "scaling": "Latent scaling of every seed",
     "subspace": "Subspace overlap of every pair",

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prunelens.console import Console
+from prunelens.report.sinks import sinks_found
 from prunelens.report.sufficiency import known_of_the_others, not_enough
 
 PRIMARY_TAU = 0.7
@@ -17,6 +18,10 @@ def summary(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> RenderableTy
     """The tables of a study as one readable block, with what its numbers do and do not say."""
     parts: list[RenderableType] = [_table(tables, runs)]
     parts += [f"[bold red]warning[/] {escape(each.text)}" for each in not_enough(tables)]
+    parts += [
+        f"[bold red]warning[/] {escape(f'{found.run}: {found.text}')}"
+        for found in sinks_found(tables)
+    ]
     parts += [f"  {line}" for line in _notes(tables)]
     if "claims" in tables:
         parts.append(_claims(tables["claims"]))

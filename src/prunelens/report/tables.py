@@ -14,6 +14,7 @@ from prunelens.analyses.coverage import COLUMNS as COVERAGE_COLUMNS
 from prunelens.analyses.grades import COLUMNS as GRADE_COLUMNS
 from prunelens.analyses.grades import NULL_COLUMNS
 from prunelens.analyses.noise import COLUMNS as CHANGE_COLUMNS
+from prunelens.analyses.sinks import MOVED
 from prunelens.analyses.verdict import LIMITS
 from prunelens.csv_table import as_csv
 from prunelens.temporary import replacing
@@ -39,6 +40,10 @@ COLUMNS = {
     ],
     "survival_corrected": [
         *_CONDITION, "arm", "tau", "corrected", "low", "high", "interval", "reason",
+    ],
+    "sinks": [
+        *_CONDITION, "split", "num_tokens", "num_left_out", "num_sinks", "largest_norm",
+        *(f"{name}{tail}" for name in MOVED for tail in ("", "_without")),
     ],
     "common_change": [*_CONDITION, *CHANGE_COLUMNS],
     "persistence": [

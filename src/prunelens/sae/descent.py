@@ -41,7 +41,7 @@ class Descent:
         self.weights = Weights(*(w.detach() for w in weights))
         self.mean = Weights(*(torch.zeros_like(w) for w in self.weights))
         self.mean_square = Weights(*(torch.zeros_like(w) for w in self.weights))
-        self._k, self._dtype = k, dtype
+        self._k, self.dtype = k, dtype
         self._buffers = buffers or Buffers()
 
     @torch.no_grad()
@@ -52,7 +52,7 @@ class Descent:
         effect.
         """
         encoder, bias = self.weights[:2]
-        dtype, buffers = self._dtype, self._buffers
+        dtype, buffers = self.dtype, self._buffers
         latents = kernels.encode(x_hat, encoder, bias, self._k, dtype=dtype, buffers=buffers)
         found = kernels.gradients(x_hat, self.weights, latents, dtype=dtype, buffers=buffers)
         for some in self._blocks(x_hat.device):

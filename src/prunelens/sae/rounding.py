@@ -49,13 +49,13 @@ def units(device: torch.device) -> torch.dtype:
 
     Where the processor has no bfloat16 units that is float32.
     """
-    if device.type != "cpu" or _has_bfloat16_units():
+    if device.type != "cpu" or has_bfloat16_units():
         return torch.bfloat16
     return torch.float32
 
 
 @functools.cache
-def _has_bfloat16_units() -> bool:
+def has_bfloat16_units() -> bool:
     """Whether this processor multiplies bfloat16 matrices itself; said once where it does not."""
     # Older versions of torch do not tell: then it is as if there were none.
     found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()

@@ -28,6 +28,8 @@ class TrainedSae(NamedTuple):
     """The latent was restarted, so its start is not the initialisation."""
     log: list[StepLog]
     """About a hundred points, and every observed step."""
+    engine: str
+    """What took the steps: `pytorch`, `compiled loops` or `triton` (sae/engine.py)."""
 
 
 class SaeRequest(NamedTuple):
@@ -151,4 +153,6 @@ def _advance(
 def _result(training: Training) -> TrainedSae:
     """Tensors on the CPU but for the SAE."""
     retention = training.init_retention().float()
-    return TrainedSae(training.sae, retention.cpu(), training.resampled.cpu(), training.log)
+    return TrainedSae(
+        training.sae, retention.cpu(), training.resampled.cpu(), training.log, training.engine
+    )

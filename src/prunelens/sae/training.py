@@ -7,10 +7,7 @@ its libraries take the same algorithms again).
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import json
-import logging
 import math
 import pathlib
 from collections.abc import Iterator
@@ -24,20 +21,12 @@ from prunelens.config import SaeConfig
 from prunelens.errors import UserError
 from prunelens.sae.buffers import Buffers
 from prunelens.sae.checked import load_checked, save_checked
-from prunelens.sae.descent import Descent
+from prunelens.sae.engine import descent_of
 from prunelens.sae.order import TokenOrder, derived_generator
 from prunelens.sae.resample import restart_dead
 from prunelens.sae.start import fingerprint, starting_sae
 from prunelens.sae.topk import TopKSAE
 
-log = logging.getLogger(__name__)
-
-COMPILED_FROM = 2e12
-"""Multiplications of a training's encoder from which compiled loops are worth the seconds that it
-takes to compile them: a minute's work of one core. It depends on the config alone, because numbers
-do: the loops add in another order, and in bfloat16 round the error's gradient for the latents' too.
-Whoever changes it gives stage `sae` a new version.
-"""
 _ROWS = 256  # of a weight matrix, looked at at a time
 
 
@@ -105,7 +94,7 @@ class Training:
         self.data, self.config, self.data_seed = data, config, data_seed
         self.sae = sae.to(device)
         self.order = order or TokenOrder(data.num_tokens, config.batch_tokens, data_seed=data_seed)
-        self.descent = _descent(self.sae, config, buffers)
+        self.engine, self.descent = descent_of(self.sae, config, buffers)
         self.start = self.sae.decoder_weight.detach().clone()
         self.resampled = torch.zeros(sae.num_latents, dtype=torch.bool, device=device)
         self.fired = torch.zeros(sae.num_latents, dtype=torch.bool, device=device)
@@ -228,29 +217,3 @@ class Training:
             tensor.copy_(saved[name])
         self.log = [StepLog(*entry) for entry in state["log"]]
         self.step = state["step"]
-
-
-def _descent(sae: TopKSAE, config: SaeConfig, buffers: Buffers | None) -> Descent:
-    """By our own kernels: on a CUDA device where Triton is there, on a CPU where it is worth it."""
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    if sae.decoder_bias.device.type == "cuda":
-        if importlib.util.find_spec("triton"):
-            from prunelens.sae.cuda_descent import CudaDescent
-
-            return CudaDescent(sae.weights, sae.k, dtype=dtype)
-        _say_that_triton_is_missing()
-    elif sae.decoder_bias.device.type == "cpu" and _work(sae, config) >= COMPILED_FROM:
-        from prunelens.sae.cpu_descent import CpuDescent, compile_loops
-
-        compile_loops(dtype)
-        return CpuDescent(sae.weights, sae.k, dtype=dtype, buffers=buffers)
-    return Descent(sae.weights, sae.k, dtype=dtype, buffers=buffers)
-
-
-def _work(sae: TopKSAE, config: SaeConfig) -> int:
-    return config.steps * config.batch_tokens * sae.encoder_weight.numel()
-
-
-@functools.cache
-def _say_that_triton_is_missing() -> None:
-    log.warning("no triton: SAEs are trained by dense products, several times slower; install it")

@@ -35,7 +35,7 @@ class LayerPlan:
         if dense is None:
             self.screening = self._stage(
                 "screening",
-                {"max_norm_multiple": model.study.activations.max_norm_multiple},
+                self._largest_norm(),
                 {"activations": self.activations},
             )
         self.statistics = self._stage(
@@ -59,6 +59,7 @@ class LayerPlan:
             stages["prune"] = self.prune
         condition = self._pruning.label if self._pruning else "dense"
         stages["statistics"] = self.statistics
+        stages["sinks"] = self._sinks()
         if text := self._model.perplexity(self.prune, f"{self._model.label}/{condition}"):
             stages["perplexity"] = text
         if "stability" in questions:
@@ -85,6 +86,17 @@ class LayerPlan:
             self._name, self._model.label, self._layer, self._pruning, stages, dict(self.saes)
         )
 
+    def _sinks(self) -> Stage:
+        """Tokens whose norm is large in this condition alone, and its own SAEs without them."""
+        parents = {
+            "activations": self.activations,
+            "dense": self._dense.activations,
+            "screening": self._dense.screening,
+            "statistics": self.statistics,
+        }
+        saes = {f"sae-{sae.init_seed}": self.saes[sae] for sae in self._seeds()}
+        return self._stage("sinks", self._largest_norm(), parents | saes)
+
     def _survival(self) -> dict[str, Stage]:
         """RQ2's arms; the dense run holds the controls, a pruned run also the corrected rates."""
         rates = self._stage("survival", self._taus(), self._compared())
@@ -109,6 +121,10 @@ class LayerPlan:
             "screening": self._dense.screening,
             "statistics": self._dense.statistics,
         }
+
+    def _largest_norm(self) -> dict[str, Any]:
+        """Of the tokens that count, by the dense median."""
+        return {"max_norm_multiple": self._model.study.activations.max_norm_multiple}
 
     def _kind_of_change(self) -> dict[str, Any]:
         """Of the map that is common to all tokens, and the seed of the noise around it."""

@@ -35,6 +35,7 @@ VERSIONS = {  # raise one when the same config would give other numbers
     "stability": 2,
     "survival": 3,
     "corrected": 1,
+    "sinks": 1,
     "common_change": 1,
     "persistence": 3,
     "activation_matching": 2,

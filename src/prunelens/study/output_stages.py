@@ -15,6 +15,7 @@ from prunelens.activations import Activations, Statistics
 from prunelens.analyses.causal import Ablations, ablate, nothing_ablated
 from prunelens.analyses.causal_groups import SeedAblations, causal_summary, latent_groups
 from prunelens.analyses.null_states import NullSource
+from prunelens.analyses.sinks import NORM_MULTIPLE
 from prunelens.analyses.transfer import DenseReference, transfer, transfer_verdicts
 from prunelens.corpus import spread_over_documents
 from prunelens.sae.formats import GivenSae
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 
 GIVEN = "given"  # an SAE of others inside its artifact, whose identity has no names
 GROUPINGS: tuple[Literal["cosine", "persistence"], ...] = ("cosine", "persistence")
-DEFAULT_NORM_MULTIPLE = 10.0  # `norm_filtered` filters also where the study keeps every token
 SEED = 0  # of prompts, windows for refitting, groups, contexts and directions
 
 
@@ -64,7 +64,7 @@ def _transfer(work: Work) -> None:
         layer=config["layer"],
         dense=reference,
         ce_windows=max(1, config["ce_tokens"] // context),
-        max_norm_multiple=config["max_norm_multiple"] or DEFAULT_NORM_MULTIPLE,
+        max_norm_multiple=config["max_norm_multiple"] or NORM_MULTIPLE,
         sigma=statistics.sigma,
         null=_null_source(work, statistics, refit, context) if reference else None,
         progress=work.progress,

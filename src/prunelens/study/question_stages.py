@@ -27,6 +27,7 @@ from prunelens.analyses.noise import (
 from prunelens.analyses.persistence import persistence, persistence_summary
 from prunelens.analyses.predictor import fit_predictor
 from prunelens.analyses.scaling import latent_scaling, scaling_summary
+from prunelens.analyses.sinks import MOVED, NORM_MULTIPLE, only_compressed, quality_on
 from prunelens.analyses.stability import seed_stability
 from prunelens.analyses.sufficiency import sufficiency, survival_by_step
 from prunelens.corpus import document_groups
@@ -76,6 +77,55 @@ def paired_activations(
     documents = load_file(work.parents[dense] / "eval_documents.safetensors")["documents"]
     first = torch.arange(len(kept) - len(second))
     return Paired(x, y, first, second, document_groups(documents[kept[second]]))
+
+
+def _sinks(work: Work) -> None:
+    """Tokens whose norm passes the limit after compression alone, and what they do to an SAE."""
+    screening = read_json(work.parents["screening"] / "screening.json")
+    median = screening["dense_median_norm"]
+    limit = median * (work.config["max_norm_multiple"] or NORM_MULTIPLE)
+    rows = []
+    for split in ("train", "eval"):
+        norms, dense = (
+            load_file(work.parents[role] / f"{split}_norms.safetensors")["norms"]
+            for role in ("activations", "dense")
+        )
+        kept = load_file(work.parents["screening"] / "kept.safetensors")[split]
+        sinks = only_compressed(dense, norms, limit)[kept]
+        row = {
+            "split": split,
+            "num_tokens": len(norms),
+            "num_left_out": screening[f"{split}_left_out"],
+            "num_sinks": int(sinks.sum()),
+            "largest_norm": float(norms[kept].max()) / median,
+        }
+        rows.append(row if split == "train" else row | _with_and_without(work, kept[~sinks]))
+    pd.DataFrame(rows).to_parquet(work.out / "sinks.parquet")
+
+
+def _with_and_without(work: Work, others: Tensor) -> dict[str, float]:
+    """MOVED on eval, and `…_without`: on its rows `others` alone."""
+    roles = [role for role in work.parents if role.startswith("sae-")]
+    known = pd.DataFrame([read_json(work.parents[role] / "quality.json") for role in roles])
+    spread = read_json(work.parents["statistics"] / "variance.json")
+    found = {name: spread.get(name, known.get(name, pd.Series()).mean()) for name in MOVED}
+    kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
+    if len(others) < len(kept):
+        normal = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
+        dense, condition = (
+            Activations(
+                work.parents[role] / "eval.safetensors",
+                kept=others,
+                statistics=normal,
+                device=work.device,
+            )
+            for role in ("dense", "activations")
+        )
+        saes = [TopKSAE.load(work.parents[role]).to(work.device) for role in roles]
+        without = quality_on(saes, dense, condition)
+    else:
+        without = found
+    return {**found, **{f"{name}_without": value for name, value in without.items()}}
 
 
 def _common_change(work: Work) -> None:
@@ -200,6 +250,7 @@ def _predictor(work: Work) -> None:
 
 QUESTION_STAGES: dict[str, Callable[[Work], None]] = {
     "stability": _stability,
+    "sinks": _sinks,
     "common_change": _common_change,
     "persistence": _persistence,
     "scaling": _scaling,

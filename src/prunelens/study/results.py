@@ -200,6 +200,7 @@ _BUILDERS: dict[str, Callable[[Plan, Store], _Rows]] = {
     "stability": _from_artifact("stability", "stability.parquet"),
     "survival": _from_artifact("survival", "survival.parquet"),
     "survival_corrected": _from_artifact("corrected", "corrected.parquet"),
+    "sinks": _from_artifact("sinks", "sinks.parquet"),
     "common_change": _from_artifact("common_change", "common_change.parquet"),
     "persistence": _from_artifact("persistence", "persistence.parquet"),
     "activation_matching": _from_artifact("activation_matching", "rates.parquet"),

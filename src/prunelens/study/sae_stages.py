@@ -76,6 +76,7 @@ def _tracked(entry: StepLog, num_latents: int) -> dict[str, float]:
 
 def _write(work: Work, seen: _Seen, tracker: Tracker, trained: TrainedSae) -> None:
     """Measure a trained SAE and write its artifact."""
+    work.facts["engine"] = trained.engine
     quality = seen.quality(trained.sae)
     trained.sae.save(work.out)
     evaluation = seen.evaluation

@@ -16,6 +16,7 @@ import logging
 import pathlib
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -77,17 +78,19 @@ def make_stages(
         stages = [stage for stage in stages if not store.has(stage)]  # made while we waited
         if not stages:
             return
+        facts: list[dict[str, Any]] = [{"device": device} for _ in stages]
         works = [
             Work(
                 stage,
                 {role: store.at_hand(parent) for role, parent in stage.parents.items()},
-                stack.enter_context(store.writing(stage, of=len(stages), device=device)),
+                stack.enter_context(store.writing(stage, of=len(stages), facts=known)),
                 functools.partial(store.partial, stage),
                 device,
                 functools.partial(progress, stage),
                 functools.partial(tracking.open, stage.label, stage.identity, stage.config),
+                known,
             )
-            for stage in stages
+            for stage, known in zip(stages, facts, strict=True)
         ]
         if name in TOGETHER:
             TOGETHER[name](works)

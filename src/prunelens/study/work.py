@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prunelens.study.artifacts.store import Stage
@@ -29,6 +29,8 @@ class Work:
     """Told the share of the stage that is done, 0 to 1."""
     track: Callable[[], Tracker]
     """Opens the stage's run in the tracking service, where there is one."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What `meta.json` is to say of how the artifact was made, beside what is always there."""
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -154,11 +154,14 @@ class Store:
         return folder
 
     @contextlib.contextmanager
-    def writing(self, stage: Stage, *, of: int = 1, **facts: Any) -> Iterator[pathlib.Path]:
+    def writing(
+        self, stage: Stage, *, of: int = 1, facts: Mapping[str, Any] | None = None
+    ) -> Iterator[pathlib.Path]:
         """A temporary folder that becomes the artifact if the block ends without an exception.
 
         Where the block makes several artifacts, `of` says how many, and each is booked its part of
-        the time. `facts` are recorded in `meta.json` beside what is always there.
+        the time. `facts`, as they are once the block has ended, are recorded in `meta.json` beside
+        what is always there.
         """
         final = self.folder(stage)
         if final.parent.is_symlink():
@@ -175,7 +178,7 @@ class Store:
                 # Of all threads; on a machine that others use as well it says more.
                 "cpu_seconds": round((time.process_time() - computed) / of, 3),
             }
-            self._finish(stage, temporary, {**facts, **taken})
+            self._finish(stage, temporary, {**(facts or {}), **taken})
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -229,9 +232,16 @@ class Store:
         self.forget(stage)
 
     def sweep_temporary(self) -> None:
-        """Remove what killed processes left half-written, but not what one is writing."""
+        """Remove what killed processes left half-written, but not what one is writing.
+
+        Checkpoints too, of what was published in the moment before its process was killed.
+        """
         for folder in self.left_half_written():
             shutil.rmtree(folder, ignore_errors=True)
+        for folder in (self.root / "unfinished").glob("*-*"):
+            kind, _, identity = folder.name.rpartition("-")
+            if identity in self.finished(kind) and self.claims.is_free(identity):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def left_half_written(self) -> Iterator[pathlib.Path]:
         """What killed processes left half-written.
