@@ -90,14 +90,16 @@ def _problem(
     draw = torch.Generator().manual_seed(0)
     x_hat = torch.randn(TRIAL_TOKENS, d_model, generator=draw).to(device)
     try:
-        descents = []
+        descents: list[Descent] = []
         for make in (Descent, fast):
             sae = TopKSAE.initialise(d_model, num_latents, k, init_seed=0)
             for bias in (sae.encoder_bias, sae.decoder_bias):
                 bias.data.normal_(std=0.1, generator=draw.manual_seed(len(bias)))
             descents.append(make(sae.to(device).weights, k, dtype=dtype))
         # A second step: the first compiles, and only from the second on a graph is replayed.
-        found = next(filter(None, (_difference(*descents, x_hat, number) for number in (1, 2))), "")
+        plain, ours = descents
+        steps = (_difference(plain, ours, x_hat, number) for number in (1, 2))
+        found = next(filter(None, steps), "")
     except Exception as error:  # whatever a compiler or a driver raises
         found = f"they fail ({one_line(f'{type(error).__name__}: {error}')[:200]})"
     if found:
