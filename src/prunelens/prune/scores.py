@@ -82,6 +82,8 @@ class Scored(NamedTuple):
     """Of the scores: float32, or that of 16-bit weights whose magnitude needs no rounding."""
     lot: tuple[int, str] | None = None
     """Seed and name for `random`, where the weights' values do not matter."""
+    num_zero_inputs: int = 0
+    """Inputs that calibration reached and that were always 0."""
 
     @property
     def infinity(self) -> int:
