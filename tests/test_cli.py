@@ -1,6 +1,7 @@
 """The command line as a user types it: the longer ones in processes of their own."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -98,6 +99,16 @@ def test_prune_saves_a_checkpoint_that_transformers_loads(checkpoint_folder, tex
     assert ((weight == 0).sum(1) == weight.shape[1] // 2).all()
     again = in_a_process("prune", checkpoint_folder, "--out", out, "--criterion", "magnitude")
     one_line_of_error(again, "out:", "not an empty folder")
+
+
+def test_prune_of_the_folder_that_one_stands_in(
+    checkpoint_folder, tmp_path, monkeypatch, prunelens
+):
+    out, options = tmp_path / "out", ("--criterion", "magnitude")
+    shutil.copytree(checkpoint_folder, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    assert prunelens("prune", ".", "--out", out, *options).returncode == 0
+    assert json.loads((out / "prunelens.json").read_text())["model"]["name"] == "here"
 
 
 def test_prune_takes_the_head_where_asked(checkpoint_folder, tmp_path, prunelens):

@@ -60,7 +60,10 @@ def prune(
         ),
     ] = False,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Calibration text: corpus.source=files …")
+        list[str] | None,
+        typer.Option(
+            "--set", help="Calibration text: corpus.source=files …; models.0.short_name=NAME"
+        ),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",

@@ -221,8 +221,6 @@ def _text_for_transfer(
 def _named(sae: str) -> PretrainedSaeConfig:
     """A folder or `release:sae_id`; the layer, which loading does not look at, is left at 0."""
     if (folder := pathlib.Path(sae).expanduser()).is_dir():
-        if folder.name in ("", ".."):  # no name for tables
-            folder = folder.resolve()
         return part_from_data(PretrainedSaeConfig, {"layer": 0, "folder": str(folder)})
     release, separator, sae_id = sae.partition(":")
     if not separator or not release or not sae_id:
