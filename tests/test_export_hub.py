@@ -702,6 +702,18 @@ def test_the_files_stay_where_an_upload_fails(hub, run, tmp_path):
     assert (tmp_path / "out" / "README.md").is_file()
 
 
+@pytest.mark.parametrize(
+    "options", [("hub",), ("saelens",), ("checkpoint", "--condition", "wanda-row-0.30")]
+)
+def test_a_link_is_refused_before_the_work(options, run, study, tmp_path, monkeypatch):
+    monkeypatch.setattr("prunelens.sae.export.own_sae", None)
+    monkeypatch.setattr("prunelens.study.exports._Facts", lambda _: None)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    code, told = run("export", study, "--out", tmp_path / "link", "--format", *options)
+    assert code == 2 and "is a symbolic link to" in told.err and "name a new one" in told.err
+    assert len(told.err.strip().splitlines()) == 1
+
+
 def test_an_export_is_the_same_at_any_time(tmp_path):
     """The same SAE gives the same files to the byte, at any time and place."""
     own_sae(tmp_path / "own")

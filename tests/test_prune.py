@@ -1,5 +1,6 @@
 import copy
 import json
+import pathlib
 import subprocess
 import sys
 from fractions import Fraction
@@ -30,6 +31,7 @@ from prunelens.prune import (
     wanda,
 )
 from prunelens.prune import scores as scores_module
+from prunelens.prune.checkpoint import check_target
 from prunelens.prune.scores import Scored
 from prunelens.prune.selection import select
 
@@ -730,3 +732,24 @@ def test_a_checkpoint_overwrites_nothing(tiny_llama, tmp_path):
     (tmp_path / "empty").mkdir()
     save_checkpoint(tiny_llama, tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").is_file()
+
+
+def test_what_nothing_can_take_the_place_of_is_refused_before_the_work(tmp_path, monkeypatch):
+    standing, link = tmp_path / "standing", tmp_path / "link"
+    standing.mkdir()
+    monkeypatch.chdir(standing)
+    for target in (standing, pathlib.Path(), pathlib.Path("../standing"), pathlib.Path("x/..")):
+        with pytest.raises(UserError, match=r"is the folder that you are in.*; name a new one"):
+            check_target(target)
+    with pytest.raises(UserError, match="not an empty folder"):  # it holds where one is
+        check_target(pathlib.Path(".."))
+    (tmp_path / "empty").mkdir()
+    for leads_to in ("empty", "nowhere"):
+        link.symlink_to(tmp_path / leads_to)
+        with pytest.raises(UserError, match=f"is a symbolic link to '.*{leads_to}'; name a new"):
+            check_target(link)
+        link.unlink()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "empty")
+    with pytest.raises(UserError, match="is a mount point"):
+        check_target(tmp_path / "empty")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "standing"]

@@ -46,7 +46,7 @@ def save_checkpoint(
             facts for programs (prunelens.json) and the masks (prune_masks.safetensors).
         masks: those of `record`; given with it and only with it.
         sharing: license and repository, for the card.
-    Raises: UserError where `folder` exists and is not an empty folder.
+    Raises: UserError as `check_target`.
     """
     with writing_checkpoint(folder) as partial:
         with without_progress_bars():
@@ -103,9 +103,23 @@ def save_beside_weights(
 
 
 def check_target(folder: pathlib.Path) -> None:
-    """Make room for `folder`. Raises UserError where it is not empty or cannot be written."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"out: {str(folder)!r} exists and is not an empty folder; name a new one")
+    """Make room for `folder`, whose place what is written beside it takes.
+
+    Raises: UserError where it is not empty, a symbolic link or a mount point, where the caller
+        stands in it, or where it cannot be written.
+    """
+    where = folder.resolve()
+    taken = None
+    if folder.is_symlink():
+        taken = f"is a symbolic link to {str(where)!r}"
+    elif where.exists() and (not where.is_dir() or any(where.iterdir())):
+        taken = "exists and is not an empty folder"
+    elif os.path.ismount(where):
+        taken = "is a mount point, which nothing can take the place of"
+    elif where == pathlib.Path.cwd():
+        taken = "is the folder that you are in, and would be replaced"
+    if taken:
+        raise UserError(f"out: {str(folder)!r} {taken}; name a new one")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder.parent).close()

@@ -62,7 +62,7 @@ def export_hub(
         out: a new folder; see `write_hub_folder`.
         sharing: license, repository and what the user says of the model.
     Raises: UserError where `source` is neither, an SAE is missing, damaged or of the planted
-        world, the study cannot be opened, or `out` is not empty.
+        world, the study cannot be opened, or as `check_target`.
     """
     source = pathlib.Path(source).expanduser().absolute()
     sharing = sharing or Sharing()
@@ -99,7 +99,7 @@ def export_checkpoint(
         out: a new folder; see `save_checkpoint`.
         sharing: license, repository and what the user says of the model.
     Raises: UserError where the study cannot be opened, has no such condition or has not pruned it
-        yet, its masks are damaged, the model is out of reach, or `out` is not empty.
+        yet, its masks are damaged, the model is out of reach, or as `check_target`.
     """
     facts, out = _Facts(pathlib.Path(study)), pathlib.Path(out).expanduser().absolute()
     check_target(out)

@@ -60,8 +60,8 @@ def prune_checkpoint(
 
     Criteria that need no calibration prune the new files where they lie, and with `block_by_block`
     the others do, too; else the model is loaded as a whole. The result is the same.
-    Raises: UserError for a wrong model or text, where `out` is not empty, or where a model cannot
-        be pruned block by block and was to be.
+    Raises: UserError for a wrong model or text, as `check_target`, or where a model cannot be
+        pruned block by block and was to be.
     """
     device = resolve_device(device)
     if block_by_block or not pruning.is_calibrated:
