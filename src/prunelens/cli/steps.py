@@ -66,7 +66,13 @@ def prune(
         ),
     ] = None,
     device: Device = "auto",
-    dtype: Dtype = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What the model runs in and the files hold: float32, bfloat16 or float16. Default:"
+            " float32, and files in the checkpoint's own."
+        ),
+    ] = None,
     block_by_block: Annotated[
         bool,
         typer.Option(

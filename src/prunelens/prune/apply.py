@@ -18,13 +18,10 @@ from prunelens.offload import make_editable
 from prunelens.prune import calibrate, sparsegpt
 from prunelens.prune.masks import PackedMasks
 from prunelens.prune.matrices import as_matrix, head_names, matrix_shape, prunable_matrices
-from prunelens.prune.scores import INTEGERS, Scored
+from prunelens.prune.scores import INTEGERS, NARROW, Scored
 from prunelens.prune.selection import Kept, select
 
 log = logging.getLogger(__name__)
-
-_NARROW = {torch.bfloat16, torch.float16}
-"""What is ordered by its own bits, if all matrices have it; others are scored in float32."""
 
 
 class MatrixSparsity(NamedTuple):
@@ -66,6 +63,7 @@ def prune_model(
     calibration: Int[Tensor, "windows context"] | None = None,
     input_norms: Mapping[str, Float[Tensor, " _input"]] | None = None,
     with_masks: bool = True,
+    rounded_to: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Pruned:
     """Zero weights of `lm` in place (methods §3); `sparsegpt` also changes the others.
@@ -84,6 +82,8 @@ def prune_model(
         calibration: token windows; SparseGPT needs them, and Wanda unless `input_norms` is given.
         input_norms: what `input_norms` gave for the dense model, to be used for many sparsities.
         with_masks: False where only the pruned model is wanted; saves the masks' memory.
+        rounded_to: what the weights that SparseGPT changes become numbers of, where the model's own
+            dtype is wider than its files' will be; None: the model's.
         progress: called with the number of calibration windows done.
     Raises: UserError where windows or Wanda's norms are missing or of another model, where scores
         are NaN or infinite, where a pattern divides no row, and as `prunable_matrices`.
@@ -96,7 +96,7 @@ def prune_model(
     updates = pruning.criterion == "sparsegpt"
     if updates:
         assert calibration is not None
-        pruned = sparsegpt.prune_upwards(lm, pruning, calibration, progress)
+        pruned = sparsegpt.prune_upwards(lm, pruning, calibration, rounded_to, progress)
     else:
         pruned = _zeroed(_scored(lm, pruning, calibration, input_norms, progress), pruning)
     zero_inputs = dict.fromkeys(shapes, 0)
@@ -194,7 +194,7 @@ def _scored(
     weights = {name: as_matrix(module) for name, module in matrices.items()}
     if pruning.criterion == "magnitude":
         dtypes = {weight.dtype for weight in weights.values()}
-        [dtype] = dtypes if len(dtypes) == 1 and dtypes <= _NARROW else {torch.float32}
+        [dtype] = dtypes if len(dtypes) == 1 and dtypes <= NARROW else {torch.float32}
         yield {name: Scored(weight, None, dtype) for name, weight in weights.items()}
     elif pruning.criterion == "random":
         seed = pruning.random_seed

@@ -35,12 +35,14 @@ def prune_upwards(
     lm: LanguageModel,
     pruning: PruningConfig,
     calibration: Int[Tensor, "windows context"],
+    rounded_to: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Kept]:
     """Prune `lm` in place, one block after the other; the masks of each matrix as it is done.
 
     A block's inputs are those that the blocks below give as they now are. In memory besides the
-    model: the inputs of one block for all windows, and X Xᵀ of the block's matrices.
+    model: the inputs of one block for all windows, and X Xᵀ of the block's matrices. Weights become
+    numbers of `rounded_to`, or of the model's dtype.
     Raises: UserError as `products_upwards` and `prune_matrix`.
     """
     scope = pruning.scope
@@ -59,7 +61,7 @@ def prune_upwards(
                 sparsity=pruning.fraction,
                 group=pruning.group,
             )
-            weights[name].copy_(solved.weight)
+            weights[name].copy_(solved.weight.to(rounded_to or weights[name].dtype))
             yield Kept(name, slice(0, len(solved.keep)), solved.keep, num_zero_inputs)
 
 

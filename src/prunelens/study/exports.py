@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from prunelens.cards import Sharing
+from prunelens.checkpoint import model_folder, stored_dtype
 from prunelens.config import CheckpointConfig, ModelConfig, PruningConfig, SaeConfig
 from prunelens.errors import UserError
 from prunelens.model import load_model
@@ -91,7 +92,8 @@ def export_checkpoint(
     """Write a study's pruned model as a Hugging Face checkpoint, made again from its artifact.
 
     It is what the study's SAEs were trained on; the dense model's files are the same as then, or
-    the study's plan has no such artifact.
+    the study's plan has no such artifact. The files have the dense ones' dtype, or the study's
+    where that would change a number (SparseGPT's).
 
     Args:
         study: a study's folder.
@@ -112,9 +114,11 @@ def export_checkpoint(
     record = facts.pruning(run)
     assert record
     folder = facts.artifact(run.stages["prune"], run)
-    lm = load_model(facts.model_config(run))
+    config = facts.model_config(run)
+    lm = load_model(config)
     masks = apply_pruning(lm, folder)
-    save_checkpoint(lm, out, record=record, masks=masks, sharing=sharing)
+    dtype = stored_dtype(model_folder(config))
+    save_checkpoint(lm, out, record=record, masks=masks, sharing=sharing, dtype=dtype)
     return ExportedCheckpoint(out, _condition(run), record)
 
 
