@@ -60,7 +60,7 @@ class ModelConfig(Frozen):
     revision: Place | None = None
     """A hub commit, branch or tag; null means the default branch."""
     short_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """What run names and tables call it; null: the last part of `name`."""
+    """What run names and tables call it; null: the last part of `name`; of `.`, its folder."""
     layers: tuple[int, ...] = Field((3,), min_length=1)
     """Decoder blocks to look at, counted from 0."""
     site: Site = "resid_post"
