@@ -1,12 +1,14 @@
 """The command line as a user types it: the longer ones in processes of their own."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from prunelens.sae.topk import TopKSAE
@@ -98,6 +100,20 @@ def test_prune_saves_a_checkpoint_that_transformers_loads(checkpoint_folder, tex
     assert ((weight == 0).sum(1) == weight.shape[1] // 2).all()
     again = in_a_process("prune", checkpoint_folder, "--out", out, "--criterion", "magnitude")
     one_line_of_error(again, "out:", "not an empty folder")
+
+
+def test_prune_of_the_folder_that_one_stands_in_keeps_its_dtype(
+    checkpoint_folder, tmp_path, monkeypatch, prunelens
+):
+    out, options = tmp_path / "out", ("--criterion", "magnitude")
+    shutil.copytree(checkpoint_folder, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    narrow = {n: t.bfloat16() for n, t in load_file("model.safetensors").items()}
+    save_file(narrow, "model.safetensors", metadata={"format": "pt"})
+    assert prunelens("prune", ".", "--out", out, *options).returncode == 0
+    assert json.loads((out / "prunelens.json").read_text())["model"]["name"] == "here"
+    written = load_file(out / "model.safetensors")
+    assert {t.dtype for t in written.values()} == {torch.bfloat16}
 
 
 def test_prune_takes_the_head_where_asked(checkpoint_folder, tmp_path, prunelens):

@@ -6,7 +6,14 @@ from fractions import Fraction
 
 import pytest
 
-from prunelens.config import PruningConfig, StudyConfig, study_from_data
+from prunelens.config import (
+    CheckpointConfig,
+    ModelConfig,
+    PretrainedSaeConfig,
+    PruningConfig,
+    StudyConfig,
+    study_from_data,
+)
 from prunelens.errors import UserError
 from prunelens.study_file import read_study
 
@@ -68,6 +75,11 @@ from prunelens.study_file import read_study
             },
             "'sequential' is for wanda and sparsegpt",
         ),
+        (
+            {"models": [{"name": "a/one"}, {"name": "a/x"}, {"name": "./b/x/"}]},
+            "models.2.short_name: 'x' is what models.1 is called as well",
+        ),
+        ({"models": [{"name": "/"}]}, "name: '' gives no name for tables; give a short_name"),
         ([1, 2], "must be a mapping"),
     ],
 )
@@ -76,6 +88,18 @@ def test_a_wrong_study_is_one_line_that_names_field_and_fix(data, message):
         study_from_data(data)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_folders_without_a_name_of_their_own_are_called_as_what_they_mean(tmp_path, monkeypatch):
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    monkeypatch.setenv("HOME", str(inner))
+    meant = {".": "inner", "./": "inner", "..": "outer", "~": "inner", "~/..": "outer", "x/.": "x"}
+    for written, name in meant.items():
+        assert ModelConfig(name=written).label == name
+        assert PretrainedSaeConfig(layer=3, folder=written).label == name
+        assert CheckpointConfig(checkpoint=written).label == name
 
 
 def test_yaml_numbers_and_duplicate_keys(tmp_path):

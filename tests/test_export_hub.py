@@ -516,6 +516,24 @@ def test_conditions_that_a_study_lacks(condition, message, study, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_has_the_dtype_of_the_dense_files(study, tmp_path, monkeypatch):
+    """The study ran in float32; the masked weights are numbers of bfloat16 as before."""
+
+    def narrow(config):
+        lm = load_model(config)
+        for weight in lm.model.parameters():
+            weight.data = weight.bfloat16().float()
+        return lm
+
+    expected = export_checkpoint(study, "wanda-row-0.30", tmp_path / "wide").folder
+    monkeypatch.setattr("prunelens.study.exports.stored_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr("prunelens.study.exports.load_model", narrow)
+    out = export_checkpoint(study, "wanda-row-0.30", tmp_path / "out").folder
+    wide, found = (load_file(folder / "model.safetensors") for folder in (expected, out))
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in wide.items())
+
+
 def test_a_checkpoint_without_a_record_is_as_before(tiny_llama, tmp_path):
     save_checkpoint(tiny_llama, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -700,6 +718,18 @@ def test_the_files_stay_where_an_upload_fails(hub, run, tmp_path):
     assert code == 2 and "the files are in" in told.err
     assert len(told.err.strip().splitlines()) == 1
     assert (tmp_path / "out" / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    "options", [("hub",), ("saelens",), ("checkpoint", "--condition", "wanda-row-0.30")]
+)
+def test_a_link_is_refused_before_the_work(options, run, study, tmp_path, monkeypatch):
+    monkeypatch.setattr("prunelens.sae.export.own_sae", None)
+    monkeypatch.setattr("prunelens.study.exports._Facts", lambda _: None)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    code, told = run("export", study, "--out", tmp_path / "link", "--format", *options)
+    assert code == 2 and "is a symbolic link to" in told.err and "name a new one" in told.err
+    assert len(told.err.strip().splitlines()) == 1
 
 
 def test_an_export_is_the_same_at_any_time(tmp_path):

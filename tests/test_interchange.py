@@ -412,8 +412,11 @@ def test_the_folder_that_one_stands_in(tmp_path, monkeypatch):
     world = own_world(tmp_path / "own", place=None)
     (tmp_path / "layers.6").mkdir()
     monkeypatch.chdir(tmp_path / "layers.6")
-    assert export_sae("../own", ".", format="sparsify").hook == "layers.6"
-    monkeypatch.chdir(tmp_path / "layers.6")  # what was written took the empty folder's place
+    with pytest.raises(UserError, match=r"out: .* is the folder that you are in"):
+        export_sae("../own", ".", format="sparsify")
+    monkeypatch.chdir(tmp_path)
+    assert export_sae("own", "layers.6", format="sparsify").hook == "layers.6"
+    monkeypatch.chdir(tmp_path / "layers.6")
     sae = loaded(".", name="here")
     assert (sae.site, sae.layer, sae.d_model) == ("resid_post", 6, world.sae.d_model)
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from conftest import ARCHITECTURES, VOCABULARY, tiny_language_model
 from prunelens import offload, tensor_files
 from prunelens.config import ModelConfig, PruningConfig, study_from_data
+from prunelens.corpus import split_tokens
+from prunelens.corpus import windows as cut
 from prunelens.errors import UserError
 from prunelens.model import (
     load_model,
@@ -73,6 +75,23 @@ def shards(request, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def narrow_shards(tiny_tokenizer, tmp_path_factory):
+    """A checkpoint of bfloat16 in several files, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("narrow") / "shards"
+    lm = tiny_language_model("llama", vocabulary=len(tiny_tokenizer), dtype=torch.bfloat16)
+    lm.model.save_pretrained(folder, max_shard_size="15KB")
+    tiny_tokenizer.save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+def windows_of(study, lm):
+    """The calibration text of a study."""
+    splits = split_tokens(study.corpus, lm.tokenizer, only=("calibration",))
+    return cut(splits.calibration, study.corpus.context_tokens, splits.bos_token)
+
+
 @pytest.fixture
 def small_batches(monkeypatch):
     monkeypatch.setattr(calibrate, "BATCH_TOKENS", 800)
@@ -94,7 +113,8 @@ def spread(folder, tmp_path, memory="12KB", dtype="float32"):
 
 
 def tensors_of(folder):
-    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    files = folder.glob("model*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def assert_same_tensors(found, expected):
@@ -150,6 +170,53 @@ def test_a_study_that_prunes_a_checkpoint_says_the_same_on_disk(
     masks = [load_masks(folder / "prune_masks.safetensors") for folder in folders.values()]
     assert masks_sha256(masks[0]) == masks_sha256(masks[1])
     assert_same_tensors(tensors_of(folders[True]), tensors_of(folders[False]))
+
+
+@pytest.mark.parametrize("name", PRUNINGS)
+def test_files_are_of_the_dtype_and_the_size_of_those_that_they_were_made_from(
+    narrow_shards, name, tmp_path, small_batches
+):
+    """By either way, although the model runs in float32; they hold the model that was pruned."""
+    study = study_from_data(tiny_study(narrow_shards, write_text(tmp_path / "text.txt")))
+    model, pruning = study.models[0], pruning_of(name)
+    lm = load_model(model)
+    text = windows_of(study, lm) if pruning.is_calibrated else None
+    expected = prune_model(lm, pruning, calibration=text, rounded_to=torch.bfloat16)
+    largest = max(path.stat().st_size for path in narrow_shards.glob("*.safetensors"))
+    for way in (False, True):
+        out = tmp_path / f"out-{way}"
+        found = prune_checkpoint(model, pruning, study.corpus, out, "cpu", block_by_block=way)
+        assert masks_sha256(found.masks) == masks_sha256(expected.masks)
+        saved = tensors_of(out)
+        assert saved.keys() == tensors_of(narrow_shards).keys()
+        for key, tensor in lm.model.state_dict().items():
+            assert saved[key].dtype == torch.bfloat16
+            assert torch.equal(saved[key].float(), tensor), key
+        assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+        sizes = [path.stat().st_size for path in out.glob("model*.safetensors")]
+        assert len(sizes) > 1 and max(sizes) < 1.2 * largest
+
+
+@pytest.mark.parametrize("block_by_block", [False, True])
+def test_a_dtype_that_is_given_is_that_of_the_files(narrow_shards, block_by_block, tmp_path):
+    study = study_from_data(tiny_study(narrow_shards, write_text(tmp_path / "text.txt")))
+    model = ModelConfig(name=str(narrow_shards), dtype="float16")
+    options = {"block_by_block": block_by_block}
+    prune_checkpoint(model, pruning_of("wanda"), study.corpus, tmp_path / "out", "cpu", **options)
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.float16}
+    files = [len(list(f.glob("model*.safetensors"))) for f in (narrow_shards, tmp_path / "out")]
+    assert files[1] == files[0]
+
+
+def test_one_file_stays_one_and_a_number_is_worth_more_than_a_dtype(tmp_path, caplog):
+    lm = tiny_language_model("llama")
+    lm.model.save_pretrained(tmp_path / "one")
+    lm = load_model(str(tmp_path / "one"))
+    as_matrix(next(iter(prunable_matrices(lm).values())))[0, 0] = 1 + 2**-20
+    save_checkpoint(lm, tmp_path / "out", dtype=torch.bfloat16)
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.float32}
+    assert "saved in torch.float32, which it ran in" in caplog.text
 
 
 def test_magnitude_never_loads_the_model(checkpoint_folder, tmp_path, monkeypatch):
@@ -228,6 +295,18 @@ def test_a_damaged_checkpoint_is_refused_whole(checkpoint_folder, tmp_path, dama
             "cpu",
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("block_by_block", [False, True])
+def test_a_generation_config_that_is_none_is_told(checkpoint_folder, tmp_path, block_by_block):
+    folder, corpus = tmp_path / "model", study_from_data({}).corpus
+    shutil.copytree(checkpoint_folder, folder)
+    (folder / "generation_config.json").write_text("[]")
+    model, out = ModelConfig(name=str(folder)), tmp_path / "out"
+    options = {"block_by_block": block_by_block}
+    with pytest.raises(UserError, match=r"^models\.name: .*'list' object is not a mapping"):
+        prune_checkpoint(model, pruning_of("magnitude-global"), corpus, out, "cpu", **options)
+    assert not out.exists()
 
 
 # Files as memory

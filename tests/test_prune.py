@@ -1,5 +1,6 @@
 import copy
 import json
+import pathlib
 import subprocess
 import sys
 from fractions import Fraction
@@ -30,6 +31,7 @@ from prunelens.prune import (
     wanda,
 )
 from prunelens.prune import scores as scores_module
+from prunelens.prune.checkpoint import check_target
 from prunelens.prune.scores import Scored
 from prunelens.prune.selection import select
 
@@ -335,7 +337,7 @@ def test_small_inputs_are_not_lost_among_many(monkeypatch):
         for _ in range(75):
             matrix(torch.full((4000, 1), 3.0))
     expected = (30000.0**2 + 300_000 * 9) ** 0.5
-    assert float(calibrate._norms(squares)["m"]) == pytest.approx(expected, rel=1e-7)
+    assert float(squares["m"].sqrt()) == pytest.approx(expected, rel=1e-7)
 
 
 def test_a_shared_input_is_summed_once_unless_it_was_written_to(monkeypatch):
@@ -423,13 +425,77 @@ def test_sequential_refuses_blocks_that_share_state(tiny_llama, windows):
         prune_model(tiny_llama, wanda_config(calibration="sequential"), calibration=windows)
 
 
-def test_broken_activations_stop_before_any_change(tiny_llama, windows):
-    tiny_llama.model.get_input_embeddings().weight.data[int(windows[0, 0])] = float("nan")
-    before = state_of(tiny_llama)
-    with pytest.raises(UserError, match="calibration inputs of"):
-        prune_model(tiny_llama, wanda_config(), calibration=windows)
-    after = tiny_llama.model.state_dict()
+CALIBRATED = {
+    "wanda": wanda_config(),
+    "wanda-sequential": wanda_config(calibration="sequential"),
+    "sparsegpt": PruningConfig(criterion="sparsegpt", scope="matrix", sparsity=0.5),
+}
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_activations_stop_before_any_change(tiny_lm, windows, name, bad):
+    tiny_lm.model.get_input_embeddings().weight.data[int(windows[0, 0])] = bad
+    before = state_of(tiny_lm)
+    first = next(iter(prunable_matrices(tiny_lm)))
+    with pytest.raises(UserError, match=f"calibration inputs of {first} are NaN or infinite"):
+        prune_model(tiny_lm, CALIBRATED[name], calibration=windows)
+    after = tiny_lm.model.state_dict()
     assert all(torch.equal(a.nan_to_num(), after[n].nan_to_num()) for n, a in before.items())
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize("place", [0, 3, 6, -1])
+def test_broken_weights_are_named_and_not_what_they_break(tiny_llama, windows, name, place):
+    broken = list(prunable_matrices(tiny_llama))[place]
+    as_matrix(tiny_llama.model.get_submodule(broken))[0, 0] = float("nan")
+    with pytest.raises(UserError, match=f"(weights|scores) of {broken} are NaN or infinite"):
+        prune_model(tiny_llama, CALIBRATED[name], calibration=windows)
+
+
+def silenced(lm, block=1):
+    """Its MLP's middle is always 0 and its weights are as before."""
+    module = lm.blocks[block].mlp
+    module.act_fn = torch.nn.Threshold(float("inf"), 0.0)
+    return next(n for n, m in prunable_matrices(lm).items() if m is module.down_proj)
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_inputs_that_are_always_zero_are_no_inputs_that_never_came(
+    tiny_llama, windows, name, caplog
+):
+    matrix = silenced(tiny_llama)
+    weight = as_matrix(tiny_llama.model.get_submodule(matrix))
+    before = weight.clone()
+    pruned = prune_model(tiny_llama, CALIBRATED[name], calibration=windows)
+    scope = CALIBRATED[name].scope
+    by_magnitude = keep_masks({matrix: before.abs()}, scope=scope, sparsity=Fraction(1, 2))[matrix]
+    assert torch.equal(pruned.masks[matrix], by_magnitude)
+    assert torch.equal(weight, torch.where(by_magnitude, before, 0.0))
+    zeros = {line.name: line.num_zero_inputs for line in pruned.report}
+    assert zeros == {**dict.fromkeys(zeros, 0), matrix: weight.shape[1]}
+    [told] = caplog.messages
+    assert told == (
+        "tiny-llama: calibration reached 1 of 21 matrices with nothing but zeros (first"
+        f" {matrix}); their weights go by magnitude"
+    )
+
+
+def test_where_all_weights_compete_those_without_inputs_go_first(tiny_llama, windows, caplog):
+    matrix = silenced(tiny_llama)
+    config = wanda_config(scope="global", sparsity=0.2)
+    pruned = prune_model(tiny_llama, config, calibration=windows)
+    assert not pruned.masks[matrix].any()
+    assert "their weights go before all others" in caplog.text
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_a_matrix_that_calibration_never_reached_is_refused(tiny_llama, windows, name):
+    unused = torch.nn.Linear(16, 16)
+    unused.weight.requires_grad_(False)
+    tiny_llama.blocks[1].unused = unused
+    with pytest.raises(UserError, match=r"calibration never reached model\.layers\.1\.unused"):
+        prune_model(tiny_llama, CALIBRATED[name], calibration=windows)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -666,3 +732,24 @@ def test_a_checkpoint_overwrites_nothing(tiny_llama, tmp_path):
     (tmp_path / "empty").mkdir()
     save_checkpoint(tiny_llama, tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").is_file()
+
+
+def test_what_nothing_can_take_the_place_of_is_refused_before_the_work(tmp_path, monkeypatch):
+    standing, link = tmp_path / "standing", tmp_path / "link"
+    standing.mkdir()
+    monkeypatch.chdir(standing)
+    for target in (standing, pathlib.Path(), pathlib.Path("../standing"), pathlib.Path("x/..")):
+        with pytest.raises(UserError, match=r"is the folder that you are in.*; name a new one"):
+            check_target(target)
+    with pytest.raises(UserError, match="not an empty folder"):  # it holds where one is
+        check_target(pathlib.Path(".."))
+    (tmp_path / "empty").mkdir()
+    for leads_to in ("empty", "nowhere"):
+        link.symlink_to(tmp_path / leads_to)
+        with pytest.raises(UserError, match=f"is a symbolic link to '.*{leads_to}'; name a new"):
+            check_target(link)
+        link.unlink()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "empty")
+    with pytest.raises(UserError, match="is a mount point"):
+        check_target(tmp_path / "empty")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "standing"]

@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import math
 import pathlib
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from prunelens import hub, offload, planted
+from prunelens import hub, offload, planted, tensor_files
 from prunelens.config import ModelConfig
 from prunelens.errors import UserError
 from prunelens.model_limits import check_config, check_sizes, check_weights
@@ -142,6 +144,19 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
 def model_folder(config: ModelConfig) -> pathlib.Path:
     """Where weights and tokenizer are; a hub model's are fetched. Raises as `load_weights`."""
     return _folder(config, (*_WEIGHT_FILES, *_TOKENIZER_FILES))
+
+
+def stored_dtype(folder: pathlib.Path) -> torch.dtype | None:
+    """What most of the floating-point numbers of a checkpoint's files are; None where it has none.
+
+    Raises: UserError as `tensor_files.layout`.
+    """
+    held: Counter[torch.dtype] = Counter()
+    for path in folder.glob("*.safetensors"):
+        for place in tensor_files.layout(path).values():
+            if place.dtype.is_floating_point:
+                held[place.dtype] += math.prod(place.shape)
+    return max(held, key=held.__getitem__, default=None)
 
 
 class ModelShape(NamedTuple):

@@ -79,7 +79,7 @@ class SingleStep(NamedTuple):
 
 def single_step(
     model: str,
-    dtype: str,
+    dtype: str | None,
     criterion: str,
     scope: str | None,
     sparsity: float,
@@ -99,7 +99,9 @@ def single_step(
         raise UserError(
             f"--criterion: {criterion!r} is none of {', '.join(USUAL_SCOPES)}; give one of them"
         )
-    models: dict[str, Any] = {"name": model, "dtype": dtype, "site": site}
+    models: dict[str, Any] = {"name": model, "site": site}
+    if dtype is not None:
+        models["dtype"] = dtype
     usual = USUAL_SCOPES[criterion] if pattern == "unstructured" else "row"
     pruning = {
         "criterion": criterion,

@@ -60,10 +60,19 @@ def prune(
         ),
     ] = False,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Calibration text: corpus.source=files …")
+        list[str] | None,
+        typer.Option(
+            "--set", help="Calibration text: corpus.source=files …; models.0.short_name=NAME"
+        ),
     ] = None,
     device: Device = "auto",
-    dtype: Dtype = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What the model runs in and the files hold: float32, bfloat16 or float16. Default:"
+            " float32, and files in the checkpoint's own."
+        ),
+    ] = None,
     block_by_block: Annotated[
         bool,
         typer.Option(

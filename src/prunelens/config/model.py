@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from prunelens.config.frozen import Frozen
-from prunelens.config.names import Place, refuse_as_name
+from prunelens.config.names import Place, last_part, refuse_as_name
 
 Site = Literal["resid_post", "mlp_out", "attn_out"]
 Memory: TypeAlias = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(K|M|G)(iB|B)$")]  # 20GiB, 500MB
@@ -45,7 +45,7 @@ class PretrainedSaeConfig(Frozen):
         if self.name is not None:
             return self.name
         if self.folder is not None:
-            return self.folder.rstrip("/").split("/")[-1]
+            return last_part(self.folder)
         return f"{self.release}/{self.sae_id}"
 
 
@@ -60,7 +60,7 @@ class ModelConfig(Frozen):
     revision: Place | None = None
     """A hub commit, branch or tag; null means the default branch."""
     short_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """What run names and tables call it; null: the last part of `name`."""
+    """What run names and tables call it; null: the last part of `name`; of `.`, its folder."""
     layers: tuple[int, ...] = Field((3,), min_length=1)
     """Decoder blocks to look at, counted from 0."""
     site: Site = "resid_post"
@@ -128,4 +128,4 @@ class ModelConfig(Frozen):
     @property
     def label(self) -> str:
         """As in run names and tables."""
-        return self.short_name or self.name.rstrip("/").split("/")[-1]
+        return self.short_name or last_part(self.name)

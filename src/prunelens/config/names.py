@@ -28,6 +28,12 @@ Place = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_usa
 """A path, a hub id, or a part of one."""
 
 
+def last_part(place: str) -> str:
+    """What a path or an id is called: its last part, and `.`, `..` and `~` as what they mean."""
+    last = place.rstrip("/").rsplit("/", 1)[-1]
+    return pathlib.Path(place).expanduser().resolve().name if last in (".", "..", "~") else last
+
+
 def refuse_as_name(name: str, *, field: str, fix: str) -> None:
     """Raises ValueError for what cannot stand in tables and run names.
 

@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from prunelens.config.frozen import Frozen
 from prunelens.config.model import PLANTED
-from prunelens.config.names import Place, refuse_as_name
+from prunelens.config.names import Place, last_part, refuse_as_name
 
 PLANTED_SCOPES = ("independent", "by_rate", "none")
 CALIBRATED = ("wanda", "sparsegpt")  # criteria that read the inputs of every matrix
@@ -229,14 +229,14 @@ class CheckpointConfig(Frozen):
     @model_validator(mode="after")
     def _has_a_label(self) -> Self:
         refuse_as_name(self.label, field="name", fix="add a name")
-        if self.label in ("~", "dense"):
+        if self.label == "dense":
             raise ValueError(f"name: {self.checkpoint!r} gives no name for tables; add a name")
         return self
 
     @property
     def label(self) -> str:
         """As in run names."""
-        return self.name or self.checkpoint.rstrip("/").split("/")[-1]
+        return self.name or last_part(self.checkpoint)
 
     @property
     def criterion(self) -> str:

@@ -165,8 +165,12 @@ class StudyConfig(Frozen):
                     " compare seeds, so give at least two"
                 )
         names = [m.label for m in self.models]
-        if len(set(names)) < len(names):
-            raise ValueError(f"models: {names} share a name; run names would clash")
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise ValueError(
+                    f"models.{number}.short_name: {name!r} is what models.{names.index(name)} is"
+                    " called as well, and run names would clash; give it another"
+                )
         if len(names) > 1 and any(entry.criterion == CHECKPOINT for entry in self.prunings):
             raise ValueError(
                 f"prunings.checkpoint: it takes the place of one model, and the study has"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -17,11 +18,10 @@ from prunelens.offload import make_editable
 from prunelens.prune import calibrate, sparsegpt
 from prunelens.prune.masks import PackedMasks
 from prunelens.prune.matrices import as_matrix, head_names, matrix_shape, prunable_matrices
-from prunelens.prune.scores import INTEGERS, Scored
+from prunelens.prune.scores import INTEGERS, NARROW, Scored
 from prunelens.prune.selection import Kept, select
 
-_NARROW = {torch.bfloat16, torch.float16}
-"""What is ordered by its own bits, if all matrices have it; others are scored in float32."""
+log = logging.getLogger(__name__)
 
 
 class MatrixSparsity(NamedTuple):
@@ -35,6 +35,8 @@ class MatrixSparsity(NamedTuple):
     """Weights that were set to zero, counting those that were zero already and were chosen."""
     achieved: float
     """num_zeroed / num_weights."""
+    num_zero_inputs: int = 0
+    """Inputs that calibration reached and that were always 0, where the criterion looked."""
 
 
 class Pruned(NamedTuple):
@@ -61,6 +63,7 @@ def prune_model(
     calibration: Int[Tensor, "windows context"] | None = None,
     input_norms: Mapping[str, Float[Tensor, " _input"]] | None = None,
     with_masks: bool = True,
+    rounded_to: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Pruned:
     """Zero weights of `lm` in place (methods §3); `sparsegpt` also changes the others.
@@ -79,6 +82,8 @@ def prune_model(
         calibration: token windows; SparseGPT needs them, and Wanda unless `input_norms` is given.
         input_norms: what `input_norms` gave for the dense model, to be used for many sparsities.
         with_masks: False where only the pruned model is wanted; saves the masks' memory.
+        rounded_to: what the weights that SparseGPT changes become numbers of, where the model's own
+            dtype is wider than its files' will be; None: the model's.
         progress: called with the number of calibration windows done.
     Raises: UserError where windows or Wanda's norms are missing or of another model, where scores
         are NaN or infinite, where a pattern divides no row, and as `prunable_matrices`.
@@ -91,15 +96,20 @@ def prune_model(
     updates = pruning.criterion == "sparsegpt"
     if updates:
         assert calibration is not None
-        pruned = sparsegpt.prune_upwards(lm, pruning, calibration, progress)
+        pruned = sparsegpt.prune_upwards(lm, pruning, calibration, rounded_to, progress)
     else:
         pruned = _zeroed(_scored(lm, pruning, calibration, input_norms, progress), pruning)
+    zero_inputs = dict.fromkeys(shapes, 0)
     for kept in pruned:
+        zero_inputs[kept.name] = kept.num_zero_inputs
         num_zeroed[kept.name] += kept.keep.numel() - int(kept.keep.count_nonzero())
         if with_masks:
             masks.write(kept, shapes[kept.name])
     lines = ((name, math.prod(shapes[name]), gone) for name, gone in num_zeroed.items())
-    report = tuple(MatrixSparsity(*line, line[2] / line[1]) for line in lines)
+    report = tuple(MatrixSparsity(*line, line[2] / line[1], zero_inputs[line[0]]) for line in lines)
+    blind = [name for name, shape in shapes.items() if zero_inputs[name] == shape[1]]
+    if blind:
+        _tell_of_zero_inputs(lm.label, pruning, blind, len(shapes))
     return Pruned(masks, report, updates)
 
 
@@ -157,8 +167,19 @@ def _zeroed(scored: Iterator[dict[str, Scored]], pruning: PruningConfig) -> Iter
     assert scope in ("global", "matrix", "row"), "the planted world has no weights"
     for matrices in scored:
         for kept in select(matrices, scope=scope, sparsity=pruning.fraction, group=pruning.group):
-            _zero(matrices[kept.name].weight[kept.rows], kept.keep)
-            yield kept
+            matrix = matrices[kept.name]
+            _zero(matrix.weight[kept.rows], kept.keep)
+            yield kept._replace(num_zero_inputs=matrix.num_zero_inputs)
+
+
+def _tell_of_zero_inputs(label: str, pruning: PruningConfig, names: list[str], total: int) -> None:
+    """Of such matrices calibration says nothing."""
+    log.warning(
+        "%s: calibration reached %d of %d matrices with nothing but zeros (first %s); their weights"
+        " go %s",
+        *(label, len(names), total, names[0]),
+        "before all others" if pruning.scope == "global" else "by magnitude",
+    )
 
 
 def _scored(
@@ -173,7 +194,7 @@ def _scored(
     weights = {name: as_matrix(module) for name, module in matrices.items()}
     if pruning.criterion == "magnitude":
         dtypes = {weight.dtype for weight in weights.values()}
-        [dtype] = dtypes if len(dtypes) == 1 and dtypes <= _NARROW else {torch.float32}
+        [dtype] = dtypes if len(dtypes) == 1 and dtypes <= NARROW else {torch.float32}
         yield {name: Scored(weight, None, dtype) for name, weight in weights.items()}
     elif pruning.criterion == "random":
         seed = pruning.random_seed
@@ -182,13 +203,21 @@ def _scored(
     elif pruning.calibration == "sequential":
         assert calibration is not None
         for block_norms in calibrate.norms_upwards(lm, calibration, progress):
-            yield {n: Scored(weights[n], norm, torch.float32) for n, norm in block_norms.items()}
+            yield {n: _by_wanda(weights[n], norm, pruning) for n, norm in block_norms.items()}
     else:
         if norms is None:
             assert calibration is not None
             norms = calibrate.input_norms(lm, calibration, progress)
         _check_norms(weights, norms)
-        yield {n: Scored(weight, norms[n], torch.float32) for n, weight in weights.items()}
+        yield {n: _by_wanda(weight, norms[n], pruning) for n, weight in weights.items()}
+
+
+def _by_wanda(weight: Tensor, norm: Tensor, pruning: PruningConfig) -> Scored:
+    """Where all norms are 0 and so all weights equal, those of the matrix compete by magnitude."""
+    num_zero = int((norm == 0).count_nonzero())
+    tied = num_zero == len(norm) and pruning.scope != "global"
+    used = None if tied else norm
+    return Scored(weight, used, torch.float32, num_zero_inputs=num_zero)
 
 
 def _check_norms(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:

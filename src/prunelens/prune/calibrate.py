@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prunelens import offload
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel, run_to_site
-from prunelens.prune.matrices import matrix_shape, prunable_matrices
+from prunelens.prune.matrices import as_matrix, matrix_shape, prunable_matrices
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def input_norms(
         changed = _not_replayable(lm, calibration)
         if changed is None:
             blocks = _upwards(lm, calibration, _summing_squares, progress)
-            return {name: norm for squares in blocks for name, norm in _norms(squares).items()}
+            return {name: norm for squares in blocks for name, norm in _norms(lm, squares).items()}
         log.info("%s: %s; every batch brings in every block", lm.label, changed)
     done = 0
     with _summing_squares(prunable_matrices(lm)) as squares:
@@ -67,7 +67,7 @@ def input_norms(
             done += len(batch)
             if progress:
                 progress(done)
-    return _norms(squares)
+    return _norms(lm, squares)
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def norms_upwards(
     """
     _check_replayable(lm, calibration)
     for squares in _upwards(lm, calibration, _summing_squares, progress):
-        yield _norms(squares)
+        yield _norms(lm, squares)
 
 
 @torch.no_grad()
@@ -105,8 +105,7 @@ def products_upwards(
     """
     _check_replayable(lm, calibration)
     for products in _upwards(lm, calibration, _summing_products, progress):
-        for name, sums in products.items():
-            _check_sums(name, sums.diagonal(), sums)
+        _check_sums(lm, products)
         yield products
 
 
@@ -216,7 +215,7 @@ def _not_replayable(lm: LanguageModel, calibration: Tensor) -> str | None:
         hidden = [calls[index].run(block, inputs) for inputs in hidden]
         for ours, forward in zip(hidden, truth, strict=True):
             theirs = forward.inputs[index + 1]
-            scale = float(theirs.abs().amax())
+            scale = float(theirs.nan_to_num().abs().amax())  # NaN has its own line later
             if not torch.allclose(ours, theirs, atol=0.01 * scale, rtol=0.01, equal_nan=True):
                 return f"block {index + 1} of {lm.label} takes more"
     return None
@@ -244,8 +243,12 @@ def _summing(
     dimensions: int,
     dtype: torch.dtype,
 ) -> Iterator[dict[str, Tensor]]:
-    """While open, add up `of_tokens` of every module's inputs [tokens, input], by name."""
+    """While open, add up `of_tokens` of every module's inputs [tokens, input], by name.
+
+    Raises: UserError, on closing, where a module was given no token.
+    """
     sums: dict[str, Tensor] = {}
+    reached: set[str] = set()
     last: _Sum | None = None
 
     def adder(name: str, num_inputs: int, device: torch.device) -> Callable[..., None]:
@@ -257,6 +260,8 @@ def _summing(
             if last is None or not last.is_of(inputs):
                 last = _Sum(inputs, _version(inputs), of_tokens(inputs.flatten(0, -2)))
             sums[name] += last.total.to(device)
+            if inputs.numel():
+                reached.add(name)
 
         return add
 
@@ -265,6 +270,11 @@ def _summing(
             hook = adder(name, matrix_shape(module)[1], offload.execution_device(module))
             stack.callback(module.register_forward_pre_hook(hook).remove)
         yield sums
+    if unreached := [name for name in modules if name not in reached]:
+        raise UserError(
+            f"pruning: calibration never reached {unreached[0]}, so its inputs are not known; prune"
+            " by magnitude"
+        )
 
 
 class _Sum(NamedTuple):
@@ -306,25 +316,27 @@ def _products(inputs: Float[Tensor, "tokens input"]) -> Float32[Tensor, "input i
     return rows.T @ rows
 
 
-def _norms(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _norms(lm: LanguageModel, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Float32 norms from summed squares."""
-    for name, sums in squares.items():
-        _check_sums(name, sums, sums)
+    _check_sums(lm, squares)
     return {name: sums.sqrt().float() for name, sums in squares.items()}
 
 
-def _check_sums(name: str, squares: Tensor, sums: Tensor) -> None:
-    """Refuse what would make every score meaningless."""
-    if not bool(sums.isfinite().all()):
-        raise UserError(
-            f"pruning: calibration inputs of {name} are NaN or infinite; load the model in"
-            " bfloat16 or float32"
-        )
-    if not bool(squares.any()):
-        raise UserError(
-            f"pruning: calibration never reached {name}, so its inputs are not known; prune by"
-            " magnitude"
-        )
+def _check_sums(lm: LanguageModel, sums: Mapping[str, Tensor]) -> None:
+    """Refuse what would make every score meaningless; the matrix that is to blame is named."""
+    broken = [name for name, total in sums.items() if not bool(total.isfinite().all())]
+    if not broken:
+        return
+    for name, module in prunable_matrices(lm).items():
+        if not bool(as_matrix(module).isfinite().all()):
+            raise UserError(
+                f"pruning: weights of {name} are NaN or infinite; load the model in bfloat16 or"
+                " float32, or mend the checkpoint"
+            )
+    raise UserError(
+        f"pruning: calibration inputs of {broken[0]} are NaN or infinite; load the model in"
+        " bfloat16 or float32, or mend the checkpoint"
+    )
 
 
 def _batches(calibration: Tensor) -> tuple[Tensor, ...]:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import math
+import os
 import pathlib
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from prunelens import tensor_files
 from prunelens.cards import CARD_FILE, RECORD_FILE, Sharing, version
 from prunelens.checkpoint import without_progress_bars
 from prunelens.errors import UserError
@@ -24,6 +31,8 @@ from prunelens.temporary import new_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
+
 
 def save_checkpoint(
     lm: LanguageModel,
@@ -32,11 +41,13 @@ def save_checkpoint(
     record: PruningRecord | None = None,
     masks: Mapping[str, Bool[Tensor, "_output _input"]] | None = None,
     sharing: Sharing | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write model (safetensors) and tokenizer so that `AutoModelForCausalLM` loads them.
 
     They are written beside `folder`, flushed to disk and renamed, so `folder` is whole or not
-    there. Zeroed weights are stored as zeros: the files are as large as the dense model's.
+    there. Zeroed weights are stored as zeros: the files are as large as the dense model's. A model
+    that was loaded from several files is written to several, of the largest one's size at most.
 
     Args:
         lm: the model, pruned already.
@@ -45,11 +56,19 @@ def save_checkpoint(
             facts for programs (prunelens.json) and the masks (prune_masks.safetensors).
         masks: those of `record`; given with it and only with it.
         sharing: license and repository, for the card.
-    Raises: UserError where `folder` exists and is not an empty folder.
+        dtype: what the files are to hold, and `lm` from then on; where that is not the model's own
+            and would change a number, the model's is kept, which is told.
+    Raises: UserError as `check_target`.
     """
     with writing_checkpoint(folder) as partial:
+        if dtype is not None and dtype != lm.model.dtype:
+            _narrow(lm, dtype)
         with without_progress_bars():
-            lm.model.save_pretrained(partial, state_dict=_written_once(lm.model))
+            lm.model.save_pretrained(
+                partial,
+                state_dict=_written_once(lm.model),
+                max_shard_size=_shard_bytes(lm.model),
+            )
         save_beside_weights(lm, partial, record=record, masks=masks, sharing=sharing)
 
 
@@ -62,6 +81,36 @@ def _written_once(model: PreTrainedModel) -> dict[str, Tensor] | None:
         return None
     state, ties = model.state_dict(), model.all_tied_weights_keys
     return {name: tensor for name, tensor in state.items() if name not in ties}
+
+
+def _narrow(lm: LanguageModel, dtype: torch.dtype) -> None:
+    """Have the model in `dtype` if all its numbers are numbers of that."""
+    parameters = list(lm.model.parameters())
+    if not any_offloaded(lm.model) and all(
+        dtype.itemsize < weight.dtype.itemsize and torch.equal(weight.to(dtype).to(weight), weight)
+        for weight in parameters
+    ):
+        for weight in parameters:
+            weight.data = weight.to(dtype)
+        return
+    log.warning(
+        "%s: saved in %s, which it ran in; in %s, as its dense files are, it would be another",
+        *(lm.label, lm.model.dtype, dtype),
+    )
+
+
+def _shard_bytes(model: PreTrainedModel) -> int | str:
+    """The most bytes of a file: as many numbers as in the largest of those that it was loaded from.
+
+    What was one file stays one; a model from elsewhere is written as transformers does.
+    """
+    source = model.name_or_path
+    files = list(pathlib.Path(source).glob("model*.safetensors")) if source else []
+    if len(files) < 2:
+        return sys.maxsize if files else "50GB"
+    held = (tensor_files.layout(file).values() for file in files)
+    most = max(sum(math.prod(place.shape) for place in places) for places in held)
+    return most * model.dtype.itemsize
 
 
 @contextlib.contextmanager
@@ -97,9 +146,23 @@ def save_beside_weights(
 
 
 def check_target(folder: pathlib.Path) -> None:
-    """Make room for `folder`. Raises UserError where it is not empty or cannot be written."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"out: {str(folder)!r} exists and is not an empty folder; name a new one")
+    """Make room for `folder`, whose place what is written beside it takes.
+
+    Raises: UserError where it is not empty, a symbolic link or a mount point, where the caller
+        stands in it, or where it cannot be written.
+    """
+    where = folder.resolve()
+    taken = None
+    if folder.is_symlink():
+        taken = f"is a symbolic link to {str(where)!r}"
+    elif where.exists() and (not where.is_dir() or any(where.iterdir())):
+        taken = "exists and is not an empty folder"
+    elif os.path.ismount(where):
+        taken = "is a mount point, which nothing can take the place of"
+    elif where == pathlib.Path.cwd():
+        taken = "is the folder that you are in, and would be replaced"
+    if taken:
+        raise UserError(f"out: {str(folder)!r} {taken}; name a new one")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder.parent).close()

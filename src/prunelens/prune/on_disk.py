@@ -23,6 +23,7 @@ from prunelens.config import ModelConfig
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel, as_language_model, usable_device
 from prunelens.model_limits import check_weights
+from prunelens.prune.scores import NARROW
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +43,9 @@ class NotOnDiskError(UserError):
         self.reason = reason
 
 
-def copy_to_disk(model: ModelConfig, folder: pathlib.Path, *, device: str = "cpu") -> LanguageModel:
+def copy_to_disk(
+    model: ModelConfig, folder: pathlib.Path, *, device: str = "cpu", keep_narrow: bool = False
+) -> LanguageModel:
     """Copy a checkpoint's weights, and give the model whose weights are that copy.
 
     Files and tensors keep their names. A quarter of a million numbers at a time is read, converted
@@ -53,6 +56,8 @@ def copy_to_disk(model: ModelConfig, folder: pathlib.Path, *, device: str = "cpu
         model: a folder, the bundled one, or a hub id, whose files are fetched first.
         folder: where the copy goes, and config.json and generation_config.json with it.
         device: where a call computes; weights are brought there and taken away again.
+        keep_narrow: whether a tensor of fewer bits than the model's dtype is copied as it is. The
+            model computes in its dtype all the same.
 
     From then on glibc's malloc gives freed pieces of a megabyte or more back at once, in the whole
     process: left to itself it kept three times the model (docs/large-models.md).
@@ -65,7 +70,8 @@ def copy_to_disk(model: ModelConfig, folder: pathlib.Path, *, device: str = "cpu
     _give_freed_memory_back()
     skeleton = _skeleton(model, source)
     found = _tensors(model, skeleton, source)
-    weights = _copied(found, skeleton, source, folder)
+    weights = _copied(found, skeleton, source, folder, keep_narrow)
+    skeleton.config.dtype = weights[next(name for name, _ in skeleton.named_parameters())].dtype
     _save_configs(skeleton, folder)
     return as_language_model(
         _served(skeleton, weights, usable_device(device)), load_tokenizer(model), label=model.label
@@ -118,7 +124,7 @@ def _skeleton(model: ModelConfig, source: pathlib.Path) -> PreTrainedModel:
             )
         if (source / "generation_config.json").is_file():
             skeleton.generation_config = GenerationConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise NotOnDiskError(model, f"its model cannot be built from its config: {why}") from None
     wide = {*(skeleton._keep_in_fp32_modules or ()), *(skeleton._keep_in_fp32_modules_strict or ())}
@@ -181,6 +187,7 @@ def _copied(
     skeleton: PreTrainedModel,
     origin: pathlib.Path,
     folder: pathlib.Path,
+    keep_narrow: bool,
 ) -> dict[str, Tensor]:
     """Every tensor of the model's state as what the new files hold; writes them and their index."""
     state = skeleton.state_dict()
@@ -192,7 +199,10 @@ def _copied(
         for source, name in names.items():
             if source.file == file:
                 _check_shape(name, places.get(source.name), state[name], source)
-                wanted[source.name] = (state[name].dtype, tuple(state[name].shape))
+                dtype, stored = state[name].dtype, places[source.name].dtype
+                if keep_narrow and dtype == torch.float32 and stored in NARROW:
+                    dtype = stored
+                wanted[source.name] = (dtype, tuple(state[name].shape))
         made = tensor_files.create(folder / file, wanted)
         for name, tensor in made.items():
             tensor_files.fill(tensor, origin / file, places[name])
@@ -218,7 +228,6 @@ def _check_shape(
 
 def _save_configs(skeleton: PreTrainedModel, folder: pathlib.Path) -> None:
     """As `save_pretrained` does, which would also want the weights."""
-    skeleton.config.dtype = skeleton.dtype
     skeleton.config.architectures = [type(skeleton).__name__]
     skeleton.config.save_pretrained(folder)
     if skeleton.can_generate() and skeleton.generation_config is not None:

@@ -17,6 +17,8 @@ LOT_BITS = 30
 _GAMMA, _FIRST_FACTOR, _SECOND_FACTOR = (
     number - (1 << 64) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
+NARROW = {torch.bfloat16, torch.float16}
+"""What is ordered by its own bits, if all matrices have it; others are scored in float32."""
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By bytes, what has the bits of a floating-point number."""
 
@@ -82,6 +84,8 @@ class Scored(NamedTuple):
     """Of the scores: float32, or that of 16-bit weights whose magnitude needs no rounding."""
     lot: tuple[int, str] | None = None
     """Seed and name for `random`, where the weights' values do not matter."""
+    num_zero_inputs: int = 0
+    """Inputs that calibration reached and that were always 0."""
 
     @property
     def infinity(self) -> int:

@@ -40,6 +40,8 @@ class Kept(NamedTuple):
     """Its rows."""
     keep: Bool[Tensor, "rows input"]
     """True where a weight stays; on the weights' device."""
+    num_zero_inputs: int = 0
+    """Inputs of the matrix that calibration reached and that were always 0."""
 
 
 def select(

@@ -35,12 +35,14 @@ def prune_upwards(
     lm: LanguageModel,
     pruning: PruningConfig,
     calibration: Int[Tensor, "windows context"],
+    rounded_to: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Kept]:
     """Prune `lm` in place, one block after the other; the masks of each matrix as it is done.
 
     A block's inputs are those that the blocks below give as they now are. In memory besides the
-    model: the inputs of one block for all windows, and X Xᵀ of the block's matrices.
+    model: the inputs of one block for all windows, and X Xᵀ of the block's matrices. Weights become
+    numbers of `rounded_to`, or of the model's dtype.
     Raises: UserError as `products_upwards` and `prune_matrix`.
     """
     scope = pruning.scope
@@ -50,6 +52,7 @@ def prune_upwards(
         check_groups(name, weight.shape[1], pruning.group)
     for products in products_upwards(lm, calibration, progress):
         for name in list(products):
+            num_zero_inputs = int((products[name].diagonal() == 0).count_nonzero())
             solved = prune_matrix(
                 weights[name],
                 products.pop(name),
@@ -58,8 +61,8 @@ def prune_upwards(
                 sparsity=pruning.fraction,
                 group=pruning.group,
             )
-            weights[name].copy_(solved.weight)
-            yield Kept(name, slice(0, len(solved.keep)), solved.keep)
+            weights[name].copy_(solved.weight.to(rounded_to or weights[name].dtype))
+            yield Kept(name, slice(0, len(solved.keep)), solved.keep, num_zero_inputs)
 
 
 class Solved(NamedTuple):
@@ -87,7 +90,8 @@ def prune_matrix(
     block that ends at column c exactly floor(s * c * rows) weights have gone (scope `matrix`), or
     floor(s * c) of every row, so that the whole matrix loses exactly what methods §3 says; among
     equals the lowest flat index goes. An input that calibration never saw other than 0 is worth
-    nothing: its weights go first, and those that stay are left as they are.
+    nothing: its weights go first, and those that stay are left as they are. Where it saw no other
+    input, weights go by magnitude.
 
     Args:
         weight: rows are outputs; not changed.
@@ -160,7 +164,8 @@ def _counts(
 def _inverse_factor(
     products: Float32[Tensor, "input input"], name: str
 ) -> tuple[Float32[Tensor, "input input"], Bool[Tensor, " input"]]:
-    """Upper triangular U with UᵀU = (H + damping)⁻¹, and which inputs are always 0.
+    """Upper triangular U with UᵀU = (H + damping)⁻¹, and which inputs are always 0
+    while others are not.
 
     With H turned round both ways = L Lᵀ, L turned round is upper triangular, and U its inverse: no
     inverse of H is needed. In float64, because H of a few thousand inputs is ill-conditioned.
@@ -168,6 +173,9 @@ def _inverse_factor(
     damped = products.double()
     diagonal = damped.diagonal()
     dead = diagonal == 0
+    if bool(dead.all()):  # as if all inputs were alike, and none told of another
+        diagonal.fill_(1.0)
+        dead = ~dead
     live_mean = diagonal[~dead].mean()
     diagonal[dead] = live_mean  # apart from all others: their rows and columns are 0
     diagonal += DAMPENING * live_mean

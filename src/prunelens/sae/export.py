@@ -74,9 +74,10 @@ def export_sae(
         format: whose files to write.
         model: the model's name, for the description.
     Raises: UserError where `folder` holds no SAE with its normalisation, `format` is unknown,
-        `out` is not empty or is named after another place, or the folded weights overflow.
+        `out` is named after another place or as `check_target`, or the folded weights overflow.
     """
     folder, out = (pathlib.Path(path).expanduser().absolute() for path in (folder, out))
+    check_target(out)
     layout_of = {"saelens": _saelens, "sparsify": _sparsify}[export_format(format)]
     given = own_sae(folder, name=folder.name)
     coder = given.coder
@@ -89,7 +90,6 @@ def export_sae(
             " make the SAE again"
         )
     layout = layout_of(weights, given, coder.sae.k, model, out)
-    check_target(out)
     _write(layout, out)
     return ExportedSae(out, format, layout.hook)
 

@@ -55,7 +55,7 @@ def write_hub_folder(
         sources: by folder within the repository; the key "" stands for the repository itself.
         out: a new folder.
         sharing: license, repository and what the user says of the model.
-    Raises: UserError where a folder holds no SAE with its normalisation, or `out` is not empty.
+    Raises: UserError where a folder holds no SAE with its normalisation, or as `check_target`.
     """
     assert sources and ("" not in sources or len(sources) == 1)
     out = pathlib.Path(out).expanduser().absolute()

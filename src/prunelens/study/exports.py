@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from prunelens.cards import Sharing
+from prunelens.checkpoint import model_folder, stored_dtype
 from prunelens.config import CheckpointConfig, ModelConfig, PruningConfig, SaeConfig
 from prunelens.errors import UserError
 from prunelens.model import load_model
@@ -67,7 +68,7 @@ def export_hub(
         sharing: license, repository and what the user says of the model.
         artifacts: of a study: where they are, as `open_store` takes it; None: where it says.
     Raises: UserError where `source` is neither, an SAE is missing, damaged or of the planted
-        world, the study cannot be opened, or `out` is not empty.
+        world, the study cannot be opened, or as `check_target`.
     """
     source = pathlib.Path(source).expanduser().absolute()
     sharing = sharing or Sharing()
@@ -97,7 +98,8 @@ def export_checkpoint(
     """Write a study's pruned model as a Hugging Face checkpoint, made again from its artifact.
 
     It is what the study's SAEs were trained on; the dense model's files are the same as then, or
-    the study's plan has no such artifact.
+    the study's plan has no such artifact. The files have the dense ones' dtype, or the study's
+    where that would change a number (SparseGPT's).
 
     Args:
         study: a study's folder.
@@ -106,7 +108,7 @@ def export_checkpoint(
         sharing: license, repository and what the user says of the model.
         artifacts: where they are, as `open_store` takes it; None: where the study says.
     Raises: UserError where the study cannot be opened, has no such condition or has not pruned it
-        yet, its masks are damaged, the model is out of reach, or `out` is not empty.
+        yet, its masks are damaged, the model is out of reach, or as `check_target`.
     """
     facts = _Facts(pathlib.Path(study), artifacts)
     out = pathlib.Path(out).expanduser().absolute()
@@ -120,9 +122,11 @@ def export_checkpoint(
     record = facts.pruning(run)
     assert record
     folder = facts.artifact(run.stages["prune"], run)
-    lm = load_model(facts.model_config(run))
+    config = facts.model_config(run)
+    lm = load_model(config)
     masks = apply_pruning(lm, folder)
-    save_checkpoint(lm, out, record=record, masks=masks, sharing=sharing)
+    dtype = stored_dtype(model_folder(config))
+    save_checkpoint(lm, out, record=record, masks=masks, sharing=sharing, dtype=dtype)
     return ExportedCheckpoint(out, _condition(run), record)
 
 

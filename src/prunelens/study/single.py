@@ -13,6 +13,7 @@ from torch import Tensor
 from prunelens.activations import Statistics
 from prunelens.analyses.transfer import DenseReference, Transfer, transfer, transfer_verdicts
 from prunelens.cards import Sharing
+from prunelens.checkpoint import model_folder, stored_dtype
 from prunelens.config import (
     CorpusConfig,
     ModelConfig,
@@ -58,11 +59,13 @@ def prune_checkpoint(
 ) -> Pruned:
     """Prune a model and save it as a Hugging Face checkpoint with its card and masks.
 
+    The files have the dtype that `model` was given, else the checkpoint's own, whatever it runs in.
     Criteria that need no calibration prune the new files where they lie, and with `block_by_block`
     the others do, too; else the model is loaded as a whole. The result is the same.
-    Raises: UserError for a wrong model or text, where `out` is not empty, or where a model cannot
-        be pruned block by block and was to be.
+    Raises: UserError for a wrong model or text, as `check_target`, or where a model cannot be
+        pruned block by block and was to be.
     """
+    check_target(out)
     device = resolve_device(device)
     if block_by_block or not pruning.is_calibrated:
         try:
@@ -71,11 +74,16 @@ def prune_checkpoint(
             if block_by_block:
                 raise
             log.warning("%s: the whole model is loaded, as %s", model.label, error.reason)
-    check_target(out)
     lm = load_model(model, device=device)
-    pruned, record = _pruned_and_told(lm, model, pruning, corpus)
-    save_checkpoint(lm, out, record=record, masks=pruned.masks, sharing=sharing)
+    own = None if _is_given_dtype(model) else stored_dtype(model_folder(model))
+    pruned, record = _pruned_and_told(lm, model, pruning, corpus, rounded_to=own)
+    save_checkpoint(lm, out, record=record, masks=pruned.masks, sharing=sharing, dtype=own)
     return pruned
+
+
+def _is_given_dtype(model: ModelConfig) -> bool:
+    """Whether the user chose one; a default says nothing of the files."""
+    return "dtype" in model.model_fields_set
 
 
 def _pruned_on_disk(
@@ -88,7 +96,8 @@ def _pruned_on_disk(
 ) -> Pruned:
     """Copy the weights, then prune the copy."""
     with writing_checkpoint(out) as partial:
-        lm = copy_to_disk(model, partial, device=device)
+        keep_narrow = not _is_given_dtype(model)
+        lm = copy_to_disk(model, partial, device=device, keep_narrow=keep_narrow)
         log.info("%s: pruned on disk, the model is not loaded", lm.label)
         pruned, record = _pruned_and_told(lm, model, pruning, corpus)
         save_beside_weights(lm, partial, record=record, masks=pruned.masks, sharing=sharing)
@@ -96,14 +105,21 @@ def _pruned_on_disk(
 
 
 def _pruned_and_told(
-    lm: LanguageModel, model: ModelConfig, pruning: PruningConfig, corpus: CorpusConfig
+    lm: LanguageModel,
+    model: ModelConfig,
+    pruning: PruningConfig,
+    corpus: CorpusConfig,
+    *,
+    rounded_to: torch.dtype | None = None,
 ) -> tuple[Pruned, PruningRecord]:
     """Prune in place; what was done, and how it is told."""
     splits, text = None, None
     if pruning.is_calibrated:
         splits = split_tokens(corpus, lm.tokenizer, only=("calibration",))
         text = TextRecord(corpus, fingerprint(corpus))
-    pruned = _pruned(lm, pruning, splits, corpus.context_tokens, with_masks=True)
+    pruned = _pruned(
+        lm, pruning, splits, corpus.context_tokens, with_masks=True, rounded_to=rounded_to
+    )
     record = PruningRecord(
         model=ModelRecord.of(model, model_fingerprint(model)),
         pruning=pruning,
@@ -221,8 +237,6 @@ def _text_for_transfer(
 def _named(sae: str) -> PretrainedSaeConfig:
     """A folder or `release:sae_id`; the layer, which loading does not look at, is left at 0."""
     if (folder := pathlib.Path(sae).expanduser()).is_dir():
-        if folder.name in ("", ".."):  # no name for tables
-            folder = folder.resolve()
         return part_from_data(PretrainedSaeConfig, {"layer": 0, "folder": str(folder)})
     release, separator, sae_id = sae.partition(":")
     if not separator or not release or not sae_id:
@@ -238,6 +252,7 @@ def _pruned(
     width: int,
     *,
     with_masks: bool = False,
+    rounded_to: torch.dtype | None = None,
 ) -> Pruned:
     """Prune in place, calibrated on the splits where the criterion asks for it."""
     norms, tokens = None, None
@@ -246,7 +261,14 @@ def _pruned(
         tokens = _cut(splits, "calibration", width)
         if pruning.calibration == "dense":
             norms, tokens = input_norms(lm, tokens), None
-    return prune_model(lm, pruning, calibration=tokens, input_norms=norms, with_masks=with_masks)
+    return prune_model(
+        lm,
+        pruning,
+        calibration=tokens,
+        input_norms=norms,
+        with_masks=with_masks,
+        rounded_to=rounded_to,
+    )
 
 
 def _cut(splits: TokenSplits, name: str, width: int) -> Tensor:
