@@ -725,7 +725,7 @@ def test_the_files_stay_where_an_upload_fails(hub, run, tmp_path):
 )
 def test_a_link_is_refused_before_the_work(options, run, study, tmp_path, monkeypatch):
     monkeypatch.setattr("prunelens.sae.export.own_sae", None)
-    monkeypatch.setattr("prunelens.study.exports._Facts", lambda _: None)
+    monkeypatch.setattr("prunelens.study.exports._Facts", lambda *_: None)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     code, told = run("export", study, "--out", tmp_path / "link", "--format", *options)
     assert code == 2 and "is a symbolic link to" in told.err and "name a new one" in told.err
