@@ -28,7 +28,7 @@ from prunelens.study.folder import open_study
 from prunelens.study.results import study_results
 from prunelens.study.run import run_study
 from s3_server import s3_server
-from tiny_study import tiny_study, write_text
+from tiny_study import run_with_pool, tiny_study, write_text
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("Ray is not installed: pip install 'prunelens[ray]'", allow_module_level=True)
@@ -61,10 +61,10 @@ def data(two_prunings):
 
 
 @pytest.fixture(scope="module")
-def local(data, tmp_path_factory):
+def local(data, tmp_path_factory, pool):
     """The study of one process on one machine."""
     out = tmp_path_factory.mktemp("local") / "out"
-    run(data, out, executor="local")
+    run_with_pool(study_from_data(data), out, pool, run_study)
     return out
 
 

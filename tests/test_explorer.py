@@ -30,7 +30,7 @@ from prunelens.study.folder import open_study
 from prunelens.study.plan import plan_study
 from prunelens.study.results import study_results
 from prunelens.study.run import run_study
-from tiny_study import tiny_study, write_text
+from tiny_study import run_with_pool, tiny_study, write_text
 
 NUM_LATENTS, SEED = 64, 0
 CAUSAL = {"prompts": 4, "group_size": 4, "contexts_per_latent": 4, "conditions": ["wanda-row-0.30"]}
@@ -60,11 +60,11 @@ def study_data(checkpoint_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(study_data, tmp_path_factory):
+def finished(study_data, tmp_path_factory, pool):
     """A finished study's folder, plan and store."""
     out = tmp_path_factory.mktemp("finished") / "seen"
     out.mkdir()
-    outcome = run_study(study_from_data(study_data), out, quiet=True)
+    outcome = run_with_pool(study_from_data(study_data), out, pool, run_study)
     assert {result.reason for result in outcome.results} == {""}
     return out, *open_study(out)
 

@@ -47,7 +47,7 @@ from prunelens.study.exports import _path, export_checkpoint, export_hub
 from prunelens.study.folder import open_study
 from prunelens.study.results import study_results
 from prunelens.study.run import run_study
-from tiny_study import tiny_study, write_text
+from tiny_study import run_with_pool, tiny_study, write_text
 
 # What SAELens says of each SAE that names how to load its model, its own included.
 pytestmark = pytest.mark.filterwarnings("ignore:\\s*This SAE has non-empty model_from_pretrained")
@@ -73,7 +73,7 @@ def own_sae(folder, *, place=("resid_post", 3)):
 
 
 @pytest.fixture(scope="module")
-def study(checkpoint_folder, tmp_path_factory):
+def study(checkpoint_folder, tmp_path_factory, pool):
     """A finished study of two prunings and two seeds; only look at it."""
     root = tmp_path_factory.mktemp("study")
     out = root / "tiny"
@@ -85,7 +85,7 @@ def study(checkpoint_folder, tmp_path_factory):
         "questions": ["stability", "survival", "sufficiency"],
     }
     with alone_in(out):
-        outcome = run_study(study_from_data(data), out, quiet=True)
+        outcome = run_with_pool(study_from_data(data), out, pool, run_study)
     assert [result.status for result in outcome.results] == ["done"] * 3
     return out
 

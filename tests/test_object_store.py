@@ -25,7 +25,7 @@ from prunelens.study.artifacts.store import DamagedArtifactError, Stage, Store
 from prunelens.study.folder import study_status
 from prunelens.study.plan import plan_study
 from s3_server import s3_server
-from tiny_study import tiny_study, write_text
+from tiny_study import run_with_pool, tiny_study, write_text
 
 STAGE = Stage("sae", 1, {"k": 4, "threads": 1}, {})
 CHILD = Stage("survival", 1, {"threads": 1}, {"sae": STAGE})
@@ -290,18 +290,18 @@ def undrawn():
 
 
 @pytest.fixture(scope="module")
-def small_tables(small, tmp_path_factory, undrawn):
+def small_tables(small, tmp_path_factory, undrawn, pool):
     """Of that study with its artifacts in its folder."""
     out = tmp_path_factory.mktemp("small") / "s"
-    run_and_report(study_from_data(small), out, quiet=True)
+    run_with_pool(study_from_data(small), out, pool)
     return tables(out)
 
 
 @pytest.fixture(scope="module")
-def local(tiny, tmp_path_factory, undrawn):
+def local(tiny, tmp_path_factory, undrawn, pool):
     """The tables of the study whose artifacts are in its folder."""
     out = tmp_path_factory.mktemp("local") / "s"
-    run_and_report(study_from_data(tiny), out, quiet=True)
+    run_with_pool(study_from_data(tiny), out, pool)
     return tables(out)
 
 

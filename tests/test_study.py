@@ -20,7 +20,7 @@ from prunelens.study.artifacts.store import Store
 from prunelens.study.folder import study_status
 from prunelens.study.plan import plan_study
 from prunelens.study.predict import predict_latents
-from tiny_study import tiny_study, write_text
+from tiny_study import run_with_pool, tiny_study, write_text
 
 FIGURES = (
     "fig1_seed_stability", "fig2_survival", "fig3_transfer", "fig4_fragility",
@@ -50,11 +50,11 @@ def data(checkpoint_folder, text_file):
 
 
 @pytest.fixture(scope="module")
-def finished(checkpoint_folder, text_file, tmp_path_factory):
+def finished(checkpoint_folder, text_file, tmp_path_factory, pool):
     """One finished study and its outcome, shared by the tests that only look."""
     out = tmp_path_factory.mktemp("finished") / "tiny"
     study = study_from_data(tiny_study(checkpoint_folder, text_file))
-    outcome = run_and_report(study, out, quiet=True)
+    outcome = run_with_pool(study, out, pool)
     return study, out, outcome
 
 
@@ -315,7 +315,7 @@ def test_activation_stores_are_deleted_and_nothing_is_left_half_done(finished):
     _, out, _ = finished
     assert not list((out / "artifacts" / "activations").iterdir())
     assert not list((out / "artifacts").glob("*/*.tmp"))
-    assert not list((out / "artifacts" / "unfinished").iterdir())
+    assert not list((out / "artifacts").glob("unfinished/*"))
 
 
 def test_no_pickle_is_written(finished):
@@ -331,11 +331,11 @@ def test_a_new_condition_runs_only_what_is_new(finished, data, tmp_path):
     subprocess.run(["cp", "-r", str(out), str(tmp_path / "copy")], check=True)
     data["prunings"].append({"criterion": "magnitude", "scope": "row", "sparsities": [0.3]})
     outcome = run_and_report(study_from_data(data), tmp_path / "copy", quiet=True)
-    # two activation stores (the dense one was deleted), statistics, masks, perplexity, three SAEs
-    # and a warm one, stability, survival, corrected, the common change, persistence, activation
+    # two activation stores (the dense one was deleted), statistics, sinks, masks, perplexity, three
+    # SAEs and a warm one, stability, survival, corrected, the common change, persistence, activation
     # matching, scaling, subspace, sufficiency, transfer, fates, fragility, causal, evidence; the
     # predictor
-    assert outcome.num_executed == 24
+    assert outcome.num_executed == 25
     assert len(pd.read_csv(tmp_path / "copy" / "runs.csv")) == 4
 
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import shutil
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from prunelens.config import StudyConfig
+from prunelens.report.write import run_and_report
+from prunelens.study.matrix import STORES, parents_first
+from prunelens.study.plan import plan_study
+from prunelens.study.schedule import Outcome
 
 SENTENCES = ["def greet(name):", "return 'hello ' + name", "The quick brown fox", "jumps over it"]
 
@@ -51,3 +60,30 @@ def tiny_study(checkpoint_folder: pathlib.Path, text_file: pathlib.Path) -> dict
         "causal": {"prompts": 4, "group_size": 4, "contexts_per_latent": 4},
         "threads_per_stage": 1,
     }
+
+
+def run_with_pool(
+    study: StudyConfig,
+    out: pathlib.Path,
+    pool: pathlib.Path,
+    run: Callable[..., Outcome] = run_and_report,
+) -> Outcome:
+    """Run a study that many tests look at, beginning with what others have made of its stages.
+
+    For tests of what a study holds, not of how it is made. `pool` is the fixture of that name.
+    """
+    for stage in parents_first(plan_study(study).targets().values()):
+        there = pool / stage.name / stage.identity
+        if there.exists():
+            shutil.copytree(there, out / "artifacts" / stage.name / stage.identity)
+    outcome = run(study, out, quiet=True)
+    for meta in (out / "artifacts").glob("*/*/meta.json"):
+        kind, identity = meta.parts[-3:-1]
+        if kind not in STORES and not (pool / kind / identity).exists():
+            half = pool / kind / f"{identity}.{os.getpid()}"
+            shutil.copytree(meta.parent, half)
+            try:
+                half.rename(pool / kind / identity)
+            except OSError:  # another test has been quicker
+                shutil.rmtree(half)
+    return outcome
