@@ -20,6 +20,7 @@ from prunelens import hub, offload, planted
 from prunelens.config import ModelConfig
 from prunelens.errors import UserError
 from prunelens.model_limits import check_config, check_sizes, check_weights
+from prunelens.panics import TOKENIZER_FIX, panics_told
 from prunelens.paper import shipped_shape
 
 if TYPE_CHECKING:
@@ -130,7 +131,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
     if not any(path.name != "config.json" for path in _files(folder, _TOKENIZER_FILES)):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with panics_told(
+            f"models.name: cannot load the tokenizer of {config.name!r}", TOKENIZER_FIX
+        ):
+            return AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except _FAILURES as error:
         raise _cannot_load(config, "its tokenizer", error) from None
     except Exception as error:

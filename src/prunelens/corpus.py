@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prunelens.config import CorpusConfig
 from prunelens.errors import UserError
-from prunelens.panics import panics_told
+from prunelens.panics import TOKENIZER_FIX, panics_told
 from prunelens.spread import (
     DocumentStream,
     document_groups,
@@ -44,6 +44,7 @@ from prunelens.text import (
 __all__ = [
     "Document",
     "TokenSplits",
+    "check_joined",
     "check_splits",
     "document_groups",
     "documents",
@@ -184,13 +185,26 @@ def joined_stream(
     if config.source == "tokens":
         rows = token_rows(config)
         return torch.cat(_rows_without(bos_token)(rows)), bos_token
+    return _encoder(tokenizer, bos_token)([_joined_text(config)])[0], bos_token
+
+
+def check_joined(config: CorpusConfig, tokenizer: Tokenizer | None) -> None:
+    """Refuse the text that `joined_stream` would refuse. It is read, but not tokenised."""
+    _bos_token(config, tokenizer)
+    if config.source == "tokens":
+        token_rows(config)
+    else:
+        _joined_text(config)
+
+
+def _joined_text(config: CorpusConfig) -> str:
     if config.source == "stdlib":
         texts = [document.text for document in _stdlib_halves()[1]]
     else:
         texts = [document.text for document in every_document(config)]
     if not any(text.strip() for text in texts):
         raise UserError(f"{named(config)} holds no text; give a source that does")
-    return _encoder(tokenizer, bos_token)(["\n\n".join(texts)])[0], bos_token
+    return "\n\n".join(texts)
 
 
 # --- which split --------------------------------------------------------------------------------
@@ -344,8 +358,7 @@ def _encoder(
             return []
         name = getattr(tokenizer, "name_or_path", "")
         with panics_told(
-            f"models.name: the tokenizer of {name!r} cannot read the text",
-            "mend the regular expressions of its tokenizer.json, or name another model",
+            f"models.name: the tokenizer of {name!r} cannot read the text", TOKENIZER_FIX
         ):
             encoded = tokenizer(
                 texts, add_special_tokens=False, return_attention_mask=False, verbose=False

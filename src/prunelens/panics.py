@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from prunelens.errors import UserError
 
+TOKENIZER_FIX = "mend the regular expressions of its tokenizer.json, or name another model"
 _STANDARD_ERROR = 2
 
 
