@@ -169,6 +169,17 @@ def test_a_config_that_is_none(text: str, folder: pathlib.Path) -> None:
     assert "config.json" in refusal(lambda: load_weights(ModelConfig(name=str(folder))))
 
 
+@pytest.mark.parametrize("text", ["[]", "7", "{", "[" * 100_000, '{"a":' * 50_000])
+def test_a_generation_config_that_is_none(
+    text: str, folder: pathlib.Path, tmp_path: pathlib.Path, prunelens: Callable[..., Ended]
+) -> None:
+    (folder / "generation_config.json").write_text(text)
+    ended = prunelens("prune", folder, "--criterion", "magnitude", "--out", tmp_path / "out")
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "its generation_config.json cannot be read" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "fields",
     [
