@@ -68,7 +68,8 @@ def _told(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return f"out of memory ({first}); free some, or take a smaller model or less text"
     if isinstance(error, OSError):
-        return f"{error.filename or 'file'}: {error.strerror or error}; check the path"
+        place = "TMPDIR" if "temporary directory" in first else error.filename or "file"
+        return f"{place}: {error.strerror or error}; check the path"
     if is_panic(error):
         return f"a library gave up ({first}); check the files of the model"
     return None
