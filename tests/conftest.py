@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import typechecking
 from prunelens.cli import main
@@ -119,6 +119,16 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([TEXT] * 4, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>")
+
+
+def panicking(
+    tokenizer: transformers.PreTrainedTokenizerFast,
+) -> transformers.PreTrainedTokenizerFast:
+    """A copy with a regular expression that gives up, in Rust, on many letters a."""
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    catastrophic = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    copy.pre_tokenizer = pre_tokenizers.Sequence([catastrophic, copy.pre_tokenizer])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=copy, bos_token="<bos>")
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from fake_hub import Repository, running_hub
 from prunelens import hub
 from prunelens.checkpoint import model_shape
 from prunelens.config import ModelConfig, study_from_data
+from prunelens.corpus import documents
 from prunelens.errors import UserError
 from prunelens.report.write import run_and_report
 from prunelens.study.footprint import disk_use, memory_use
@@ -29,7 +30,12 @@ from prunelens.study.preflight.before import cheap_checks, refuse_hopeless
 from prunelens.study.preflight.checks import study_checks
 from prunelens.study.preflight.finding import Finding, refuse
 from prunelens.study.preflight.preview import preflight
-from prunelens.study.preflight.text_checks import bos_checks, perplexity_check, unigram_nll
+from prunelens.study.preflight.text_checks import (
+    bos_checks,
+    perplexity_check,
+    text_check,
+    unigram_nll,
+)
 from prunelens.study_file import read_study
 from tiny_study import tiny_study, write_text
 
@@ -339,6 +345,78 @@ def test_ready_made_windows_with_two_bos(data, tmp_path):
     rows[:, 1] = 0
     (finding,) = bos(of_rows(data, tmp_path, rows))
     assert finding[:2] == ("warning", "double BOS")
+
+
+# --- is there enough? ---------------------------------------------------------------------------
+
+
+def refusals(data, out):
+    """What `plan` and `run` say, neither having made anything."""
+    study, told = study_from_data(data), []
+    for ask in (
+        lambda: preflight(study, calibration_seconds=0),
+        lambda: run_and_report(study, out, quiet=True),
+    ):
+        with pytest.raises(UserError) as caught:
+            ask()
+        told.append(str(caught.value))
+    return told
+
+
+@pytest.mark.parametrize("kind", ["short", "one line", "broken row", "tokens", "perplexity"])
+def test_a_plan_refuses_the_text_that_a_run_refuses_in_the_same_words(kind, data, tmp_path):
+    lines = pathlib.Path(data["corpus"]["paths"][0]).read_text().splitlines()
+    expected = "is more than the text holds: "
+    path = tmp_path / "other.txt"
+    data["corpus"]["paths"] = [str(path)]
+    if kind == "short":
+        path.write_text("\n".join(lines[:50]))
+    elif kind == "one line":
+        path.write_text(" ".join(lines))
+        expected = "makes 1 of it, each in one split alone"
+    elif kind == "broken row":
+        path = path.with_suffix(".jsonl")
+        data["corpus"]["paths"] = [str(path)]
+        path.write_text("\n".join([*(f'{{"text": "{n}"}}' for n in range(60)), "{"]))
+        expected = "line 61 of other.jsonl is not JSON"
+    elif kind == "tokens":
+        data = of_rows(data, tmp_path, torch.arange(1, 16 * 99 + 1).view(99, 16))
+    else:
+        path.write_text("\n".join(lines))
+        (tmp_path / "blank.txt").write_text("\n\n")
+        data["perplexity"]["corpus"] = {"source": "files", "paths": [str(tmp_path / "blank.txt")]}
+        expected = "blank.txt'] holds no text"
+    planned, ran = refusals(data, tmp_path / "out")
+    assert planned == ran
+    assert expected in planned
+
+
+def test_a_plan_counts_no_further_than_is_wanted(data, monkeypatch):
+    """4,800 tokens of 400 lines of 25 or more: 64 of each split and some."""
+    path = pathlib.Path(data["corpus"]["paths"][0])
+    path.write_text(path.read_text() * 20)
+    monkeypatch.setattr("prunelens.corpus._BATCH_DOCUMENTS", 10)
+    read = []
+
+    def counted(*arguments, **named):
+        for document in documents(*arguments, **named):
+            read.append(document)
+            yield document
+
+    monkeypatch.setattr("prunelens.corpus.documents", counted)
+    study = study_from_data(data)
+    assert [f.level for f in text_check(study, study.models[0])] == ["ok"]
+    assert 0 < len(read) < 400
+
+
+def test_text_out_of_reach_is_skipped(data, tmp_path):
+    study = study_from_data(data)
+    away = study.models[0].model_copy(update={"name": "org/not-here"})
+    (finding,) = text_check(study, away)
+    assert (finding.level, "not on this machine" in finding.what) == ("ok", True)
+    ids = study_from_data(of_rows(data, tmp_path, torch.arange(1, 16 * 99 + 1).view(99, 16)))
+    with pytest.raises(UserError, match="is more than the text holds"):
+        list(text_check(ids, away))
 
 
 # --- can the model read the text? ---------------------------------------------------------------

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import pathlib
@@ -7,16 +8,22 @@ import random
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
+from tokenizers import models, normalizers, trainers
 
+from conftest import panicking
 from prunelens import text
 from prunelens.checkpoint import load_tokenizer
 from prunelens.config import CorpusConfig
 from prunelens.corpus import (
     TokenSplits,
+    _encoder,
     documents,
     fingerprint,
     joined_stream,
@@ -89,6 +96,54 @@ def test_jsonl_parquet_and_globs_hold_the_same(tmp_path: pathlib.Path):
     for pattern, expected in (("a.parquet", texts), ("*.jsonl", texts), ("*", texts + texts)):
         config = config_of(tmp_path / pattern, text_field="body", document="file")
         assert [d.text for d in documents(config)] == expected
+
+
+LINE = json.dumps({"text": "fine"})
+READ = {
+    "half a pair": ("a.jsonl", rb"""{"text": "a \ud83d b\udc00"}""", ["a \ufffd b\ufffd"]),
+    "a whole pair": ("a.jsonl", rb"""{"text": "\ud83d\ude00"}""", ["\U0001f600"]),
+    "long integer": ("a.jsonl", b'{"text": "a", "id": ' + b"7" * 5000 + b"}", ["a"]),
+    "BOM": ("a.jsonl", f"\ufeff{LINE}\n{LINE}".encode(), ["fine", "fine"]),
+    "BOM of text": ("a.txt", "\ufeffa\ufeffb".encode(), ["a\ufeffb"]),
+    "gzip": ("a.jsonl.gz", gzip.compress(LINE.encode()), ["fine"]),
+    "gzip of text": ("A.TXT.GZ", gzip.compress(b"a\r\nb"), ["a\n", "b"]),
+    "capitals": ("A.JSONL", LINE.encode(), ["fine"]),
+    "nested": ("a.jsonl", b'{"meta": {"text": {"en": "in"}}}', ["in"], "meta.text.en"),
+    "with a dot": ("a.jsonl", b'{"m.x": "out", "m": {"x": "in"}}', ["out"], "m.x"),
+    "both": ("a.jsonl", b'{"m": {"x.y": "in"}}', ["in"], "m.x.y"),
+    "null above": ("a.jsonl", b'{"m": null}\n{"m": {"x": "in"}}', ["in"], "m.x"),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_rows_as_they_come(case: str, tmp_path: pathlib.Path):
+    name, content, expected, *field = READ[case]
+    (tmp_path / name).write_bytes(content)
+    config = config_of(tmp_path / name, text_field=field[0] if field else "text")
+    assert [d.text for d in documents(config)] == expected
+    assert len(fingerprint(config)) == 64
+
+
+def test_nested_fields_of_parquet(tmp_path: pathlib.Path):
+    rows = {"meta": [{"text": "in", "n": 1}, None, {"text": None, "n": 2}], "id": [1, 2, 3]}
+    for extra, expected in (({}, ["in"]), ({"meta.text": ["a", "b", "c"]}, ["a", "b", "c"])):
+        pd.DataFrame(rows | extra).to_parquet(tmp_path / "a.parquet")
+        config = config_of(tmp_path / "a.parquet", text_field="meta.text")
+        assert [d.text for d in documents(config)] == expected
+
+
+@pytest.mark.parametrize("document", ["file", "line", "blank_line", "heading"])
+def test_of_a_long_document_no_more_is_held_than_is_wanted(document: str, tmp_path: pathlib.Path):
+    text_of = f" = One = \n{'a' * 100}\n\n = Two = \nb\n"
+    (tmp_path / "a.txt").write_text(text_of)
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"text": t}) for t in text_of.split("\n"))
+    )
+    for name in ("a.txt", "a.jsonl"):
+        config = config_of(tmp_path / name, document=document)
+        whole = [d.text for d in documents(config)]
+        assert [d.text for d in documents(config, most=20)] == [t[:20] for t in whole]
+        assert max(map(len, whole)) >= 100
 
 
 def test_stdlib_selection_is_what_the_bundled_model_was_trained_on():
@@ -336,6 +391,82 @@ def test_bad_tokens_files(tmp_path: pathlib.Path):
         split_tokens(config, None)
 
 
+# --- long texts ---------------------------------------------------------------------------------
+
+
+def prefixing_tokenizer() -> Tokenizer:
+    """As Llama 2's: it puts a space before whatever it is given, and has words across spaces."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], show_progress=False)
+    tokenizer.train_from_iterator(lines_of_text(20), trainer)
+    return Tokenizer(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("kind", "gap"),
+    [("bytes", " "), ("bytes", ""), ("bytes", "\n"), ("prefix", " "), ("prefix", "    ")],
+)
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(
+    kind: str, gap: str, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    tokenizer = tiny_tokenizer if kind == "bytes" else prefixing_tokenizer()
+    long = gap.join(lines_of_text(60)).replace(" ", gap)
+    texts = ["short", long, "other"]
+    whole = _encoder(tokenizer, None)(texts)
+    seen: list[int] = []
+    monkeypatch.setattr("prunelens.corpus._PIECE", 700)
+    real = type(tokenizer).__call__
+
+    def counting(self: Tokenizer, given: list[str], **named: Any) -> Any:
+        seen.extend(map(len, given))
+        return real(self, given, **named)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counting)
+    pieces = _encoder(tokenizer, None)(texts)
+    assert all(map(torch.equal, pieces, whole))
+    assert max(seen) <= 700 and sum(size > 128 for size in seen) > 3
+
+
+def test_one_long_line_is_not_tokenised_as_a_whole_and_the_cause_is_named(
+    tmp_path: pathlib.Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    """A line of 50 MB took 8.6 GB, and more text was asked for."""
+    (tmp_path / "a.txt").write_text(" ".join(lines_of_text(3000)))
+    monkeypatch.setattr("prunelens.corpus._PIECE", 2000)
+    read: list[int] = []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        for document in documents(*arguments, **named):
+            read.append(len(document.text))
+            yield document
+
+    monkeypatch.setattr("prunelens.corpus.documents", counted)
+    for document in ("file", "line", "blank_line"):
+        with pytest.raises(UserError) as caught:
+            split_tokens(config_of(tmp_path / "a.txt", document=document), tiny_tokenizer)
+        said = str(caught.value)
+        assert f"(corpus.document: '{document}' makes 1 of it, each in one split alone)" in said
+        assert "; set another document: or cut the text into more, or give more text" in said
+        assert "lower" not in said
+    assert read == [16 * 1500] * 3
+
+
+def test_a_tokenizer_that_panics_ends_in_one_line(
+    text_file: pathlib.Path, tiny_tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
+):
+    tokenizer = panicking(tiny_tokenizer)
+    text_file.write_text("a" * 40 + "c")
+    with pytest.raises(UserError) as caught:
+        split_tokens(config_of(text_file), tokenizer)
+    said = str(caught.value)
+    assert said.startswith("models.name: the tokenizer of ") and "retry-limit-in-match" in said
+    assert "; mend the regular expressions" in said
+    assert capfd.readouterr().err == ""  # Rust's own report
+
+
 # --- the hub ------------------------------------------------------------------------------------
 
 
@@ -370,11 +501,16 @@ def test_bad_hub_datasets_give_one_line(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "train.jsonl").write_bytes(READ["half a pair"][1])
     cases = {
         "corpus.split: 'dev'": hub_config(local_dataset, split="dev"),
         "corpus.subset: 'big'": hub_config(local_dataset, subset="big"),
         "corpus.text_field: ": hub_config(local_dataset, text_field="body"),
         "corpus.dataset: ": hub_config(tmp_path / "empty"),
+        f"corpus.dataset: '{tmp_path / 'half'}' cannot be read (JSON": hub_config(
+            tmp_path / "half"
+        ),
         "corpus.dataset: 'org/none' is not in the local cache and the hub": hub_config("org/none"),
         "corpus.dataset: 'a/b/c' is neither": hub_config("a/b/c"),
     }
@@ -415,7 +551,7 @@ def test_a_gated_dataset_says_so(monkeypatch: pytest.MonkeyPatch):
 # --- bad input ----------------------------------------------------------------------------------
 
 
-def test_bad_files_give_one_line(tmp_path: pathlib.Path, text_file: pathlib.Path):
+def test_bad_files_give_one_line(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "empty.txt").write_text(" \n\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 10)
     (tmp_path / "table.csv").write_text("a,b\n")
@@ -423,7 +559,14 @@ def test_bad_files_give_one_line(tmp_path: pathlib.Path, text_file: pathlib.Path
     (tmp_path / "list.jsonl").write_text("[1, 2]\n")
     (tmp_path / "other.jsonl").write_text('{"body": "a", "n": 1}\n')
     (tmp_path / "number.jsonl").write_text('{"text": 5}\n')
+    (tmp_path / "deep.jsonl").write_text(f'{LINE}\n{{"text": "a", "x": {"[" * 9999}{"]" * 9999}}}')
+    (tmp_path / "flat.jsonl").write_text('{"text": {"de": "a"}, "m": "b"}\n')
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(LINE.encode() * 99)[:-9])
+    (tmp_path / "flipped.txt.gz").write_bytes(gzip.compress(b"abc")[:10] + b"\xff" * 20)
+    (tmp_path / "none.txt.gz").write_text("plain")
     (tmp_path / "torn.parquet").write_text("PAR1")
+    latin = pa.array([b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"text": latin}), tmp_path / "latin.parquet")
     pd.DataFrame({"body": ["a"]}).to_parquet(tmp_path / "other.parquet")
     cases = {
         "missing.txt": "does not exist; check the path",
@@ -433,9 +576,15 @@ def test_bad_files_give_one_line(tmp_path: pathlib.Path, text_file: pathlib.Path
         "empty.txt": "holds no text; give a source that does",
         "latin.txt": "is not UTF-8 text",
         "torn.jsonl": "line 2 of torn.jsonl is not JSON",
-        "list.jsonl": "no JSON object",
-        "other.jsonl": "has no field 'text'; it has body, n",
-        "number.jsonl": "holds int, not text",
+        "deep.jsonl": "line 2 of deep.jsonl is nested too deeply; mend it or leave it out",
+        "list.jsonl": "line 1 of list.jsonl is no JSON object",
+        "other.jsonl": "line 1 of other.jsonl has no field 'text'; it has body, n",
+        "number.jsonl": "'text' of line 1 of number.jsonl holds int, not text",
+        "flat.jsonl": "'text' of line 1 of flat.jsonl holds dict, not text",
+        "torn.jsonl.gz": "is no whole gzip file",
+        "flipped.txt.gz": "is no whole gzip file",
+        "none.txt.gz": "is no whole gzip file",
+        "latin.parquet": "is no Parquet file",
         "torn.parquet": "is no Parquet file",
         "other.parquet": "has no field 'text'; it has body",
     }
@@ -444,6 +593,12 @@ def test_bad_files_give_one_line(tmp_path: pathlib.Path, text_file: pathlib.Path
             list(documents(config_of(tmp_path / name)))
         said = str(caught.value)
         assert said.startswith("corpus.") and expected in said and "\n" not in said
+    for field in ("text.en", "m.x", "x.y"):
+        with pytest.raises(UserError, match=f"has no field '{field}'; it has text, m"):
+            list(documents(config_of(tmp_path / "flat.jsonl", text_field=field)))
+    monkeypatch.setattr("prunelens.text._MOST_IN_ROW", 20)
+    with pytest.raises(UserError, match=r"line 1 of flat.jsonl is longer than 20 characters"):
+        list(documents(config_of(tmp_path / "flat.jsonl")))
 
 
 def test_too_little_text_says_by_how_much_to_lower(

@@ -42,7 +42,7 @@ CONTEXT = 16
 @pytest.fixture
 def data(checkpoint_folder, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"the quick brown fox number {n}" for n in range(400)))
+    text.write_text("\n".join(f"the quick brown fox number {n}" for n in range(800)))
     return {
         "models": [{"name": str(checkpoint_folder), "short_name": "tiny", "layers": [1]}],
         "corpus": {

@@ -313,7 +313,7 @@ def test_a_second_run_does_no_work(finished):
 
 def test_activation_stores_are_deleted_and_nothing_is_left_half_done(finished):
     _, out, _ = finished
-    assert not list((out / "artifacts" / "activations").iterdir())
+    assert not list((out / "artifacts").glob("activations/*"))
     assert not list((out / "artifacts").glob("*/*.tmp"))
     assert not list((out / "artifacts").glob("unfinished/*"))
 
@@ -331,10 +331,10 @@ def test_a_new_condition_runs_only_what_is_new(finished, data, tmp_path):
     subprocess.run(["cp", "-r", str(out), str(tmp_path / "copy")], check=True)
     data["prunings"].append({"criterion": "magnitude", "scope": "row", "sparsities": [0.3]})
     outcome = run_and_report(study_from_data(data), tmp_path / "copy", quiet=True)
-    # two activation stores (the dense one was deleted), statistics, sinks, masks, perplexity, three
-    # SAEs and a warm one, stability, survival, corrected, the common change, persistence, activation
-    # matching, scaling, subspace, sufficiency, transfer, fates, fragility, causal, evidence; the
-    # predictor
+    # two activation stores (the dense one was deleted), statistics, sinks, masks, perplexity,
+    # three SAEs and a warm one, stability, survival, corrected, the common change, persistence,
+    # activation matching, scaling, subspace, sufficiency, transfer, fates, fragility, causal,
+    # evidence; the predictor
     assert outcome.num_executed == 25
     assert len(pd.read_csv(tmp_path / "copy" / "runs.csv")) == 4
 
@@ -546,8 +546,8 @@ def test_dense_normalisation_gives_every_condition_the_dense_statistics(data, tm
     )
     assert (dense == pruned).all()
     tables = {p.stem for p in (tmp_path / "out" / "tables").iterdir()}
-    measured = {"perplexity", "sae_quality", "sae_training", "common_change", "persistence"}
-    measured |= {"claims", "depth"}
+    measured = {"perplexity", "sae_quality", "sae_training", "sinks", "common_change"}
+    measured |= {"persistence", "claims", "depth"}
     assert {table for table in tables if not table.startswith("table")} == measured
 
 

@@ -22,6 +22,7 @@ from prunelens import hub, offload, planted, tensor_files
 from prunelens.config import ModelConfig
 from prunelens.errors import UserError
 from prunelens.model_limits import check_config, check_sizes, check_weights
+from prunelens.panics import TOKENIZER_FIX, panics_told
 from prunelens.paper import shipped_shape
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _QUANTISERS = {  # quant_method of a config -> the package that reads such weigh
     "compressed-tensors": "compressed_tensors",
 }
 # What transformers raises on files that are not what they should be.
-_FAILURES = (
+FAILURES = (
     *(OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError),
     *(ArithmeticError, MemoryError, AssertionError, StrictDataclassError),
 )
@@ -84,7 +85,7 @@ def load_weights(config: ModelConfig, *, device: str = "cpu") -> PreTrainedModel
                 **(_offload(config, stack) if config.device_map else {}),
             )
             weakref.finalize(model, stack.pop_all().close)
-    except (*_FAILURES, SafetensorError) as error:
+    except (*FAILURES, SafetensorError) as error:
         raise _cannot_load(config, "it as a causal language model", error) from None
     if missing := sorted(info["missing_keys"]):
         raise UserError(
@@ -132,8 +133,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
     if not any(path.name != "config.json" for path in _files(folder, _TOKENIZER_FILES)):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _FAILURES as error:
+        with panics_told(
+            f"models.name: cannot load the tokenizer of {config.name!r}", TOKENIZER_FIX
+        ):
+            return AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except FAILURES as error:
         raise _cannot_load(config, "its tokenizer", error) from None
     except Exception as error:
         if type(error) is not Exception:  # what tokenizers raises on a file that it cannot read
@@ -206,7 +212,7 @@ def model_shape(config: ModelConfig) -> ModelShape:
             sum(size**2 for size in inputs),
             max(inputs, default=0),
         )
-    except _FAILURES as error:
+    except FAILURES as error:
         raise _cannot_load(config, "a language model's config", error) from None
 
 
@@ -227,7 +233,7 @@ def text_config(config: ModelConfig) -> PreTrainedConfig:
         check_config(folder, config.name)
         found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         text = found.get_text_config()
-    except _FAILURES as error:
+    except FAILURES as error:
         raise _cannot_load(config, "a language model's config", error) from None
     check_sizes(text, config.name)
     return text

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from prunelens.config import CorpusConfig
 from prunelens.errors import UserError
+from prunelens.panics import TOKENIZER_FIX, panics_told
 from prunelens.spread import (
     DocumentStream,
     document_groups,
@@ -42,6 +44,8 @@ from prunelens.text import (
 __all__ = [
     "Document",
     "TokenSplits",
+    "check_joined",
+    "check_splits",
     "document_groups",
     "documents",
     "fingerprint",
@@ -62,6 +66,10 @@ _TOKEN_DTYPES = (
 Tokenizer = Any
 """A transformers PreTrainedTokenizerBase; named loosely, because importing transformers is slow."""
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 500_000
+_PIECE = 2_000_000  # characters that are tokenised in one go, in some 200 bytes of memory each
+_AROUND, _PLACES = 64, 1000  # characters to either side of a cut; places that are tried
+_MOST_OF_TOKEN = 16  # characters: no text has so many on average
+_SPACE = re.compile(r"\S \S")
 _LEAST_DOCUMENTS = 16  # that a measurement's text is of
 
 
@@ -106,7 +114,8 @@ def split_tokens(
     So that no document stands for all text, it gives the `even` splits at most a 16th of their
     tokens (but a window), in a row from a place that its content decides. Only where the text ends
     before a split is full do the long ones give more, each up to the least length that fills it.
-    For that they stay in memory, some 16 documents of at most a split each.
+    For that they stay in memory, some 16 documents of at most a split each. Of a document no
+    more is read than 16 characters for each token of the largest split, but two million.
 
     Args:
         config: context_tokens, bos and the *_tokens fields (which count the windows' BOS).
@@ -118,29 +127,19 @@ def split_tokens(
         there is; where `bos: always` meets a tokenizer without BOS.
     """
     bos_token = _bos_token(config, tokenizer)
-    quotas = {s: count for s, count in _quotas(config, bos_token).items() if s in only}
-    encode = (
-        _rows_without(bos_token) if config.source == "tokens" else _encoder(tokenizer, bos_token)
-    )
-    most = {
-        s: max(quotas[s] // _LEAST_DOCUMENTS, config.context_tokens) for s in quotas if s in even
-    }
-    kept = {s: DocumentStream(quotas[s], most.get(s, quotas[s])) for s in quotas}
-    for batch in _batches(_assigned(config, quotas)):
-        wanted = [(split, content) for split, content in batch if kept[split].missing]
-        for (split, _), ids in zip(wanted, encode([c for _, c in wanted]), strict=True):
-            kept[split].add(ids)
-        if progress:
-            progress(sum(part.quota - part.missing for part in kept.values()))
-        if not any(part.missing for part in kept.values()):
-            break
-    if lacking := {split: part.lacking for split, part in kept.items() if part.lacking}:
-        raise UserError(_too_little(config, quotas, lacking))
+    kept = _filled(config, tokenizer, bos_token, only, even, keep=True, progress=progress)
     empty = DocumentStream(0, 0)
     joined = {s: kept.get(s, empty).joined() for s in TokenSplits._fields[:4]}
     streams = {split: stream for split, (stream, _) in joined.items()}
     starts = {f"{split}_starts": begin for split, (_, begin) in joined.items()}
     return TokenSplits(**streams, **starts, bos_token=bos_token)
+
+
+def check_splits(config: CorpusConfig, tokenizer: Tokenizer | None) -> None:
+    """Refuse the text that `split_tokens` would refuse. It reads as far, and keeps no token."""
+    splits = TokenSplits._fields[:4]
+    bos_token = _bos_token(config, tokenizer)
+    _filled(config, tokenizer, bos_token, splits, splits[1:], keep=False, progress=None)
 
 
 def split_documents(
@@ -186,16 +185,63 @@ def joined_stream(
     if config.source == "tokens":
         rows = token_rows(config)
         return torch.cat(_rows_without(bos_token)(rows)), bos_token
+    return _encoder(tokenizer, bos_token)([_joined_text(config)])[0], bos_token
+
+
+def check_joined(config: CorpusConfig, tokenizer: Tokenizer | None) -> None:
+    """Refuse the text that `joined_stream` would refuse. It is read, but not tokenised."""
+    _bos_token(config, tokenizer)
+    if config.source == "tokens":
+        token_rows(config)
+    else:
+        _joined_text(config)
+
+
+def _joined_text(config: CorpusConfig) -> str:
     if config.source == "stdlib":
         texts = [document.text for document in _stdlib_halves()[1]]
     else:
         texts = [document.text for document in every_document(config)]
     if not any(text.strip() for text in texts):
         raise UserError(f"{named(config)} holds no text; give a source that does")
-    return _encoder(tokenizer, bos_token)(["\n\n".join(texts)])[0], bos_token
+    return "\n\n".join(texts)
 
 
 # --- which split --------------------------------------------------------------------------------
+
+
+def _filled(
+    config: CorpusConfig,
+    tokenizer: Tokenizer | None,
+    bos_token: int | None,
+    only: Sequence[str],
+    even: Sequence[str],
+    *,
+    keep: bool,
+    progress: Callable[[int], None] | None,
+) -> dict[str, DocumentStream]:
+    """The splits with their documents, or, without `keep`, with no more than their numbers."""
+    quotas = {s: count for s, count in _quotas(config, bos_token).items() if s in only}
+    encode = (
+        _rows_without(bos_token) if config.source == "tokens" else _encoder(tokenizer, bos_token)
+    )
+    most = {
+        s: max(quotas[s] // _LEAST_DOCUMENTS, config.context_tokens) for s in quotas if s in even
+    }
+    kept = {s: DocumentStream(quotas[s], most.get(s, quotas[s]), keep=keep) for s in quotas}
+    num_documents = 0
+    for batch in _batches(_assigned(config, quotas)):
+        num_documents += len(batch)
+        wanted = [(split, content) for split, content in batch if kept[split].missing]
+        for (split, _), ids in zip(wanted, encode([c for _, c in wanted]), strict=True):
+            kept[split].add(ids)
+        if progress:
+            progress(sum(part.quota - part.missing for part in kept.values()))
+        if not any(part.missing for part in kept.values()):
+            break
+    if lacking := {split: part.lacking for split, part in kept.items() if part.lacking}:
+        raise UserError(_too_little(config, quotas, lacking, num_documents))
+    return kept
 
 
 def _assigned(config: CorpusConfig, quotas: dict[str, int]) -> Iterator[tuple[str, Any]]:
@@ -213,7 +259,8 @@ def _assigned(config: CorpusConfig, quotas: dict[str, int]) -> Iterator[tuple[st
             for document in part if own else ():
                 yield _split_of(document.text.encode(), own), document.text
     else:
-        for document in documents(config):
+        most = max(_PIECE, _MOST_OF_TOKEN * max(quotas.values()))
+        for document in documents(config, most=most):
             yield _split_of(document.text.encode(), quotas), document.text
 
 
@@ -253,21 +300,35 @@ def _quotas(config: CorpusConfig, bos_token: int | None) -> dict[str, int]:
     return {split: count * (width - (bos_token is not None)) for split, count in counts.items()}
 
 
-def _too_little(config: CorpusConfig, quotas: dict[str, int], lacking: dict[str, int]) -> str:
-    """What lacks most, and how far to lower all three fields: the shares stay, so it fits."""
+def _too_little(
+    config: CorpusConfig, quotas: dict[str, int], lacking: dict[str, int], num_documents: int
+) -> str:
+    """What lacks most, and how far to lower all three fields: the shares stay, so it fits.
+
+    Of a few documents, which no two splits share, a split may get none however long they are.
+    """
     worst = max(lacking, key=lambda split: lacking[split])
     field = "eval_tokens" if worst.startswith("eval") else f"{worst}_tokens"
     found = quotas[worst] - lacking[worst]
     scale = 0.97 * min(1 - lacking[split] / quotas[split] for split in lacking)
     fields = ("train_tokens", "eval_tokens", "calibration_tokens")
     windows_each = {f: int(getattr(config, f) * scale) // config.context_tokens for f in fields}
-    fix = "lower the largest of " + ", ".join(fields)
+    fixes = ["give more text"]
     if all(windows_each.values()):
         lower = (f"{f} {n * config.context_tokens}" for f, n in windows_each.items())
-        fix = f"lower all three, e.g. {', '.join(lower)}"
+        fixes.append(f"lower all three, e.g. {', '.join(lower)}")
+    elif num_documents >= len(quotas):
+        fixes.append(f"lower the largest of {', '.join(fields)}")
+    why = ""
+    if num_documents < _LEAST_DOCUMENTS * len(quotas) and config.source != "tokens":
+        why = (
+            f" (corpus.document: {config.document!r} makes {num_documents} of it, each in one split"
+            " alone)"
+        )
+        fixes.insert(0, "set another document: or cut the text into more")
     return (
         f"corpus.{field}: {getattr(config, field)} is more than the text holds: {found} of"
-        f" {quotas[worst]} tokens for {worst}; give more text, or {fix}"
+        f" {quotas[worst]} tokens for {worst}{why}; {', or '.join(fixes)}"
     )
 
 
@@ -292,16 +353,65 @@ def _encoder(
 ) -> Callable[[list[str]], list[Int32[Tensor, " tokens"]]]:
     """Texts to token ids, without special tokens and without BOS ids that the text spells out."""
 
-    def encode(texts: list[str]) -> list[Tensor]:
+    def tokenised(texts: list[str]) -> list[Tensor]:
         if not texts:
             return []
-        encoded = tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        name = getattr(tokenizer, "name_or_path", "")
+        with panics_told(
+            f"models.name: the tokenizer of {name!r} cannot read the text", TOKENIZER_FIX
+        ):
+            encoded = tokenizer(
+                texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+            )["input_ids"]
         streams = [torch.from_numpy(np.array(ids, dtype=np.int32)) for ids in encoded]
         return streams if bos_token is None else [ids[ids != bos_token] for ids in streams]
 
+    def encode(texts: list[str]) -> list[Tensor]:
+        short = iter(tokenised([text for text in texts if len(text) <= _PIECE]))
+        return [
+            next(short)
+            if len(text) <= _PIECE
+            else torch.cat([tokenised([piece])[0] for piece in _pieces(text, tokenised)])
+            for text in texts
+        ]
+
     return encode
+
+
+def _pieces(text: str, tokenised: Callable[[list[str]], list[Tensor]]) -> Iterator[str]:
+    """A long text in parts that have the tokens of the whole.
+
+    It is cut where the text around has the same tokens in two parts; between words if it can be.
+    A tokenizer that puts a space before every text gets the one at the cut from that. Where no
+    place is found, the tokens at a cut may differ.
+    """
+    first = 0
+    while len(text) - first > _PIECE:
+        last = first + _PIECE
+        places = ((place, place + gap) for place in _between_words(text, last) for gap in (0, 1))
+        end, begin = next(
+            (cut for cut in places if _is_seamless(text, *cut, tokenised)), (last, last)
+        )
+        yield text[first:end]
+        first = begin
+    yield text[first:]
+
+
+def _between_words(text: str, last: int) -> list[int]:
+    """Places to cut at, up to `last`: spaces between words before all others."""
+    places = range(last, max(last - _PLACES, _AROUND), -1)
+    return sorted(places, key=lambda n: not _SPACE.fullmatch(text, n - 1, n + 2))
+
+
+def _is_seamless(
+    text: str, end: int, begin: int, tokenised: Callable[[list[str]], list[Tensor]]
+) -> bool:
+    """Whether what lies around a cut has the same tokens with it and without."""
+    if text[end:begin].strip(" "):
+        return False
+    left, right = slice(end - _AROUND, end), slice(begin, begin + _AROUND)
+    whole, *parts = tokenised([text[left.start : right.stop], text[left], text[right]])
+    return torch.equal(whole, torch.cat(parts))
 
 
 def _batches(assigned: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:

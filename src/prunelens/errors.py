@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see, and one that no library agrees on."""
 
 
 class UserError(Exception):
@@ -19,3 +19,9 @@ def one_line(text: str) -> str:
     """
     spaced = " ".join(text.split())
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in spaced)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's error and Arrow's, which is one; torch's and the system's tell it in words alone."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "allocate memory" in said

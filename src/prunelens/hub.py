@@ -11,6 +11,7 @@ import json
 import logging
 import pathlib
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -144,6 +145,7 @@ def dataset_rows(
     """
     import datasets
     from huggingface_hub.errors import HTTPError
+    from pyarrow.lib import ArrowException
 
     local = pathlib.Path(dataset).is_dir()
     where = (
@@ -151,6 +153,8 @@ def dataset_rows(
         if local
         else commit(dataset, field="corpus.dataset", kind="dataset", revision=revision)
     )
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises as well
     try:
         yield from datasets.load_dataset(
             dataset, name=subset, split=split, revision=where, streaming=True
@@ -164,6 +168,11 @@ def dataset_rows(
                 "corpus.dataset", dataset, error, "give a hub id or a folder of data files"
             )
         ) from None
+    except MemoryError:  # which Arrow's is, too
+        raise
+    except (ArrowException, UnicodeError, EOFError, zlib.error) as error:
+        fix = "mend the files, or give them as corpus.paths of source 'files'"
+        raise UserError(_first_line("corpus.dataset", dataset, error, fix)) from None
     except ValueError as error:
         field, value = ("subset", subset) if "BuilderConfig" in str(error) else ("split", split)
         raise UserError(
@@ -173,6 +182,8 @@ def dataset_rows(
         raise UserError(
             _first_line("corpus.dataset", dataset, error, "check it and the connection")
         ) from None
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def is_hub_id(name: str) -> bool:

@@ -25,13 +25,24 @@ _PACKED = 32  # of quantised weights: that many in one stored number, at most
 
 
 def check_config(folder: pathlib.Path, name: str) -> None:
-    """Raises UserError where config.json is no plain description of a model.
+    """Raises UserError where config.json, or generation_config.json, is no plain description.
 
     Args:
         folder: of the model.
         name: what the study calls it.
     """
-    path = folder / "config.json"
+    found = _described(folder / "config.json", name)
+    if (folder / "generation_config.json").exists():
+        _described(folder / "generation_config.json", name)
+    for key, value in _pairs(found):
+        # transformers fetches `org/kernel` from the hub and runs it
+        if "_implementation" in key and isinstance(value, str) and "/" in value:
+            raise _refused(
+                name, f"it needs code of its own ({value}), which prunelens does not run"
+            )
+
+
+def _described(path: pathlib.Path, name: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_CONFIG_BYTES:
             raise ValueError(f"it is larger than {MOST_CONFIG_BYTES} bytes")
@@ -39,13 +50,8 @@ def check_config(folder: pathlib.Path, name: str) -> None:
         if not isinstance(found, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise _refused(name, f"its config.json cannot be read: {error}") from None
-    for key, value in _pairs(found):
-        # transformers fetches `org/kernel` from the hub and runs it
-        if "_implementation" in key and isinstance(value, str) and "/" in value:
-            raise _refused(
-                name, f"it needs code of its own ({value}), which prunelens does not run"
-            )
+        raise _refused(name, f"its {path.name} cannot be read: {error}") from None
+    return found
 
 
 def check_sizes(config: PreTrainedConfig, name: str) -> None:

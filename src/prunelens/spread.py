@@ -20,11 +20,11 @@ class DocumentStream:
     """The first documents of a text, one after the other, until `quota` tokens are there.
 
     A document gives at most `most` tokens; only where the text ends before the quota is reached
-    does each give more, up to the least length with which it is.
+    does each give more, up to the least length with which it is. Without `keep` they are counted.
     """
 
-    def __init__(self, quota: int, most: int) -> None:
-        self.quota, self._most = quota, most
+    def __init__(self, quota: int, most: int, *, keep: bool = True) -> None:
+        self.quota, self._most, self._keep = quota, most, keep
         self.missing = quota
         """Tokens still wanted while none gives more than it may."""
         self.lacking = quota
@@ -37,7 +37,8 @@ class DocumentStream:
             return
         # Without a cap the text is taken from the front, as far as it goes.
         held = ids[: self.missing] if self._most >= self.quota else _part(ids, self.quota)
-        self._documents.append(held.clone())
+        if self._keep:
+            self._documents.append(held.clone())
         self.missing -= min(len(held), self._most, self.missing)
         self.lacking -= min(len(held), self.lacking)
 

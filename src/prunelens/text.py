@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import glob
+import gzip
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import re
+import sys
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -29,7 +33,9 @@ _NOT_TEXT = {
     "dist-packages",
     "__pycache__",
 }
-_TEXT_FILES = (".txt", ".jsonl", ".parquet")
+_TEXT_FILES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")  # in any case
+_MOST_IN_ROW = 2**28  # characters of a line of JSON, which is parsed as a whole
+_FIELDS_TOLD = 20
 _HEADING = re.compile(r" ?= [^=].* =\s*")  # WikiText's title of an article; sections have `= =`
 
 
@@ -42,13 +48,16 @@ class Document(NamedTuple):
     """The text as it stands there."""
 
 
-def documents(config: CorpusConfig) -> Iterator[Document]:
+def documents(config: CorpusConfig, *, most: int = sys.maxsize) -> Iterator[Document]:
     """The documents of a corpus in its own order, blank ones left out.
 
+    Args:
+        config: where they are.
+        most: characters of each, from its start; what goes beyond is not kept in memory.
     Raises: UserError where a source is missing, unreadable or empty, or is no text (`tokens`).
     """
     found = False
-    for document in every_document(config):
+    for document in every_document(config, most=most):
         if document.text.strip():
             found = True
             yield document
@@ -56,9 +65,9 @@ def documents(config: CorpusConfig) -> Iterator[Document]:
         raise UserError(f"{named(config)} holds no text; give a source that does")
 
 
-def every_document(config: CorpusConfig) -> Iterator[Document]:
+def every_document(config: CorpusConfig, *, most: int = sys.maxsize) -> Iterator[Document]:
     """As `documents`, blank ones included (WikiText-2's convention joins those too)."""
-    return _READERS[config.source](config)
+    return _READERS[config.source](config, most)
 
 
 def fingerprint(config: CorpusConfig) -> str:
@@ -140,7 +149,7 @@ def matching_files(config: CorpusConfig) -> list[pathlib.Path]:
                 )
             if not path.is_file():
                 raise UserError(f"corpus.paths: {given!r} does not exist; check the path")
-            if path.suffix not in known:
+            if not path.name.lower().endswith(known):
                 raise UserError(
                     f"corpus.paths: {path.name!r} ends in {path.suffix!r}; source"
                     f" {config.source!r} reads {', '.join(known)}"
@@ -161,35 +170,38 @@ def named(config: CorpusConfig) -> str:
 # --- readers ------------------------------------------------------------------------------------
 
 
-def _read_stdlib(config: CorpusConfig) -> Iterator[Document]:
-    yield from stdlib_documents()
+def _read_stdlib(config: CorpusConfig, most: int) -> Iterator[Document]:
+    yield from (Document(name, text[:most]) for name, text in stdlib_documents())
 
 
-def _read_files(config: CorpusConfig) -> Iterator[Document]:
+def _read_files(config: CorpusConfig, most: int) -> Iterator[Document]:
     for path in matching_files(config):
-        if path.suffix == ".txt":
-            texts = _grouped(_lines(path), config.document)
+        name = path.name.lower()
+        if name.endswith((".txt", ".txt.gz")):
+            texts = _grouped(_lines(path, most), config.document, most)
         else:
-            rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path, config)
-            texts = _row_texts(rows, config, path.name)
+            is_parquet = name.endswith(".parquet")
+            rows = _parquet_rows(path, config.text_field) if is_parquet else _jsonl_rows(path)
+            texts = _row_texts(rows, config, most)
         for number, text in enumerate(texts):
             yield Document(f"{path.name}:{number}", text)
 
 
-def _read_hub(config: CorpusConfig) -> Iterator[Document]:
+def _read_hub(config: CorpusConfig, most: int) -> Iterator[Document]:
     assert config.dataset is not None  # CorpusConfig sees to it
     rows = hub.dataset_rows(
         config.dataset, subset=config.subset, split=config.split, revision=config.revision
     )
-    for number, text in enumerate(_row_texts(rows, config, config.dataset)):
+    named_rows = ((f"row {n} of {config.dataset}", row) for n, row in enumerate(rows, start=1))
+    for number, text in enumerate(_row_texts(named_rows, config, most)):
         yield Document(f"{config.dataset}:{number}", text)
 
 
-def _read_tokens(config: CorpusConfig) -> Iterator[Document]:
+def _read_tokens(config: CorpusConfig, most: int) -> Iterator[Document]:
     raise UserError("corpus.source: 'tokens' holds token ids, no text; use stdlib, files or hub")
 
 
-_READERS: dict[str, Callable[[CorpusConfig], Iterator[Document]]] = {
+_READERS: dict[str, Callable[[CorpusConfig, int], Iterator[Document]]] = {
     "stdlib": _read_stdlib,
     "files": _read_files,
     "hub": _read_hub,
@@ -197,91 +209,140 @@ _READERS: dict[str, Callable[[CorpusConfig], Iterator[Document]]] = {
 }
 
 
-def _lines(path: pathlib.Path) -> Iterator[str]:
-    """Lines with their ends, so that joining gives the file back."""
-    with path.open(encoding="utf-8") as file:
-        try:
-            yield from file
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"corpus.paths: {path.name} is not UTF-8 text ({error.reason} at byte"
-                f" {error.start}); convert it to UTF-8"
-            ) from None
+def _lines(path: pathlib.Path, most: int) -> Iterator[str]:
+    """Lines with their ends, so that joining gives the file back; at most `most` of each.
+
+    A BOM is no text, and a compressed file is unpacked as it is read.
+    """
+    packed = path.name.lower().endswith(".gz")
+    opened = gzip.open if packed else pathlib.Path.open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            while line := file.readline(most):
+                yield line
+                while len(line) == most and not line.endswith("\n"):
+                    line = file.readline(most)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"corpus.paths: {path.name} is not UTF-8 text ({error.reason}); convert it to UTF-8"
+        ) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"corpus.paths: {path.name} is no whole gzip file ({error}); compress it again"
+        ) from None
 
 
-def _grouped(lines: Iterable[str], document: str) -> Iterator[str]:
+def _grouped(lines: Iterable[str], document: str, most: int) -> Iterator[str]:
     """Lines to documents. A blank line is an empty one, as in the hub's WikiText rows."""
     if document == "file":
-        yield "".join(lines)
+        yield _joined(lines, most)
         return
     if document == "line":
         yield from (line if line.strip() else "" for line in lines)
         return
+    number = 0
+
+    def number_of(line: str) -> int:
+        nonlocal number
+        number += bool(_HEADING.fullmatch(line)) if document == "heading" else not line.strip()
+        return number
+
+    for _, group in itertools.groupby(lines, number_of):
+        kept = (line for line in group if document == "heading" or line.strip())
+        if text := _joined(kept, most):
+            yield text
+
+
+def _joined(lines: Iterable[str], most: int) -> str:
     held: list[str] = []
     for line in lines:
-        blank = not line.strip()
-        starts_new = _HEADING.fullmatch(line) if document == "heading" else blank
-        if starts_new and held:
-            yield "".join(held)
-            held = []
-        if document == "heading" or not blank:
-            held.append(line)
-    if held:
-        yield "".join(held)
+        held.append(line[:most])
+        most -= len(held[-1])
+        if not most:
+            break
+    return "".join(held)
 
 
-def _row_texts(rows: Iterable[dict[str, Any]], config: CorpusConfig, where: str) -> Iterator[str]:
-    """The text of every row; a row is a document, or a line under `blank_line` and `heading`."""
-    texts = (_text_of(row, config.text_field, where) for row in rows)
+def _row_texts(rows: Iterable[tuple[str, Any]], config: CorpusConfig, most: int) -> Iterator[str]:
+    """The text of every named row: a document, or a line under `blank_line` and `heading`."""
+    texts = (_text_of(row, config.text_field, where)[:most] for where, row in rows)
     if config.document in ("file", "line"):
         return texts
-    return _grouped((t if t.endswith("\n") else f"{t}\n" for t in texts), config.document)
+    lines = (t if t.endswith("\n") else f"{t}\n" for t in texts)
+    return _grouped(lines, config.document, most)
 
 
 def _text_of(row: Any, field: str, where: str) -> str:
     if not isinstance(row, dict):
+        raise UserError(f"corpus.paths: {where} is no JSON object; each line must be one")
+    try:
+        text = _value(row, field)
+    except KeyError:
+        has = ", ".join([*map(str, row)][:_FIELDS_TOLD])
         raise UserError(
-            f"corpus.paths: {where} has a line that is no JSON object; each must be one"
-        )
-    if field not in row:
-        raise UserError(
-            f"corpus.text_field: {where} has no field {field!r}; it has {', '.join(map(str, row))}"
-        )
-    text = row[field]
+            f"corpus.text_field: {where} has no field {field!r}; it has {has}"
+        ) from None
     if text is not None and not isinstance(text, str):
         raise UserError(
             f"corpus.text_field: {field!r} of {where} holds {type(text).__name__}, not text;"
             " name a field that holds text"
         )
-    return text or ""
+    # JSON may hold half of a pair of surrogates, which no encoding can write.
+    return (text or "").encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _jsonl_rows(path: pathlib.Path) -> Iterator[Any]:
-    for number, line in enumerate(_lines(path), start=1):
+def _value(row: Any, field: str) -> Any:
+    """A field, or, where none is called so, `outer.inner`. Raises KeyError where it is not there.
+
+    Of an outer one that is null, the inner ones are, too.
+    """
+    if row is None:
+        return None
+    outer, _, inner = field.partition(".")
+    if not isinstance(row, dict) or not (field in row or (inner and outer in row)):
+        raise KeyError(field)
+    return row[field] if field in row else _value(row[outer], inner)
+
+
+def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_lines(path, _MOST_IN_ROW), start=1):
+        where = f"line {number} of {path.name}"
+        if len(line) == _MOST_IN_ROW:
+            raise UserError(
+                f"corpus.paths: {where} is longer than {_MOST_IN_ROW:,} characters; cut it up"
+            )
         if line.strip():
             try:
-                yield json.loads(line)
+                # Numbers are not read, and int() refuses those of more than 4,300 digits.
+                yield where, json.loads(line, parse_int=len)
             except json.JSONDecodeError as error:
                 raise UserError(
-                    f"corpus.paths: line {number} of {path.name} is not JSON ({error.msg}); mend it"
+                    f"corpus.paths: {where} is not JSON ({error.msg}); mend it"
+                ) from None
+            except RecursionError:
+                raise UserError(
+                    f"corpus.paths: {where} is nested too deeply; mend it or leave it out"
                 ) from None
 
 
-def _parquet_rows(path: pathlib.Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: pathlib.Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow.parquet
     from pyarrow.lib import ArrowException
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if config.text_field not in names:
+            leaves = [file.schema.column(n).path for n in range(len(file.schema))]
+            if field not in (*file.schema_arrow.names, *leaves):
                 raise UserError(
-                    f"corpus.text_field: {path.name} has no field {config.text_field!r};"
-                    f" it has {', '.join(names)}"
+                    f"corpus.text_field: {path.name} has no field {field!r}; it has"
+                    f" {', '.join(leaves[:_FIELDS_TOLD])}"
                 )
-            for batch in file.iter_batches(1024, columns=[config.text_field]):
-                yield from batch.to_pylist()
-    except ArrowException as error:
+            batches = file.iter_batches(1024, columns=[field])
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from ((f"row {n} of {path.name}", row) for n, row in enumerate(rows, start=1))
+    except MemoryError:  # which Arrow's is, too
+        raise
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"corpus.paths: {path.name} is no Parquet file ({error})") from None
 
 

@@ -4,14 +4,19 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import subprocess
+import tempfile
 import time
 
 import pytest
+from safetensors import SafetensorError
 
 from faults.kill import leftovers, num_artifacts, results_of, start_at_once
+from prunelens.config import study_from_data
 from prunelens.report.write import run_and_report
-from prunelens.study.artifacts.disk import DiskError
+from prunelens.study import local
+from prunelens.study.artifacts.disk import DiskError, stopped_by_disk
 from prunelens.study.plan import plan_study
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -50,6 +55,66 @@ def test_a_full_disk_at_every_kind_of_stage(finished, tmp_path, monkeypatch):
     outcome = run_and_report(finished.study, folder, quiet=True)
     assert {result.status for result in outcome.results} == {"done"}
     assert results_of(folder) == finished.results
+
+
+def told(error, folder):
+    with pytest.raises(DiskError) as caught, stopped_by_disk(folder):
+        raise error
+    return str(caught.value)
+
+
+def system_error(number, filename=None):
+    return OSError(number, os.strerror(number), *((str(filename),) if filename else ()))
+
+
+def test_what_cannot_be_written_is_named(tmp_path, monkeypatch):
+    """The study's disk, another one, the folder for temporary files; a limit is no full disk."""
+    out, scratch, other = tmp_path / "out", tmp_path / "scratch", tmp_path / "other"
+    for folder in (out, scratch, other):
+        folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    for place, field in ((out, "--out"), (scratch, "TMPDIR"), (other, "disk")):
+        for number in (errno.ENOSPC, errno.EROFS, errno.EFBIG):
+            said = told(system_error(number, place / "x"), out)
+            assert said.startswith(f"{field}: ") and repr(str(place)) in said
+    assert "larger than its file system takes" in told(system_error(errno.EFBIG), out)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (40960, 40960))
+    error = SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+    assert told(error, out) == (
+        f"--out: a file in {str(out)!r} would be larger than the 40,960 bytes that this process may"
+        " write (`ulimit -f`); raise that limit, then run the same command again"
+    )
+
+
+def test_a_limit_on_files_stops_a_study_and_damages_nothing(tiny_data, tmp_path, monkeypatch):
+    """The first large file; before, every stage failed for itself."""
+    from prunelens.study import model_stages
+
+    def fail(*_, **__):
+        raise SafetensorError("I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr(model_stages, "save_file", fail)
+    with pytest.raises(DiskError, match="would be larger than"):
+        run_and_report(study_from_data(tiny_data), tmp_path / "out", quiet=True)
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "out/artifacts/damaged").exists()
+
+
+def test_what_several_processes_need_is_named(tmp_path, monkeypatch):
+    """Semaphores in /dev/shm: not the study's disk."""
+
+    def no_semaphores(*_, **__):
+        raise system_error(errno.EROFS)
+
+    monkeypatch.setattr(local, "ProcessPoolExecutor", no_semaphores)
+    with (
+        pytest.raises(DiskError) as caught,
+        stopped_by_disk(tmp_path),
+        local.processes(2, device="cpu", request="", log_folder=tmp_path),
+    ):
+        raise AssertionError
+    said = str(caught.value)
+    assert said.startswith("--workers: ") and "/dev/shm" in said and "--workers 1" in said
+    assert str(tmp_path) not in said
 
 
 @pytest.mark.parametrize("place", ["tables", "latents.parquet", "figures", "report.html"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pathlib
 import resource
 import shutil
@@ -10,15 +12,19 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import transformers
 from tokenizers import Tokenizer
 
+from conftest import Ended, panicking
 from prunelens.checkpoint import load_tokenizer, load_weights, model_fingerprint, model_shape
 from prunelens.config import CorpusConfig, ModelConfig
 from prunelens.corpus import split_tokens
 from prunelens.errors import UserError
 from prunelens.model import load_model
+from prunelens.study.stages import failure_of
+from tiny_study import tiny_study
 
 HTML = "<img src=x onerror=alert(1)>"
 
@@ -163,6 +169,17 @@ def test_a_config_that_is_none(text: str, folder: pathlib.Path) -> None:
     assert "config.json" in refusal(lambda: load_weights(ModelConfig(name=str(folder))))
 
 
+@pytest.mark.parametrize("text", ["[]", "7", "{", "[" * 100_000, '{"a":' * 50_000])
+def test_a_generation_config_that_is_none(
+    text: str, folder: pathlib.Path, tmp_path: pathlib.Path, prunelens: Callable[..., Ended]
+) -> None:
+    (folder / "generation_config.json").write_text(text)
+    ended = prunelens("prune", folder, "--criterion", "magnitude", "--out", tmp_path / "out")
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "its generation_config.json cannot be read" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -269,3 +286,78 @@ def test_added_tokens_full_of_html_are_tokens(folder: pathlib.Path) -> None:
     found = load_tokenizer(ModelConfig(name=str(folder)))
     assert found is not None
     assert found.decode(found(HTML, add_special_tokens=False)["input_ids"]) == HTML
+
+
+@pytest.fixture
+def panicking_study(
+    folder: pathlib.Path,
+    tmp_path: pathlib.Path,
+    tiny_tokenizer: transformers.PreTrainedTokenizerFast,
+) -> dict[str, Any]:
+    """Of a model whose tokenizer gives up on the text."""
+    panicking(tiny_tokenizer).save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 40 + "c")
+    return tiny_study(folder, text)
+
+
+def test_a_tokenizer_that_panics_ends_every_command_in_one_line(
+    panicking_study: dict[str, Any], tmp_path: pathlib.Path, prunelens: Callable[..., Ended]
+) -> None:
+    path, out = tmp_path / "study.json", tmp_path / "out"
+    path.write_text(json.dumps(panicking_study))
+    model = panicking_study["models"][0]["name"]
+    corpus = panicking_study["corpus"]
+    settings = [f"--set=corpus.{field}={json.dumps(value)}" for field, value in corpus.items()]
+    for command in (
+        ["plan", path, "--no-calibration"],
+        ["run", path, "--out", out],
+        ["prune", model, "--out", out / "pruned", *settings],
+    ):
+        ended = prunelens(*command)
+        assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+        assert ended.stderr.startswith("prunelens: ") and "cannot read the text" in ended.stderr
+    assert not (out / "pruned").exists() and not list(out.rglob("*.tmp"))
+
+
+def test_a_panic_fails_a_stage_and_nothing_else(
+    tmp_path: pathlib.Path, tiny_tokenizer: transformers.PreTrainedTokenizerFast
+) -> None:
+    """One that no code of ours expects; what ends a process is let through."""
+    tokenizer = panicking(tiny_tokenizer)
+    told = failure_of(lambda: tokenizer("a" * 40 + "c"), tmp_path / "logs" / "x.log")
+    assert told is not None and told.startswith("PanicException: Onig: Regex search error")
+    assert "PanicException" in (tmp_path / "logs" / "x.log").read_text()
+    for error in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(error):
+            failure_of(lambda: raise_(error), tmp_path / "x.log")  # noqa: B023
+
+
+def raise_(error: type[BaseException]) -> None:
+    raise error("no memory")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pa.lib.ArrowMemoryError("malloc of size 123 failed"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    ],
+    ids=repr,
+)
+def test_too_little_memory_is_told_in_one_line(
+    error: BaseException,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prunelens: Callable[..., Ended],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    assert (failure_of(fail, tmp_path / "x.log") or "").startswith("out of memory: ")
+    monkeypatch.setattr("prunelens.study.single.match_saes", fail)
+    ended = prunelens("match", "a", "b")
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("prunelens: out of memory (") and "; free some" in ended.stderr

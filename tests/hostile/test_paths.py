@@ -100,7 +100,7 @@ def test_files_above_an_artifact_are_none_of_it(
     assert untouched(outside)
 
 
-@pytest.mark.parametrize("what", ["file", "artifact", "meta"])
+@pytest.mark.parametrize("what", ["file", "artifact", "meta", "linked meta"])
 def test_links_are_damage(what: str, tmp_path: pathlib.Path, outside: pathlib.Path) -> None:
     """Even to the very same bytes: they may be others tomorrow. Set aside and made again."""
     store = written(tmp_path / "artifacts")
@@ -113,6 +113,9 @@ def test_links_are_damage(what: str, tmp_path: pathlib.Path, outside: pathlib.Pa
     elif what == "artifact":
         shutil.rmtree(folder)
         folder.symlink_to(twin)
+    elif what == "linked meta":
+        (folder / "meta.json").unlink()
+        (folder / "meta.json").symlink_to(twin / "meta.json")
     else:
         (folder / "meta.json").write_text("[" * 100_000)
     with pytest.raises(DamagedArtifactError):

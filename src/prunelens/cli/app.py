@@ -10,7 +10,8 @@ from rich.logging import RichHandler
 
 from prunelens.cli import explorer, export, selftest, steps, studies
 from prunelens.console import Console
-from prunelens.errors import UserError
+from prunelens.errors import UserError, is_out_of_memory
+from prunelens.panics import is_panic
 from prunelens.terminal import say
 
 app = typer.Typer(
@@ -55,8 +56,23 @@ def run_app() -> int:
         if not error.format_message():  # no arguments: the help has been shown
             return 2
         return _mistake(f"{error.format_message()}; see prunelens --help")
-    except OSError as error:
-        return _mistake(f"{error.filename or 'file'}: {error.strerror or error}; check the path")
+    except BaseException as error:
+        if (said := _told(error)) is None:
+            raise
+        return _mistake(said)
+
+
+def _told(error: BaseException) -> str | None:
+    """What becomes of an error of the machine's or a library's; None of one of our own."""
+    first = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+    if is_out_of_memory(error):
+        return f"out of memory ({first}); free some, or take a smaller model or less text"
+    if isinstance(error, OSError):
+        place = "TMPDIR" if "temporary directory" in first else error.filename or "file"
+        return f"{place}: {error.strerror or error}; check the path"
+    if is_panic(error):
+        return f"a library gave up ({first}); check the files of the model"
+    return None
 
 
 def _mistake(message: str) -> int:

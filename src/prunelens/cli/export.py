@@ -49,9 +49,12 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write an SAE for SAELens or sparsify, or SAEs or a pruned model for the Hugging Face hub."""
+    from prunelens.study.artifacts.disk import stopped_by_disk
+
     _check(file_format, condition, {"--license": license, "--push": push, "--artifacts": artifacts})
     sharing = checked_sharing(license, push, private, model)
-    told = _write(source, file_format, out, condition, sharing, artifacts)
+    with stopped_by_disk(out.parent):
+        told = _write(source, file_format, out, condition, sharing, artifacts)
     address = push_if_asked(out, push, private)
     if as_json:
         shown = {"out": str(out), "format": file_format, **told}

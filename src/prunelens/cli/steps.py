@@ -88,6 +88,7 @@ def prune(
 ) -> None:
     """Prune a model and save it as a Hugging Face checkpoint, with its card and masks."""
     from prunelens.prune.masks import masks_sha256
+    from prunelens.study.artifacts.disk import stopped_by_disk
     from prunelens.study.single import prune_checkpoint
 
     sharing = checked_sharing(license, push, private)
@@ -103,15 +104,16 @@ def prune(
         random_seed=random_seed,
         lm_head=lm_head,
     )
-    pruned = prune_checkpoint(
-        study.models[0],
-        pruning,
-        study.corpus,
-        out,
-        device,
-        sharing=sharing,
-        block_by_block=block_by_block,
-    )
+    with stopped_by_disk(out.parent):
+        pruned = prune_checkpoint(
+            study.models[0],
+            pruning,
+            study.corpus,
+            out,
+            device,
+            sharing=sharing,
+            block_by_block=block_by_block,
+        )
     address = push_if_asked(out, push, private)
     if as_json:
         told = {"out": str(out), "achieved_sparsity": pruned.achieved_sparsity}

@@ -16,11 +16,12 @@ class CorpusConfig(Frozen):
     source: Literal["stdlib", "files", "tokens", "hub"] = "stdlib"
     """The Python standard library, local files, ready-made token ids, or a hub data set."""
     paths: tuple[Place, ...] = ()
-    """For `files` (.txt, .jsonl, .parquet; globs allowed) and `tokens` (one .safetensors)."""
+    """For `files` (.txt, .jsonl, also with .gz, .parquet; globs allowed) and `tokens` (one
+    .safetensors)."""
     document: Literal["file", "line", "blank_line", "heading"] = "file"
     """What one document of a text file is."""
     text_field: str = Field("text", max_length=1000)
-    """The field that holds the text in JSONL, Parquet and hub rows."""
+    """The field that holds the text in JSONL, Parquet and hub rows, e.g. `text`, `meta.text`."""
     dataset: Place | None = None
     """For `hub`: the data set's id, e.g. HuggingFaceFW/fineweb-edu."""
     subset: Place | None = None

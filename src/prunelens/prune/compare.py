@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel
 from prunelens.offload import weight_of
+from prunelens.panics import panics_told
 from prunelens.prune.matrices import as_matrix, kind_of, linear_matrices
 
 PROBE = "def greet(name):\n    return 'hello ' + name\n\nThe quick brown fox, 3.14 µm.\n"
@@ -89,7 +90,9 @@ def check_takes_place(dense: LanguageModel, other: LanguageModel) -> None:
             )
     if dense.tokenizer is not None and other.tokenizer is not None:
         same = dense.tokenizer.get_vocab() == other.tokenizer.get_vocab()
-        if not same or dense.tokenizer.encode(PROBE) != other.tokenizer.encode(PROBE):
+        with panics_told(f"{whose}: its tokenizer or the model's gives up", fix):
+            same = same and dense.tokenizer.encode(PROBE) == other.tokenizer.encode(PROBE)
+        if not same:
             raise UserError(f"{whose}: it has another tokenizer than the model; {fix}")
 
 

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from prunelens import offload, tensor_files
-from prunelens.checkpoint import is_quantised, load_tokenizer, model_folder, model_shape
+from prunelens.checkpoint import (
+    FAILURES,
+    is_quantised,
+    load_tokenizer,
+    model_folder,
+    model_shape,
+)
 from prunelens.config import ModelConfig
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel, as_language_model, usable_device
@@ -124,7 +130,7 @@ def _skeleton(model: ModelConfig, source: pathlib.Path) -> PreTrainedModel:
             )
         if (source / "generation_config.json").is_file():
             skeleton.generation_config = GenerationConfig.from_pretrained(source)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+    except FAILURES as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise NotOnDiskError(model, f"its model cannot be built from its config: {why}") from None
     wide = {*(skeleton._keep_in_fp32_modules or ()), *(skeleton._keep_in_fp32_modules_strict or ())}

@@ -9,7 +9,7 @@ from concurrent import futures
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from prunelens.study.artifacts.disk import DiskError
+from prunelens.study.artifacts.disk import DiskError, processes_told
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.executor import Failures, WorkerDiedError
 from prunelens.study.worker import die_with_parent, make_by_identity, worker_context
@@ -27,13 +27,12 @@ class Processes:
     def submit(self, stages: list[Stage]) -> Future[Failures]:
         """Ends with `WorkerDiedError` for all that were submitted once one process has died."""
         told: Future[Failures] = Future()
+        identities = [stage.identity for stage in stages]
         try:
-            made = self._pool.submit(
-                make_by_identity,
-                self._request,
-                [stage.identity for stage in stages],
-                self._log_folder,
-            )
+            with processes_told():  # they are started when they are needed
+                made = self._pool.submit(
+                    make_by_identity, self._request, identities, self._log_folder
+                )
         except BrokenProcessPool:
             told.set_exception(WorkerDiedError())
         else:
@@ -54,7 +53,8 @@ def processes(
         log_folder: where tracebacks go.
     """
     context = worker_context(device)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent)
+    with processes_told():
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent)
     try:
         yield Processes(pool, workers, request, str(log_folder))
     except (KeyboardInterrupt, DiskError):

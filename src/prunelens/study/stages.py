@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from prunelens.errors import UserError
+from prunelens.errors import UserError, is_out_of_memory
 from prunelens.interruption import is_interrupted
+from prunelens.panics import is_panic
 from prunelens.study.arm_stages import ARM_STAGES
 from prunelens.study.artifacts.disk import DiskError, stopped_by_disk
 from prunelens.study.artifacts.store import Stage, Store
@@ -147,19 +148,21 @@ def failure_of(make: Callable[[], None], log_path: pathlib.Path) -> str | None:
             make()
     except DiskError:
         raise
-    except Exception as error:  # one run's failure, of any kind, must not stop the others
+    except BaseException as error:  # one run's failure, of any kind, must not stop the others
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         if is_interrupted():  # a library has made something else of it
             raise KeyboardInterrupt from error
         return _in_one_line(error, log_path)
     return None
 
 
-def _in_one_line(error: Exception, log_path: pathlib.Path) -> str:
+def _in_one_line(error: BaseException, log_path: pathlib.Path) -> str:
     if isinstance(error, UserError):
         return str(error)
     first = (str(error).splitlines() or [""])[0][:200]
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"out of memory: {first}"
+    if is_out_of_memory(error):
+        return f"out of memory: {first or type(error).__name__}"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     log_path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return f"{type(error).__name__}: {first} (traceback in logs/{log_path.name})"

@@ -21,6 +21,7 @@ from typing import Any
 from prunelens.config import StudyConfig, study_from_data
 from prunelens.errors import UserError
 from prunelens.study.artifacts.address import open_store
+from prunelens.study.artifacts.disk import processes_told
 from prunelens.study.artifacts.store import Stage, Store
 from prunelens.study.plan import plan_study
 from prunelens.study.shared_folder import wait_until_there
@@ -141,7 +142,8 @@ def fork_server(device: str, *, at_once: bool) -> Iterator[None]:
         return
     try:
         if at_once:
-            _start_fork_server()
+            with processes_told():
+                _start_fork_server()
         yield
     finally:
         _end_fork_server()

@@ -1,4 +1,7 @@
-"""A disk that cannot be written to stops a study at once, and says so in one line."""
+"""A disk that cannot be written to stops a study or a command at once, and says so in one line.
+
+So do a limit on the size of files, and folders of the system that several processes need.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,15 @@ import errno
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 from prunelens.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # no room left; the quota's room is used up
 # Libraries that are not written in Python tell the system's error only in their message.
-_MESSAGES = {os.strerror(number).lower(): number for number in (*FULL, errno.EROFS)}
+_STOPPING = (*FULL, errno.EROFS, errno.EFBIG)
+_MESSAGES = {os.strerror(number).lower(): number for number in _STOPPING}
 
 
 class DiskError(UserError):
@@ -36,13 +41,30 @@ def stopped_by_disk(folder: pathlib.Path) -> Iterator[None]:
         number = _system_error(error)
         if number is None:
             raise
-        raise DiskError(_what_to_do(number, _place(error, folder))) from error
+        raise DiskError(_what_to_do(number, _place(error, folder), folder)) from error
+
+
+@contextlib.contextmanager
+def processes_told() -> Iterator[None]:
+    """Tell what several processes need of the system, where the block cannot start them.
+
+    Raises: DiskError.
+    """
+    try:
+        yield
+    except OSError as error:
+        folder = tempfile.tempdir or os.environ.get("TMPDIR", "/tmp")
+        raise DiskError(
+            f"--workers: several processes need semaphores in /dev/shm and sockets in {folder!r}"
+            f" ({error.strerror or error}); make both writable (TMPDIR names another folder than"
+            " the second), or give --workers 1"
+        ) from None
 
 
 def _system_error(error: BaseException | None) -> int | None:
     """The number of the disk's error, where `error` or what it came from is one."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (*FULL, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in _STOPPING:
             return error.errno
         said = str(error).lower()
         if number := next((number for text, number in _MESSAGES.items() if text in said), None):
@@ -58,19 +80,37 @@ def _place(error: Exception, folder: pathlib.Path) -> pathlib.Path:
     return folder if folder in path.parents else path
 
 
-def _what_to_do(number: int, folder: pathlib.Path) -> str:
-    where = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+def _what_to_do(number: int, place: pathlib.Path, folder: pathlib.Path) -> str:
+    where = next(path for path in (place, *place.absolute().parents) if path.exists())
+    temporary = pathlib.Path(tempfile.tempdir) if tempfile.tempdir else None
+    elsewhere = "TMPDIR" if temporary in (place, *place.parents) else "disk"
+    field, again = "--out" if place == folder else elsewhere, "run the same command again"
+    if number == errno.EFBIG:
+        return (
+            f"{field}: a file in {str(place)!r} would be larger than {_most_of_file()}; raise that"
+            f" limit, then {again}"
+        )
     if number == errno.EROFS:
         return (
-            f"--out: the disk of {str(folder)!r} can no longer be written to (it is mounted"
-            " read-only); make it writable, then run the same command again: it goes on from here"
+            f"{field}: the disk of {str(place)!r} can no longer be written to (it is mounted"
+            f" read-only); make it writable, then {again}"
         )
     kind = "quota" if number == errno.EDQUOT else "disk"
     return (
-        f"--out: the {kind} of {str(folder)!r} is full ({_amount(shutil.disk_usage(where).free)}"
-        " free there); make room (`prunelens plan` tells how much a study needs), then run the"
-        " same command again: it goes on from here"
+        f"{field}: the {kind} of {str(place)!r} is full ({_amount(shutil.disk_usage(where).free)}"
+        f" free there); make room (`prunelens plan` tells how much a study needs), then {again}"
     )
+
+
+def _most_of_file() -> str:
+    """What stops a file from growing."""
+    with contextlib.suppress(ImportError):  # Windows
+        import resource
+
+        most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if most != resource.RLIM_INFINITY:
+            return f"the {most:,} bytes that this process may write (`ulimit -f`)"
+    return "its file system takes"
 
 
 def _amount(size: int) -> str:

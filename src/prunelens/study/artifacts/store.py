@@ -260,6 +260,8 @@ class Store:
         return self.root / "damaged" / name
 
     def _read_meta(self, stage: Stage) -> bytes:
+        if not is_plain(self.folder(stage), "meta.json"):
+            raise damaged(stage, "meta.json")
         return (self.folder(stage) / "meta.json").read_bytes()
 
     def _verify(self, stage: Stage, folder: pathlib.Path, meta: dict[str, Any]) -> None:

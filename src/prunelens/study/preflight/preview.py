@@ -85,7 +85,8 @@ def preflight(
 
     No weights are downloaded. Where a model or a text is on the hub, the hub is asked whether it
     may be read, and for the config of a model that is neither one of the paper's nor in the cache;
-    a little text is read from it where the model is on this machine, to see that they fit.
+    a little text is read from it where the model is on this machine, to see that they fit. Of text
+    on this machine as much is read as the study would.
 
     Args:
         study: what would be run.
@@ -101,8 +102,11 @@ def preflight(
     device = resolve_device(device)
     plan = plan_study(study, resolve=not _is_on_the_hub(study))
     shapes = {model.label: model_shape(model) for model in study.models}
-    started = time.perf_counter()
     loads = calibration_seconds > 0
+    access = list(access_checks(study))
+    answers = all(found.level == "ok" for found in access)
+    texts = list(text_checks(study, hub_answers=answers, device=device, load=loads))
+    started = time.perf_counter()
     speeds = given_rates(rates) if rates else measured_rates(study, device, calibration_seconds)
     calibrated = time.perf_counter() - started
     rows: list[Row] = []
@@ -123,10 +127,7 @@ def preflight(
     hours = hours_of(all_works, speeds)
     folder = out or pathlib.Path("runs") / study.name
     room = cheap_checks(plan, shapes, folder / "artifacts", device)
-    access = list(access_checks(study))
-    answers = all(found.level == "ok" for found in access)
-    checks = [*room.findings, *access]
-    checks += text_checks(study, hub_answers=answers, device=device, load=loads)
+    checks = [*room.findings, *access, *texts]
     return Preflight(
         rows,
         dict(collections.Counter(stage.name for stage in all_stages.values())),

@@ -1,6 +1,6 @@
-"""Does the text suit the model: its BOS, and whether the dense model can read the text at all.
+"""Does the text suit the model: its BOS, its length, and whether the model can read it at all.
 
-These load tokenizers, and the second check a model; both only where they are on this machine.
+These load tokenizers, and the last check a model; both only where they are on this machine.
 """
 
 from __future__ import annotations
@@ -15,28 +15,37 @@ from torch import Tensor
 
 from prunelens.checkpoint import is_here, is_local, load_tokenizer
 from prunelens.config import CorpusConfig, ModelConfig, StudyConfig
-from prunelens.corpus import Tokenizer, documents, split_tokens, token_rows
+from prunelens.corpus import (
+    Tokenizer,
+    check_joined,
+    check_splits,
+    documents,
+    split_tokens,
+    token_rows,
+)
 from prunelens.errors import UserError
 from prunelens.model import load_model
+from prunelens.panics import TOKENIZER_FIX, panics_told
 from prunelens.perplexity import measure_perplexity
 from prunelens.study.preflight.finding import Finding
 
 PROBE = "The quick brown fox"
-DOCUMENTS_LOOKED_AT = 100
+DOCUMENTS_LOOKED_AT, LOOKED_AT = 100, 1000  # of each document so many characters
 EVAL_TOKENS, TRAIN_TOKENS = 4096, 200_000  # of the sanity check, at most
 
 
 def text_checks(
     study: StudyConfig, *, hub_answers: bool, device: str, load: bool
 ) -> Iterator[Finding]:
-    """BOS, and the dense model's perplexity; what is skipped is named.
+    """BOS, length of the text, and the dense model's perplexity; what is skipped is named.
 
     Args:
         study: whose models and text are looked at.
         hub_answers: whether text on the hub can be read.
         device: where a model is put.
         load: whether models may be loaded.
-    Raises: UserError where a tokenizer, a model or the text cannot be read.
+    Raises: UserError where a tokenizer, a model or the text cannot be read; of text on this machine
+        also where the study would refuse it, as too short for example.
     """
     for model in study.models:
         if model.is_planted:
@@ -44,23 +53,29 @@ def text_checks(
         if not is_here(model):
             for check in ("BOS", "perplexity"):
                 yield Finding("ok", check, f"skipped: {model.label} is not on this machine")
+            yield from text_check(study, model)
             continue
-        bos = list(bos_checks(study, model))
+        with panics_told(
+            f"models.name: the tokenizer of {model.label!r} cannot read the text", TOKENIZER_FIX
+        ):
+            bos = list(bos_checks(study, model))
         yield from bos
         if any(found.level == "error" for found in bos):
-            yield Finding("ok", "perplexity", f"skipped: first mend the BOS of {model.label}")
-        elif not load:
+            for check in ("text", "perplexity"):
+                yield Finding("ok", check, f"skipped: first mend the BOS of {model.label}")
+            continue
+        yield from text_check(study, model)
+        if not load:
             what = f"skipped: {model.label} is not loaded without calibration"
             yield Finding("ok", "perplexity", what)
-        elif not (text_is_here(study) or hub_answers):
+        elif not (text_is_here(study.corpus) or hub_answers):
             yield Finding("ok", "perplexity", "skipped: the text is on the hub, out of reach")
         else:
             yield perplexity_check(study, model, device=device)
 
 
-def text_is_here(study: StudyConfig) -> bool:
-    """Whether the study's text can be read without the hub."""
-    corpus = study.corpus
+def text_is_here(corpus: CorpusConfig) -> bool:
+    """Whether a text can be read without the hub."""
     return corpus.source != "hub" or is_local(corpus.dataset or "")
 
 
@@ -87,7 +102,7 @@ def bos_checks(study: StudyConfig, model: ModelConfig) -> Iterator[Finding]:
         return
     yield _bos_of_tokenizer(corpus, model, tokenizer)
     yield _double_bos(corpus, model, tokenizer)
-    if text_is_here(study) and tokenizer.bos_token:
+    if text_is_here(study.corpus) and tokenizer.bos_token:
         yield _bos_in_text(corpus, tokenizer)
 
 
@@ -144,7 +159,7 @@ def _double_bos(corpus: CorpusConfig, model: ModelConfig, tokenizer: Tokenizer) 
 
 
 def _bos_in_text(corpus: CorpusConfig, tokenizer: Tokenizer) -> Finding:
-    some = itertools.islice(documents(corpus), DOCUMENTS_LOOKED_AT)
+    some = itertools.islice(documents(corpus, most=LOOKED_AT), DOCUMENTS_LOOKED_AT)
     count = sum(document.text.startswith(tokenizer.bos_token) for document in some)
     if not count:
         return Finding("ok", "double BOS", "no document spells out a BOS at its start")
@@ -170,6 +185,31 @@ def _bos_of_rows(corpus: CorpusConfig) -> Finding:
             "write windows with one BOS",
         )
     return Finding("ok", "double BOS", "ready-made windows do not open with two BOS")
+
+
+# --- is there enough? ---------------------------------------------------------------------------
+
+
+def text_check(study: StudyConfig, model: ModelConfig) -> Iterator[Finding]:
+    """Whether the study's stages that read text could do so; it is read as far as they would.
+
+    Raises: UserError as those stages.
+    """
+    texts = (
+        ("corpus", study.corpus, check_splits),
+        ("perplexity.corpus", study.perplexity.corpus, check_joined),
+    )
+    for field, corpus, check in texts:
+        if corpus is None:
+            continue
+        has_ids = corpus.source == "tokens"
+        if not text_is_here(corpus):
+            yield Finding("ok", "text", f"skipped: {field} is on the hub")
+        elif not has_ids and not is_here(model):
+            yield Finding("ok", "text", f"skipped: {model.label} is not on this machine")
+        else:
+            check(corpus, None if has_ids else load_tokenizer(model))
+            yield Finding("ok", "text", f"{field} is enough for {model.label}")
 
 
 # --- can the model read the text? ---------------------------------------------------------------
