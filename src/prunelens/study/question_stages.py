@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -64,19 +64,19 @@ def paired_activations(
     kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
     known = None if raw else work.parents["statistics"] / "statistics.safetensors"
     statistics = Statistics.load(known) if known else None
-    x, y = (
-        Activations(
-            work.parents[role] / "eval.safetensors",
-            kept=kept,
-            statistics=statistics,
-            device=work.device,
-        )
-        for role in (dense, pruned)
-    )
+    x, y = _eval_of(work, (dense, pruned), kept, statistics)
     second = second_half(work, kept, store=dense)
     documents = load_file(work.parents[dense] / "eval_documents.safetensors")["documents"]
     first = torch.arange(len(kept) - len(second))
     return Paired(x, y, first, second, document_groups(documents[kept[second]]))
+
+
+def _eval_of(
+    work: Work, roles: Sequence[str], kept: Tensor, statistics: Statistics | None
+) -> list[Activations]:
+    """The same rows of eval of several parents."""
+    paths = [work.parents[role] / "eval.safetensors" for role in roles]
+    return [Activations(p, kept=kept, statistics=statistics, device=work.device) for p in paths]
 
 
 def _sinks(work: Work) -> None:
@@ -112,15 +112,7 @@ def _with_and_without(work: Work, others: Tensor) -> dict[str, float]:
     kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
     if len(others) < len(kept):
         normal = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
-        dense, condition = (
-            Activations(
-                work.parents[role] / "eval.safetensors",
-                kept=others,
-                statistics=normal,
-                device=work.device,
-            )
-            for role in ("dense", "activations")
-        )
+        dense, condition = _eval_of(work, ("dense", "activations"), others, normal)
         saes = [TopKSAE.load(work.parents[role]).to(work.device) for role in roles]
         without = quality_on(saes, dense, condition)
     else:
