@@ -69,9 +69,8 @@ class StudyProgress:
         self._bar.update(self._task, completed=done, description=label, remaining=remaining)
         if not self._console.is_terminal and self._is_time_for_a_line():
             share = 100 * done / self._total
-            self._console.print(
-                f"{elapsed:4.0f} s  {share:3.0f} %  {remaining:<18} {label}", markup=False
-            )
+            line = f"{elapsed:4.0f} s  {share:3.0f} %  {remaining:<18} {label}"
+            self._console.print(line, markup=False, soft_wrap=True)
 
     def _is_time_for_a_line(self) -> bool:
         now = time.monotonic()
