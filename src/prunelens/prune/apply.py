@@ -16,9 +16,15 @@ from prunelens.model import LanguageModel
 from prunelens.offload import make_editable
 from prunelens.prune import calibrate, sparsegpt
 from prunelens.prune.masks import PackedMasks
-from prunelens.prune.matrices import as_matrix, head_names, matrix_shape, prunable_matrices
+from prunelens.prune.matrices import (
+    as_matrix,
+    head_names,
+    linear_matrices,
+    matrix_shape,
+    prunable_matrices,
+)
 from prunelens.prune.scores import INTEGERS, Scored
-from prunelens.prune.selection import Kept, select
+from prunelens.prune.selection import Kept, check_groups, select
 
 _NARROW = {torch.bfloat16, torch.float16}
 """What is ordered by its own bits, if all matrices have it; others are scored in float32."""
@@ -84,6 +90,7 @@ def prune_model(
         are NaN or infinite, where a pattern divides no row, and as `prunable_matrices`.
     """
     _check(pruning, calibration, input_norms)
+    check_prunable(lm, pruning)
     matrices = prunable_matrices(lm, lm_head=pruning.lm_head)
     shapes = {name: matrix_shape(module) for name, module in matrices.items()}
     _make_editable(lm, matrices)
@@ -101,6 +108,15 @@ def prune_model(
     lines = ((name, math.prod(shapes[name]), gone) for name, gone in num_zeroed.items())
     report = tuple(MatrixSparsity(*line, line[2] / line[1]) for line in lines)
     return Pruned(masks, report, updates)
+
+
+def check_prunable(lm: LanguageModel, pruning: PruningConfig) -> None:
+    """Refuse what the model's architecture does not allow; its weights are not looked at.
+
+    Raises: UserError as `linear_matrices`, and where a pattern divides no row.
+    """
+    for name, module in linear_matrices(lm, lm_head=pruning.lm_head).items():
+        check_groups(name, matrix_shape(module)[1], pruning.group)
 
 
 @torch.no_grad()

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from prunelens import offload
 from prunelens.errors import UserError
-from prunelens.model import LanguageModel, run_to_site
+from prunelens.model import LanguageModel, hidden_of, run_to_site
 from prunelens.prune.matrices import matrix_shape, prunable_matrices
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def norms_upwards(
     Args: as `input_norms`; `progress` counts up to the number of windows over all blocks together.
     Raises: UserError as `input_norms`, and where blocks take more than the block before gives.
     """
-    _check_replayable(lm, calibration)
+    check_replayable(lm, calibration)
     for squares in _upwards(lm, calibration, _summing_squares, progress):
         yield _norms(squares)
 
@@ -103,7 +104,7 @@ def products_upwards(
     As `norms_upwards`, in float32 throughout: SparseGPT adds a hundredth of its mean diagonal,
     which is far above what rounding takes.
     """
-    _check_replayable(lm, calibration)
+    check_replayable(lm, calibration)
     for products in _upwards(lm, calibration, _summing_products, progress):
         for name, sums in products.items():
             _check_sums(name, sums.diagonal(), sums)
@@ -148,8 +149,7 @@ class _Call(NamedTuple):
 
     def run(self, block: nn.Module, inputs: Tensor) -> Float[Tensor, "windows context d_model"]:
         """The block's output."""
-        output = block(inputs, *self.arguments, **self.keywords)
-        return output[0] if isinstance(output, tuple) else output
+        return hidden_of(block(inputs, *self.arguments, **self.keywords))
 
 
 class _Forward(NamedTuple):
@@ -193,7 +193,7 @@ def _forward(
     return record
 
 
-def _check_replayable(lm: LanguageModel, calibration: Tensor) -> None:
+def check_replayable(lm: LanguageModel, calibration: Tensor) -> None:
     """Raises UserError where blocks cannot be run one by one."""
     if problem := _not_replayable(lm, calibration):
         raise UserError(
@@ -260,11 +260,38 @@ def _summing(
 
         return add
 
+    products: dict[nn.Module, Callable[..., None]] = {}
     with contextlib.ExitStack() as stack:
         for name, module in modules.items():
             hook = adder(name, matrix_shape(module)[1], offload.execution_device(module))
             stack.callback(module.register_forward_pre_hook(hook).remove)
+            products[module] = hook
+        stack.enter_context(_Products(products))
         yield sums
+
+
+class _Products(TorchFunctionMode):
+    """While open, a linear layer's inputs are seen where its weight is multiplied without it, too.
+
+    Mamba's blocks do so with dt_proj: weight @ inputs, whose bias is added later on.
+    """
+
+    def __init__(self, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
+        super().__init__()
+        self._hooks = hooks
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _MATMULS and isinstance(args[0], nn.Parameter):
+            for module, hook in self._hooks.items():
+                # Looked up anew: of an offloaded layer it is another one in every call.
+                if isinstance(module, nn.Linear) and module._parameters["weight"] is args[0]:
+                    hook(module, (args[1].transpose(-2, -1),))
+        return func(*args, **(kwargs or {}))
+
+
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 class _Sum(NamedTuple):
