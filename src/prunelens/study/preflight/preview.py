@@ -30,6 +30,7 @@ from prunelens.study.preflight.hours import (
     study_tasks,
     work_of,
 )
+from prunelens.study.preflight.model_checks import site_checks
 from prunelens.study.preflight.room import machine_memory
 from prunelens.study.preflight.simulate import Task, simulate
 from prunelens.study.preflight.text_checks import text_checks
@@ -126,6 +127,9 @@ def preflight(
     access = list(access_checks(study))
     answers = all(found.level == "ok" for found in access)
     checks = [*room.findings, *access]
+    for model in study.models:
+        if not model.is_planted:
+            checks += [found for found in site_checks(model) if found not in checks]
     checks += text_checks(study, hub_answers=answers, device=device, load=loads)
     return Preflight(
         rows,
