@@ -41,7 +41,7 @@ _QUANTISERS = {  # quant_method of a config -> the package that reads such weigh
     "compressed-tensors": "compressed_tensors",
 }
 # What transformers raises on files that are not what they should be.
-_FAILURES = (
+FAILURES = (
     *(OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError),
     *(ArithmeticError, MemoryError, AssertionError, StrictDataclassError),
 )
@@ -87,7 +87,7 @@ def load_weights(config: ModelConfig, *, device: str = "cpu") -> PreTrainedModel
                 **(_offload(config, stack) if config.device_map else {}),
             )
             weakref.finalize(model, stack.pop_all().close)
-    except (*_FAILURES, SafetensorError) as error:
+    except (*FAILURES, SafetensorError) as error:
         raise _cannot_load(config, "it as a causal language model", error) from None
     if missing := sorted(info["missing_keys"]):
         raise UserError(
@@ -136,7 +136,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _FAILURES as error:
+    except FAILURES as error:
         raise _cannot_load(config, "its tokenizer", error) from None
     except Exception as error:
         if type(error) is not Exception:  # what tokenizers raises on a file that it cannot read
@@ -192,7 +192,7 @@ def model_shape(config: ModelConfig) -> ModelShape:
             sum(size**2 for size in inputs),
             max(inputs, default=0),
         )
-    except _FAILURES as error:
+    except FAILURES as error:
         raise _cannot_load(config, "a language model's config", error) from None
 
 
@@ -211,7 +211,7 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(
                 described, dtype=getattr(torch, config.dtype), trust_remote_code=False
             )
-    except _FAILURES as error:
+    except FAILURES as error:
         raise _cannot_load(config, "a language model's config", error) from None
 
 
@@ -261,7 +261,7 @@ def _whole_config(config: ModelConfig) -> PreTrainedConfig:
         folder = _folder(config, ("config.json",))
         check_config(folder, config.name)
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _FAILURES as error:
+    except FAILURES as error:
         raise _cannot_load(config, "a language model's config", error) from None
 
 
