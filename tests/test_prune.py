@@ -539,6 +539,17 @@ def test_stacked_matrices_are_called_what_they_are(kind):
         prunable_matrices(small_model(kind, **fields))
 
 
+def test_blocks_that_are_handed_their_input_by_name_are_not_run_one_by_one(tiny_llama, windows):
+    for block in tiny_llama.blocks:
+        block.register_forward_pre_hook(
+            lambda _module, given, named: ((), {"hidden_states": given[0], **named}),
+            with_kwargs=True,
+            prepend=True,
+        )
+    with pytest.raises(UserError, match=r"'sequential' needs .* not handed it as their first"):
+        prune_model(tiny_llama, wanda_config(calibration="sequential"), calibration=windows)
+
+
 STATE_SPACES = {  # model type -> its fields, and the projections of a block
     "mamba": ({"state_size": 4}, {"in_proj", "x_proj", "dt_proj", "out_proj"}),
     "falcon_mamba": ({"state_size": 4}, {"in_proj", "x_proj", "dt_proj", "out_proj"}),

@@ -165,6 +165,10 @@ class _Reached(Exception):  # noqa: N818 (no error: it ends a forward pass early
     """The last block of interest was called."""
 
 
+class _ByKeywordError(Exception):
+    """A block is not handed its input first, so it is not known which argument that is."""
+
+
 def _calls(lm: LanguageModel, tokens: Tensor) -> list[_Call]:
     """What every block is called with besides its input."""
     return _forward(lm, tokens, lm.blocks, keep_inputs=False).calls
@@ -177,6 +181,8 @@ def _forward(
     record = _Forward([], [])
 
     def catch(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if not arguments:
+            raise _ByKeywordError
         inputs, *others = arguments
         if keep_inputs:
             record.inputs.append(inputs)
@@ -209,7 +215,10 @@ def _not_replayable(lm: LanguageModel, calibration: Tensor) -> str | None:
     Returns: which block takes more; None where all is well.
     """
     texts = [calibration[:1], calibration[:1].flip(1)]
-    truth = [_forward(lm, text, lm.blocks) for text in texts]
+    try:
+        truth = [_forward(lm, text, lm.blocks) for text in texts]
+    except _ByKeywordError:
+        return f"those of {lm.label} are not handed it as their first argument"
     calls = _calls(lm, texts[1])
     hidden = [forward.inputs[0] for forward in truth]
     for index, block in enumerate(lm.blocks[:-1]):
