@@ -74,8 +74,8 @@ _FORWARD_FAILURES = (
     *(AssertionError, ArithmeticError, ImportError),
 )
 _POST_NORMS = {
-    "post_feedforward_layernorm": "post_attention_layernorm",
-    "post_mlp_layernorm": "post_self_attn_layernorm",
+    "post_feedforward_layernorm": ("post_attention_layernorm",),
+    "post_mlp_layernorm": ("post_self_attn_layernorm", "post_attention_layernorm"),
 }
 
 
@@ -172,7 +172,7 @@ def site_module(lm: LanguageModel, site: Site, layer: int) -> nn.Module:
     names: tuple[str, ...] = _MLP if site == "mlp_out" else _ATTENTION
     for of_mlp, of_attention in _POST_NORMS.items():
         if hasattr(block, of_mlp):
-            names = (of_mlp if site == "mlp_out" else of_attention,)
+            names = (of_mlp,) if site == "mlp_out" else of_attention
     for name in names:
         if isinstance(module := getattr(block, name, None), nn.Module):
             return module
