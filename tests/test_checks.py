@@ -25,7 +25,7 @@ from prunelens.study.footprint import disk_use, memory_use
 from prunelens.study.matrix import parents_first
 from prunelens.study.plan import plan_study
 from prunelens.study.preflight import checks as checks_module
-from prunelens.study.preflight import room
+from prunelens.study.preflight import hours, room
 from prunelens.study.preflight.access import _listed, access_checks, repositories
 from prunelens.study.preflight.before import cheap_checks, refuse_hopeless
 from prunelens.study.preflight.checks import study_checks
@@ -434,6 +434,15 @@ def test_a_site_that_gives_no_vector_per_token_is_refused_from_shapes(tmp_path, 
     assert "not one vector of 16 numbers per token" in finding.what
     with pytest.raises(UserError, match="not one vector of 16 numbers per token"):
         run_to_site(load_model(model), torch.ones(2, 3, dtype=torch.long), site, 1)
+
+
+def test_what_cannot_be_run_is_planned_without_timing_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(hours, "calibrate", None)
+    study, _ = of_kind(tmp_path, "mixtral", {"num_local_experts": 2})
+    planned = preflight(study)
+    errors = [check["what"] for check in planned.checks if check["level"] == "error"]
+    assert any("mixtures of experts" in what for what in errors)
+    assert planned.hours is None
 
 
 def test_sites_of_a_sound_model_are_said_nothing_of(checkpoint_folder):

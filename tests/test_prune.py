@@ -528,7 +528,10 @@ DBRX = {
 }
 STACKED = {
     "recurrent_gemma": ({**GRIFFIN, "num_hidden_layers": 1}, "of RecurrentGemmaRglru cannot"),
-    "dbrx": (DBRX, r"mlp\.w1 has shape \[48, 16\]; mixtures of experts cannot"),  # in one matrix
+    "dbrx": (
+        DBRX,
+        r"mlp\.w1 has shape \[48, 16\], and mixtures of experts cannot",
+    ),  # in one matrix
 }
 
 

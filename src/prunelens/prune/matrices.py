@@ -133,6 +133,6 @@ def _check_no_stacks(name: str, module: nn.Module) -> None:
         # Some stack experts along the rows of one matrix (DBRX).
         if min(shape[-2:]) > 1 and (len(shape) >= 3 or (of_experts and len(shape) == 2)):
             raise UserError(
-                f"pruning: {name}.{own} has shape {shape}; {kind} cannot be pruned yet, use"
-                " an architecture of linear layers, or study the dense model alone"
+                f"pruning: {name}.{own} has shape {shape}, and {kind} cannot be pruned; use an"
+                " architecture of linear layers, or study the dense model alone"
             )

@@ -6,6 +6,8 @@ the dense model is done.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -55,13 +57,24 @@ def site_checks(model: ModelConfig) -> Iterator[Finding]:
     # Two windows of three tokens: what swaps or joins the two is seen.
     tokens = torch.zeros(2, 3, dtype=torch.long, device="meta")
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), _unlogged():
             run_to_sites(
                 described_model(model), tokens, [(model.site, layer) for layer in model.layers]
             )
     except UserError as error:
         if error.__cause__ is None:  # else it is the forward pass that failed
             yield _refused(error)
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Of an operation without shapes torch logs a traceback, besides raising what it was."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def running_checks(study: StudyConfig, model: ModelConfig, lm: LanguageModel) -> Iterator[Finding]:

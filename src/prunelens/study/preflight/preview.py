@@ -102,6 +102,14 @@ def preflight(
     device = resolve_device(device)
     plan = plan_study(study, resolve=not _is_on_the_hub(study))
     shapes = {model.label: model_shape(model) for model in study.models}
+    folder = out or pathlib.Path("runs") / study.name
+    room = cheap_checks(plan, shapes, folder / "artifacts", device)
+    checks = list(room.findings)
+    for model in study.models:
+        if not model.is_planted:
+            checks += [found for found in site_checks(model) if found not in checks]
+    if any(found[:2] == ("error", "architecture") for found in checks):
+        calibration_seconds = 0.0  # it cannot be run: that is told at once
     started = time.perf_counter()
     loads = calibration_seconds > 0
     speeds = given_rates(rates) if rates else measured_rates(study, device, calibration_seconds)
@@ -122,14 +130,9 @@ def preflight(
         all_works += works
         all_stages |= stages
     hours = hours_of(all_works, speeds)
-    folder = out or pathlib.Path("runs") / study.name
-    room = cheap_checks(plan, shapes, folder / "artifacts", device)
     access = list(access_checks(study))
     answers = all(found.level == "ok" for found in access)
-    checks = [*room.findings, *access]
-    for model in study.models:
-        if not model.is_planted:
-            checks += [found for found in site_checks(model) if found not in checks]
+    checks += access
     checks += text_checks(study, hub_answers=answers, device=device, load=loads)
     return Preflight(
         rows,
