@@ -19,16 +19,19 @@ from prunelens.checkpoint import model_shape
 from prunelens.config import ModelConfig, study_from_data
 from prunelens.corpus import documents
 from prunelens.errors import UserError
+from prunelens.model import load_model, run_to_site
+from prunelens.prune import prune_model
 from prunelens.report.write import run_and_report
 from prunelens.study.footprint import disk_use, memory_use
 from prunelens.study.matrix import parents_first
 from prunelens.study.plan import plan_study
 from prunelens.study.preflight import checks as checks_module
-from prunelens.study.preflight import room
+from prunelens.study.preflight import hours, room
 from prunelens.study.preflight.access import _listed, access_checks, repositories
 from prunelens.study.preflight.before import cheap_checks, refuse_hopeless
 from prunelens.study.preflight.checks import study_checks
 from prunelens.study.preflight.finding import Finding, refuse
+from prunelens.study.preflight.model_checks import model_checks, running_checks, site_checks
 from prunelens.study.preflight.preview import preflight
 from prunelens.study.preflight.text_checks import (
     bos_checks,
@@ -419,6 +422,129 @@ def test_text_out_of_reach_is_skipped(data, tmp_path):
         list(text_check(ids, away))
 
 
+# --- does the model allow what is asked? --------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.2,
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+}
+SEVERAL_STREAMS = {
+    "num_kv_shared_layers": 0,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 4,
+    "laurel_rank": 4,
+}
+REFUSED = {  # model type, its fields, site -> what is said
+    "experts": ("mixtral", {"num_local_experts": 2}, "resid_post", "mixtures of experts"),
+    "gates": ("recurrent_gemma", {"lru_width": 16}, "resid_post", "of RecurrentGemmaRglru cannot"),
+    "no attention": ("mamba", {}, "attn_out", "which has norm (MambaRMSNorm), mixer (MambaMixer)"),
+    "quantised": (
+        "llama",
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "resid_post",
+        "is quantised (gptq); prune the float",
+    ),
+    "pattern": ("llama", {"intermediate_size": 27}, "resid_post", "a multiple of 4 weights"),
+    "two lists of blocks": ("xlm", {"emb_dim": 16}, "resid_post", "2 lists of decoder blocks"),
+}
+
+
+def of_kind(tmp_path, kind, fields, site="resid_post", weights=False):
+    """A study that prunes a small model of some type, of which only the config is there."""
+    known = SMALL if kind != "mamba" else {name: SMALL[name] for name in ("hidden_size",)}
+    config = transformers.AutoConfig.for_model(kind, **(known | fields))
+    if weights:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(tmp_path / kind)
+    else:
+        config.save_pretrained(tmp_path / kind)
+    prunings = [
+        {"criterion": "wanda", "scope": "row", "pattern": "2:4", "sparsities": [0.5]},
+        {"criterion": "sparsegpt", "scope": "row", "sparsities": [0.5]},
+    ]
+    models = [{"name": str(tmp_path / kind), "layers": [1], "site": site}]
+    study = study_from_data({"models": models, "prunings": prunings})
+    return study, study.models[0]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_an_architecture_does_not_allow_is_told_before_anything_is_read(tmp_path, case):
+    kind, fields, site, words = REFUSED[case]
+    study, model = of_kind(tmp_path, kind, fields, site)
+    [finding] = model_checks(study, model)
+    assert finding.level == "error"
+    assert words in f"{finding.what}; {finding.fix}"
+    assert finding.fix
+
+
+def test_plan_refuses_experts_in_the_words_of_prune(tmp_path):
+    """And the dense model alone is a study like any other."""
+    study, model = of_kind(tmp_path, "mixtral", {"num_local_experts": 2}, weights=True)
+    [finding] = model_checks(study, model)
+    with pytest.raises(UserError) as refused:
+        prune_model(load_model(model), study.conditions()[0], calibration=torch.ones(1, 8).long())
+    assert str(refused.value) == f"{finding.what}; {finding.fix}"
+    [dense] = model_checks(study_from_data({"models": [model.model_dump()]}), model)
+    assert dense.level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "site"),
+    [
+        ("llama4_text", {"num_local_experts": 2, "intermediate_size_mlp": 24}, "mlp_out"),
+        ("gemma3n_text", SEVERAL_STREAMS, "resid_post"),
+    ],
+    ids=["tokens and windows in one axis", "several streams"],
+)
+def test_a_site_that_gives_no_vector_per_token_is_refused_from_shapes(tmp_path, kind, fields, site):
+    _, model = of_kind(tmp_path, kind, fields, site, weights=True)
+    [finding] = site_checks(model)
+    assert finding.level == "error"
+    assert "not one vector of 16 numbers per token" in finding.what
+    with pytest.raises(UserError, match="not one vector of 16 numbers per token"):
+        run_to_site(load_model(model), torch.ones(2, 3, dtype=torch.long), site, 1)
+
+
+def test_what_cannot_be_run_is_planned_without_timing_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(hours, "calibrate", None)
+    study, _ = of_kind(tmp_path, "mixtral", {"num_local_experts": 2})
+    planned = preflight(study)
+    errors = [check["what"] for check in planned.checks if check["level"] == "error"]
+    assert any("mixtures of experts" in what for what in errors)
+    assert planned.hours is None
+
+
+def test_sites_of_a_sound_model_are_said_nothing_of(checkpoint_folder):
+    assert not list(site_checks(ModelConfig(name=str(checkpoint_folder), layers=(0, 2))))
+
+
+def test_a_model_that_looks_ahead_is_no_causal_model(tmp_path):
+    for is_decoder, level in ((False, "error"), (True, "ok")):
+        study, model = of_kind(
+            tmp_path / str(is_decoder), "bert", {"is_decoder": is_decoder}, weights=True
+        )
+        found = next(iter(running_checks(study, model, load_model(model))))
+        assert found.level == level
+        assert ("is_decoder: true" in found.fix) == (level == "error")
+
+
+def test_ablations_of_a_model_without_keys_and_values_are_refused_with_its_weights(tmp_path):
+    study, model = of_kind(tmp_path, "mamba", {"num_hidden_layers": 3}, weights=True)
+    lm = load_model(model)
+    ahead, causal = running_checks(study, model, lm)
+    assert (ahead.level, causal.level) == ("ok", "error")
+    assert causal.fix == "leave 'causal' out of questions"
+
+
 # --- can the model read the text? ---------------------------------------------------------------
 
 
@@ -435,17 +561,17 @@ def test_unigram_nll_is_what_counting_gives():
 
 def test_a_model_worse_than_a_unigram_model_is_an_error(data, tmp_path):
     study = study_from_data(data)  # the tiny model is random
-    finding = perplexity_check(study, study.models[0], device="cpu")
+    finding = perplexity_check(study, study.models[0], load_model(study.models[0]))
     assert finding.level == "error"
     assert finding.what.startswith("models.name: tiny-llama has perplexity")
     rows = torch.randint(0, 200, (400, 16), generator=torch.Generator().manual_seed(0))
     study = study_from_data(of_rows(data, tmp_path, rows))  # nobody knows what the ids stand for
-    assert perplexity_check(study, study.models[0], device="cpu").level == "warning"
+    assert perplexity_check(study, study.models[0], load_model(study.models[0])).level == "warning"
 
 
 def test_the_bundled_model_reads_python_and_broken_weights_do_not(tmp_path):
     demo = read_study("demo")
-    assert perplexity_check(demo, demo.models[0], device="cpu").level == "ok"
+    assert perplexity_check(demo, demo.models[0], load_model(demo.models[0])).level == "ok"
     from prunelens.checkpoint import BUNDLED
 
     folder = shutil.copytree(BUNDLED, tmp_path / "broken")
@@ -456,7 +582,7 @@ def test_the_bundled_model_reads_python_and_broken_weights_do_not(tmp_path):
                 tensors[name] = tensors[name].flip(0).contiguous()
         save_file(tensors, path, metadata={"format": "pt"})
     broken = demo.models[0].model_copy(update={"name": str(folder)})
-    assert perplexity_check(demo, broken, device="cpu").level == "error"
+    assert perplexity_check(demo, broken, load_model(broken)).level == "error"
 
 
 def test_a_plan_says_what_it_skipped(data):

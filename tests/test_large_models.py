@@ -245,10 +245,25 @@ def test_tied_weights_are_one_tensor(tmp_path, windows):
     assert not any("lm_head" in name for name in prunable_matrices(lm))
 
 
-def test_what_one_name_does_not_tell_is_loaded_and_said(tmp_path, caplog):
-    """Experts are stacked when they are loaded: the ordinary path then refuses them by name."""
+def test_what_one_name_does_not_tell_is_loaded_and_said(
+    checkpoint_folder, tmp_path, monkeypatch, caplog
+):
+    """Parts that stay in float32 by themselves: what they are only loading tells."""
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keep_in_fp32_modules", ["norm"])
+    study = study_from_data(tiny_study(checkpoint_folder, write_text(tmp_path / "text.txt")))
+    model = ModelConfig(name=str(checkpoint_folder), dtype="bfloat16")
+    with pytest.raises(NotOnDiskError, match="leave out --block-by-block"):
+        prune_checkpoint(
+            model, pruning_of("wanda"), study.corpus, tmp_path / "out", "cpu", block_by_block=True
+        )
+    assert not (tmp_path / "out").exists()
+    prune_checkpoint(model, pruning_of("magnitude-global"), study.corpus, tmp_path / "out", "cpu")
+    assert "the whole model is loaded, as parts of it stay in float32" in caplog.text
+
+
+def test_experts_are_refused_from_the_config_alone(tmp_path):
+    """Before anything is read: the folder has no weights at all."""
     config = transformers.MixtralConfig(
-        vocab_size=64,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,
@@ -256,16 +271,12 @@ def test_what_one_name_does_not_tell_is_loaded_and_said(tmp_path, caplog):
         num_key_value_heads=1,
         num_local_experts=2,
     )
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    config.save_pretrained(tmp_path / "experts")
     model, corpus = ModelConfig(name=str(tmp_path / "experts")), study_from_data({}).corpus
-    with pytest.raises(UserError, match="mixtures of experts"):
-        prune_checkpoint(model, pruning_of("magnitude-global"), corpus, tmp_path / "out", "cpu")
-    assert "the whole model is loaded, as no single tensor of it is" in caplog.text
+    for name in ("magnitude-global", "wanda"):
+        with pytest.raises(UserError, match="mixtures of experts"):
+            prune_checkpoint(model, pruning_of(name), corpus, tmp_path / "out", "cpu")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(NotOnDiskError, match="leave out --block-by-block"):
-        prune_checkpoint(
-            model, pruning_of("wanda"), corpus, tmp_path / "out", "cpu", block_by_block=True
-        )
 
 
 @pytest.mark.parametrize("damage", ["cut", "shape", "missing file", "index", "path"])

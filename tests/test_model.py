@@ -137,6 +137,109 @@ def test_one_pass_stops_at_the_highest_site_and_leaves_no_hook(
     assert not any(module._forward_hooks for module in tiny_lm.model.modules())
 
 
+def other_model(kind: str, **fields: object) -> LanguageModel:
+    """A small random model of another architecture, of two blocks."""
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    common = {"vocab_size": conftest.VOCABULARY, **ids}
+    config = transformers.AutoConfig.for_model(kind, **(common | fields))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return as_language_model(transformers.AutoModelForCausalLM.from_config(config), label=kind)
+
+
+def in_blocks(hidden: str, layers: str, heads: str = "") -> dict[str, int]:
+    return {hidden: 16, layers: 2} | ({heads: 2} if heads else {})
+
+
+OTHERS = {
+    "openai-gpt": in_blocks("n_embd", "n_layer", "n_head"),  # its blocks give lists
+    "bloom": in_blocks("hidden_size", "n_layer", "n_head"),  # tuples
+    "mamba": in_blocks("hidden_size", "num_hidden_layers"),
+    "mamba2": {
+        **in_blocks("hidden_size", "num_hidden_layers"),
+        "num_heads": 4,
+        "head_dim": 8,
+        "n_groups": 1,
+    },
+    "falcon_mamba": in_blocks("hidden_size", "num_hidden_layers"),
+    "rwkv": in_blocks("hidden_size", "num_hidden_layers"),
+    "modernbert-decoder": {  # whose `get_decoder` is its head
+        **in_blocks("hidden_size", "num_hidden_layers", "num_attention_heads"),
+        "intermediate_size": 24,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_blocks_of_other_kinds_are_captured_and_replaced(kind: str, tokens: torch.Tensor):
+    lm = other_model(kind, **OTHERS[kind])
+    captured = run_to_site(lm, tokens, "resid_post", 0)
+    with torch.no_grad():
+        own = lm.model(input_ids=tokens, use_cache=False, output_hidden_states=True).hidden_states
+    assert any(torch.equal(captured, states) for states in own[:2])  # Mamba leaves out the first
+    plain = logits(lm, tokens)
+    assert torch.equal(replace_at_site(lm, tokens, "resid_post", 0, lambda _: captured), plain)
+    assert (replace_at_site(lm, tokens, "resid_post", 0, torch.zeros_like) - plain).abs().max() > 0
+
+
+def test_two_residual_streams_are_refused(tokens: torch.Tensor):
+    lm = conftest.tiny_language_model("llama")
+    lm.blocks[0].register_forward_hook(lambda _module, _inputs, output: (output, output))
+    with pytest.raises(UserError, match=r"gives two streams of \[2, 20, 16\]"):
+        run_to_site(lm, tokens, "resid_post", 0)
+
+
+def test_a_forward_pass_that_fails_is_told_in_one_line(
+    tiny_llama: LanguageModel, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    def fails_with(kind: type[Exception], told: str) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise kind(told)
+
+        monkeypatch.setattr(tiny_llama.blocks[1].mlp, "forward", fail)
+
+    fails_with(IndexError, "index out of range\nin self")
+    for run in (logits, lambda *given: run_to_site(*given, "resid_post", 2)):
+        with pytest.raises(UserError, match=r"LlamaForCausalLM.* fails on 20 tokens \(IndexError"):
+            run(tiny_llama, tokens)
+    fails_with(torch.OutOfMemoryError, "no room")
+    with pytest.raises(torch.OutOfMemoryError):
+        logits(tiny_llama, tokens)
+
+
+def test_a_block_that_is_not_run_is_told(tiny_llama: LanguageModel, tokens: torch.Tensor):
+    tiny_llama.model.config.num_hidden_layers = 2  # transformers runs so many
+    with pytest.raises(UserError, match="of block 2 of tiny-llama is no part of its forward pass"):
+        run_to_site(tiny_llama, tokens, "resid_post", 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "longest"),
+    [
+        ("gpt2", {"n_positions": 7}, 7),
+        ("mpt", {"max_seq_len": 7}, 7),
+        ("whisper", {"max_target_positions": 7}, 7),
+        ("dbrx", {"max_seq_len": 7}, 7),
+        ("bloom", {"seq_length": 7}, 7),
+        ("rwkv", {"context_length": 7}, 7),
+        ("xlnet", {}, None),  # says -1
+        ("mamba", {}, None),
+    ],
+)
+def test_the_longest_window_is_known_by_any_name(
+    kind: str, fields: dict[str, int], longest: int | None
+):
+    config = transformers.AutoConfig.for_model(kind, **fields)
+    assert checkpoint.longest_context(config) == longest
+
+
+def test_a_window_too_long_for_biased_attention_is_refused(tokens: torch.Tensor):
+    lm = other_model("mpt", d_model=16, n_layers=1, n_heads=2, max_seq_len=19)
+    with pytest.raises(UserError, match=r"corpus.context_tokens: 20 .* lower it to 19"):
+        logits(lm, tokens)
+
+
 def test_a_failing_replacement_leaves_no_hook(tiny_llama: LanguageModel, tokens: torch.Tensor):
     with pytest.raises(ZeroDivisionError):
         replace_at_site(tiny_llama, tokens, "resid_post", 0, lambda _: 1 / 0)

@@ -8,6 +8,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -389,6 +390,24 @@ def test_memory_holds_what_a_training_holds(study):
 
 
 # --- calibration --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "roberta"])
+def test_one_block_is_made_of_configs_that_list_their_blocks_or_need_a_padding(tmp_path, kind):
+    fields = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    fields |= {"num_key_value_heads": 1, "head_dim": 8} if kind == "gemma4_text" else {}
+    transformers.AutoConfig.for_model(kind, **fields).save_pretrained(tmp_path)
+    model = ModelConfig(name=str(tmp_path))
+    assert model_shape(model).attention_width > 0
+    lm = calibrate_module._one_block(model, "cpu")
+    assert len(lm.blocks) == 1
+    assert run_to_site(lm, torch.zeros(1, 5, dtype=torch.long), "resid_post", 0).isfinite().all()
+
+
+def test_what_has_no_model_of_one_block_can_be_planned_without_times(tmp_path):
+    transformers.RwkvConfig(hidden_size=16).save_pretrained(tmp_path)  # divides by its depth - 1
+    with pytest.raises(UserError, match=r"of one block .* plan with --no-calibration or --rates"):
+        calibrate_module._one_block(ModelConfig(name=str(tmp_path)), "cpu")
 
 
 def test_calibration_times_every_kind_and_leaves_threads_and_randomness_alone(study):

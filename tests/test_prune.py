@@ -576,6 +576,87 @@ def test_experts_are_refused_rather_than_left_dense(tiny_llama):
         prunable_matrices(tiny_llama)
 
 
+def small_model(kind, **fields):
+    """Random, with matrices large enough that each input matters."""
+    config = transformers.AutoConfig.for_model(kind, vocab_size=VOCABULARY, **fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return as_language_model(transformers.AutoModelForCausalLM.from_config(config), label=kind)
+
+
+GRIFFIN = {"hidden_size": 16, "lru_width": 16, "num_attention_heads": 2, "intermediate_size": 24}
+DBRX = {
+    "d_model": 16,
+    "n_heads": 2,
+    "n_layers": 1,
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+    "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 2},
+}
+STACKED = {
+    "recurrent_gemma": ({**GRIFFIN, "num_hidden_layers": 1}, "of RecurrentGemmaRglru cannot"),
+    "dbrx": (
+        DBRX,
+        r"mlp\.w1 has shape \[48, 16\], and mixtures of experts cannot",
+    ),  # in one matrix
+}
+
+
+@pytest.mark.parametrize("kind", STACKED)
+def test_stacked_matrices_are_called_what_they_are(kind):
+    fields, words = STACKED[kind]
+    with pytest.raises(UserError, match=words):
+        prunable_matrices(small_model(kind, **fields))
+
+
+def test_blocks_that_are_handed_their_input_by_name_are_not_run_one_by_one(tiny_llama, windows):
+    for block in tiny_llama.blocks:
+        block.register_forward_pre_hook(
+            lambda _module, given, named: ((), {"hidden_states": given[0], **named}),
+            with_kwargs=True,
+            prepend=True,
+        )
+    with pytest.raises(UserError, match=r"'sequential' needs .* not handed it as their first"):
+        prune_model(tiny_llama, wanda_config(calibration="sequential"), calibration=windows)
+
+
+STATE_SPACES = {  # model type -> its fields, and the projections of a block
+    "mamba": ({"state_size": 4}, {"in_proj", "x_proj", "dt_proj", "out_proj"}),
+    "falcon_mamba": ({"state_size": 4}, {"in_proj", "x_proj", "dt_proj", "out_proj"}),
+    "mamba2": (
+        {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1},
+        {"in_proj", "out_proj"},
+    ),
+    "rwkv": ({}, {"key", "value", "receptance", "output"}),  # [1, 1, d] are no experts
+}
+
+
+@pytest.mark.parametrize("kind", STATE_SPACES)
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda"])
+def test_projections_of_state_space_models_are_pruned(kind, criterion, windows):
+    fields, projections = STATE_SPACES[kind]
+    lm = small_model(kind, hidden_size=16, num_hidden_layers=2, **fields)
+    pruning = PruningConfig(criterion=criterion, scope="row", sparsity=0.5)
+    pruned = prune_model(lm, pruning, calibration=windows)
+    assert {matrix.name.rpartition(".")[2] for matrix in pruned.report} == projections
+    for matrix in pruned.report:
+        weight = lm.model.get_submodule(matrix.name).weight
+        assert ((weight == 0).sum(1) >= weight.shape[1] // 2).all(), matrix.name
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba"])
+def test_inputs_of_a_weight_that_is_multiplied_without_its_layer_are_known(kind, windows):
+    """dt_proj of Mamba: the first columns of what x_proj gives, normalised in FalconMamba."""
+    lm = small_model(kind, hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=3)
+    mixer = lm.blocks[0].mixer
+    seen = []
+    mixer.x_proj.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    norm = input_norms(lm, windows)["backbone.layers.0.mixer.dt_proj"]
+    steps = seen[0].detach()[..., :3].double()
+    if kind == "falcon_mamba":
+        steps = steps / (steps.square().mean(-1, keepdim=True) + mixer.rms_eps).sqrt()
+    torch.testing.assert_close(norm.double(), steps.square().sum((0, 1)).sqrt(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(
     ("changes", "given", "message"),
     [

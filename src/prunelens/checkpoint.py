@@ -48,6 +48,11 @@ FAILURES = (
     *(OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError),
     *(ArithmeticError, MemoryError, AssertionError, StrictDataclassError),
 )
+# Under one of these a config has the longest window; the first that it knows counts.
+_CONTEXT_FIELDS = (
+    *("max_position_embeddings", "max_target_positions", "n_positions", "max_seq_len"),
+    *("max_sequence_length", "model_max_length", "seq_length", "context_length", "n_ctx"),
+)
 _WEIGHT_FILES = ("config.json", "generation_config.json", "model*.safetensors*")
 
 
@@ -192,21 +197,17 @@ def model_shape(config: ModelConfig) -> ModelShape:
     """
     if config.is_planted:
         return ModelShape(planted.D_MODEL, 1, 1, None, 0, 0, 0)
-    from transformers import AutoModelForCausalLM
-
-    text = text_config(config)
+    model = meta_model(config)
+    text = model.config.get_text_config()
+    text.allow_global_per_layer_attribute_access = True  # of Gemma 4, whose layers differ
+    inputs = _linear_inputs(model)
     try:
-        with torch.device("meta"):  # shapes without memory
-            model = AutoModelForCausalLM.from_config(text, trust_remote_code=False)
-        heads = text.num_attention_heads
-        inputs = _linear_inputs(model)
-        width = getattr(text, "head_dim", None) or text.hidden_size // heads
         return ModelShape(
             text.hidden_size,
-            text.num_hidden_layers,
+            num_blocks(text) or 0,
             text.vocab_size,
-            getattr(text, "max_position_embeddings", None),
-            heads * width,
+            longest_context(text),
+            _attention_width(text),
             _linear_weights(model),
             sum(parameter.numel() for parameter in model.parameters()),
             sum(size**2 for size in inputs),
@@ -216,6 +217,46 @@ def model_shape(config: ModelConfig) -> ModelShape:
         raise _cannot_load(config, "a language model's config", error) from None
 
 
+def meta_model(config: ModelConfig) -> PreTrainedModel:
+    """The model that its config describes, with shapes and without memory (torch's `meta` device).
+
+    Raises: UserError as `load_weights`.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    described = text_config(config)
+    if type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # its text part is no model by itself
+        described = _whole_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                described, dtype=getattr(torch, config.dtype), trust_remote_code=False
+            )
+    except FAILURES as error:
+        raise _cannot_load(config, "a language model's config", error) from None
+
+
+def num_blocks(text: PreTrainedConfig) -> int | None:
+    """How many decoder blocks a config speaks of; None where it names no number."""
+    names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+    return next((getattr(text, name) for name in names if hasattr(text, name)), None)
+
+
+def longest_context(text: PreTrainedConfig) -> int | None:
+    """The longest window that a model was built for, whatever its config calls it.
+
+    None where the config names none, as of models without positions (Mamba, XLNet).
+    """
+    found = (getattr(text, name, None) for name in _CONTEXT_FIELDS)
+    return next((each for each in found if isinstance(each, int) and each > 0), None)
+
+
+def _attention_width(text: PreTrainedConfig) -> int:
+    """Of all query heads together; 0 without attention."""
+    heads = getattr(text, "num_attention_heads", None) or 0
+    return heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
+
+
 def text_config(config: ModelConfig) -> PreTrainedConfig:
     """The config of the language model (of a multi-modal one: its text part).
 
@@ -223,6 +264,15 @@ def text_config(config: ModelConfig) -> PreTrainedConfig:
     config that was fetched before goes first.
     Raises: UserError as `load_weights`.
     """
+    try:
+        text = _whole_config(config).get_text_config()
+    except ValueError as error:  # of several, it is not known which one speaks
+        raise _cannot_load(config, "a language model's config", error) from None
+    check_sizes(text, config.name)
+    return text
+
+
+def _whole_config(config: ModelConfig) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     shipped = None if is_local(config.name) else shipped_shape(config.name)
@@ -231,12 +281,9 @@ def text_config(config: ModelConfig) -> PreTrainedConfig:
             return AutoConfig.for_model(**shipped)
         folder = _folder(config, ("config.json",))
         check_config(folder, config.name)
-        found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        text = found.get_text_config()
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except FAILURES as error:
         raise _cannot_load(config, "a language model's config", error) from None
-    check_sizes(text, config.name)
-    return text
 
 
 def _is_cached(config: ModelConfig) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,11 @@ from prunelens.checkpoint import (
     ModelShape,
     load_tokenizer,
     load_weights,
+    longest_context,
+    meta_model,
     model_fingerprint,
     model_shape,
+    num_blocks,
 )
 from prunelens.config import ModelConfig, Site
 from prunelens.errors import UserError
@@ -41,7 +45,9 @@ __all__ = [
     "LanguageModel",
     "ModelShape",
     "as_language_model",
+    "described_model",
     "forward_tokens",
+    "hidden_of",
     "load_model",
     "load_tokenizer",
     "logits",
@@ -53,6 +59,7 @@ __all__ = [
     "run_to_sites",
     "site_module",
     "usable_device",
+    "with_hidden",
 ]
 
 # Tokens per forward pass. On a CPU 2,048 ran 1.5 times faster than 8,192: they stay in the cache.
@@ -61,9 +68,14 @@ FORWARD_TOKENS = {"cpu": 2048, "cuda": 16_384}
 # Names of sublayers and of the norms on their output, over the architectures of transformers.
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+# What foreign code may raise on token ids that it cannot take.
+_FORWARD_FAILURES = (
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError),
+    *(AssertionError, ArithmeticError, ImportError),
+)
 _POST_NORMS = {
-    "post_feedforward_layernorm": "post_attention_layernorm",
-    "post_mlp_layernorm": "post_self_attn_layernorm",
+    "post_feedforward_layernorm": ("post_attention_layernorm",),
+    "post_mlp_layernorm": ("post_self_attn_layernorm", "post_attention_layernorm"),
 }
 
 
@@ -93,7 +105,7 @@ class LanguageModel:
     @property
     def max_context_tokens(self) -> int | None:
         """The longest window that it was built for; None where its config names none."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return longest_context(self.model.config.get_text_config())
 
     @property
     def vocabulary_size(self) -> int:
@@ -127,12 +139,21 @@ def as_language_model(
 
     It is put in evaluation mode, its gradients are switched off, and attention soft-capping
     (Gemma 2) gets the eager implementation, the one that applies it everywhere.
-    Raises: UserError where no decoder blocks are found.
+    Raises: UserError where no list of decoder blocks is found.
     """
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
     model.eval().requires_grad_(False)
     return LanguageModel(model, tokenizer, label, _decoder_blocks(model, label))
+
+
+def described_model(config: ModelConfig) -> LanguageModel:
+    """The model that its config describes, with shapes and without weights or tokenizer.
+
+    Whatever only looks at its architecture looks at it as at a loaded one, and refuses the same.
+    Raises: UserError as `load_model`, for what a config can tell.
+    """
+    return as_language_model(meta_model(config), label=config.label)
 
 
 def site_module(lm: LanguageModel, site: Site, layer: int) -> nn.Module:
@@ -151,11 +172,11 @@ def site_module(lm: LanguageModel, site: Site, layer: int) -> nn.Module:
     names: tuple[str, ...] = _MLP if site == "mlp_out" else _ATTENTION
     for of_mlp, of_attention in _POST_NORMS.items():
         if hasattr(block, of_mlp):
-            names = (of_mlp if site == "mlp_out" else of_attention,)
+            names = (of_mlp,) if site == "mlp_out" else of_attention
     for name in names:
         if isinstance(module := getattr(block, name, None), nn.Module):
             return module
-    parts = ", ".join(name for name, _ in block.named_children())
+    parts = ", ".join(f"{name} ({type(part).__name__})" for name, part in block.named_children())
     raise UserError(
         f"models.site: {site!r} is not found in block {layer} of {lm.label}, which has {parts};"
         " use 'resid_post'"
@@ -190,7 +211,7 @@ def run_to_sites(
     def keep(place: tuple[Site, int], output: Any) -> None:
         if place in reached:  # a module that the model runs twice
             return
-        reached[place] = _activations(output)
+        reached[place] = _activations(lm, place, tokens, output)
         if len(reached) == len(wanted):
             raise _AllReachedError
         # What runs on may change it in place, as blocks with parallel sublayers do.
@@ -204,10 +225,14 @@ def run_to_sites(
             )
             hooks.callback(hook.remove)
         try:
-            lm.model(input_ids=tokens, use_cache=False)
+            _forward(lm, tokens)
         except _AllReachedError:
             return [reached[place] for place in places]
-    raise AssertionError("every site's module is part of the forward pass")
+    site, layer = next(place for place in wanted if place not in reached)
+    raise UserError(
+        f"models.site: {site!r} of block {layer} of {lm.label} is no part of its forward pass on"
+        " text; use another model"
+    )
 
 
 def run_in_batches(
@@ -231,7 +256,7 @@ def logits(
 
     Raises: UserError as `run_to_site`.
     """
-    return lm.model(input_ids=_checked(lm, tokens), use_cache=False).logits
+    return _forward(lm, _checked(lm, tokens)).logits
 
 
 def replace_at_site(
@@ -249,9 +274,8 @@ def replace_at_site(
     """
 
     def swap(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        before = _activations(output)
-        after = replacement(before).to(before)
-        return (after, *output[1:]) if isinstance(output, tuple) else after
+        before = _activations(lm, (site, layer), tokens, output)
+        return with_hidden(output, replacement(before).to(before))
 
     handle = site_module(lm, site, layer).register_forward_hook(swap)
     try:
@@ -264,8 +288,65 @@ class _AllReachedError(Exception):
     """Ends a forward pass that need not go on."""
 
 
-def _activations(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def hidden_of(output: Any) -> Any:
+    """What a block or sublayer gives the residual stream; what it returns beside it is left out."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def with_hidden(output: Any, states: Tensor) -> Any:
+    """`output` with `states` where `hidden_of` takes them from."""
+    if isinstance(output, list):
+        return [states, *output[1:]]
+    return (states, *output[1:]) if isinstance(output, tuple) else states
+
+
+def _activations(lm: LanguageModel, place: tuple[Site, int], tokens: Tensor, output: Any) -> Tensor:
+    """The states at a site, out of what its module gave.
+
+    Raises: UserError unless they are one vector of the residual stream's width for each token.
+    """
+    states, expected = hidden_of(output), (*tokens.shape, lm.d_model)
+    found = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
+    others = output[1:] if isinstance(output, tuple | list) else ()
+    is_one_of_two = place[0] == "resid_post" and any(
+        isinstance(other, Tensor) and other.is_floating_point() and other.shape == expected
+        for other in others
+    )
+    if found == expected and not is_one_of_two:
+        return states
+    shape = f"{', '.join(map(str, found))}" if isinstance(found, tuple) else found
+    what = "two streams of" if found == expected else ""
+    module = type(site_module(lm, *place)).__name__
+    raise UserError(
+        f"models.site: {place[0]!r} of {lm.label} is not supported: {module} of block {place[1]}"
+        f" gives {what} [{shape}] for [windows, tokens] of {list(tokens.shape)}, not one vector of"
+        f" {lm.d_model} numbers per token; use another site or model"
+    )
+
+
+def _forward(lm: LanguageModel, tokens: Int[Tensor, "windows context"]) -> Any:
+    """The model's own forward pass.
+
+    Raises: UserError where it fails in the model's own code; memory that is not there is no fault
+        of the model, and what fails in a hook of ours is one of ours.
+    """
+    try:
+        return lm.model(input_ids=tokens, use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
+    except _FORWARD_FAILURES as error:
+        frames = [
+            frame.f_globals.get("__name__", "")
+            for frame, _ in traceback.walk_tb(error.__traceback__)
+        ]
+        if any(name.startswith("prunelens.") for name in frames[1:]):
+            raise
+        why = (str(error).strip().splitlines() or [""])[0][:150]
+        raise UserError(
+            f"models.name: {lm.label} ({type(lm.model).__name__}) cannot be run on text: its own"
+            f" forward pass fails on {tokens.shape[-1]} tokens ({type(error).__name__}: {why});"
+            " lower corpus.context_tokens, or use a model that transformers runs on token ids alone"
+        ) from error
 
 
 def _checked(lm: LanguageModel, tokens: Tensor) -> Tensor:
@@ -288,13 +369,17 @@ def _checked(lm: LanguageModel, tokens: Tensor) -> Tensor:
 
 def _decoder_blocks(model: PreTrainedModel, label: str) -> nn.ModuleList:
     """The outermost list of modules with matrices in them, of the length that the config names."""
-    lists = list(_outermost_lists(model.get_decoder()))
-    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    if not lists:
-        raise UserError(
-            f"models.name: {label!r} has no list of decoder blocks; use a transformer decoder"
-        )
-    return max(lists, key=lambda blocks: (len(blocks) == depth, len(blocks)))
+    # Of a few classes what `get_decoder` gives is the output head.
+    lists = [*_outermost_lists(model.get_decoder())] or [*_outermost_lists(model.base_model)]
+    depth = num_blocks(model.config.get_text_config())
+    lists = [blocks for blocks in lists if len(blocks) == depth] or lists
+    if len(lists) == 1:
+        return lists[0]
+    lengths = f"{len(lists)} lists of decoder blocks" if lists else "no list of decoder blocks"
+    raise UserError(
+        f"models.name: {label!r} ({type(model).__name__}) has {lengths}, so its layers cannot be"
+        " told; use a decoder whose blocks are one list, run once from first to last"
+    )
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:

@@ -57,6 +57,12 @@ def _described(path: pathlib.Path, name: str) -> dict[str, Any]:
 def check_sizes(config: PreTrainedConfig, name: str) -> None:
     """Raises UserError for a language model of more parts than can be built one by one."""
     blocks = getattr(config, "num_hidden_layers", None)
+    if blocks is None:
+        raise UserError(
+            f"models.name: {name!r} ({config.model_type}) has no number of decoder blocks"
+            " (num_hidden_layers), so its layers cannot be told; use a decoder whose blocks are"
+            " one list"
+        )
     if not isinstance(blocks, int) or not 1 <= blocks <= MOST_BLOCKS:
         raise _refused(name, f"its config speaks of {blocks!r} blocks; 1 to {MOST_BLOCKS} are read")
     for key, value in config.to_dict().items():

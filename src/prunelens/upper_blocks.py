@@ -21,7 +21,15 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from prunelens.config import Site
 from prunelens.errors import UserError
-from prunelens.model import LanguageModel, forward_tokens, logits, run_in_batches, site_module
+from prunelens.model import (
+    LanguageModel,
+    forward_tokens,
+    hidden_of,
+    logits,
+    run_in_batches,
+    site_module,
+    with_hidden,
+)
 
 # Keys per block that one forward pass attends to (about items x context).
 CACHED_TOKENS = {"cpu": 2**15, "cuda": 2**18}
@@ -160,7 +168,7 @@ class UpperBlocks:
         cache = DynamicCache()  # without the config all layers keep everything, windows included
         tops: list[Tensor] = []
         read = self._lm.blocks[-1].register_forward_hook(
-            lambda _module, _inputs, output: tops.append(_hidden(output))
+            lambda _module, _inputs, output: tops.append(hidden_of(output))
         )
         try:
             entering = states if self._module is None else self._entering[rows]
@@ -201,7 +209,7 @@ class UpperBlocks:
             )
             if self._module is not None:
                 hook = self._module.register_forward_hook(
-                    lambda _module, _inputs, output: _with_hidden(output, states)
+                    lambda _module, _inputs, output: with_hidden(output, states)
                 )
                 stack.callback(hook.remove)
             yield
@@ -219,7 +227,7 @@ class UpperBlocks:
         read = self._lm.blocks[-1].register_forward_hook(lambda *passed: outputs.append(passed[-1]))
         own = logits(self._lm, self._tokens[:1])[0].float()
         read.remove()
-        self._in_tuple = isinstance(outputs[0], tuple)
+        self._in_tuple = isinstance(outputs[0], tuple | list)
         try:
             # The same sums in another order: 1e-6 or so in float32, in 16 bits about three digits.
             wide = self._lm.model.dtype in (torch.float32, torch.float64)
@@ -299,14 +307,6 @@ def _handing_on(blocks: nn.ModuleList, states: Tensor, in_tuple: bool) -> Iterat
 def _at(values: Tensor, prompts: Tensor, positions: Tensor) -> Tensor:
     """values[prompts, positions], wherever the indices are."""
     return values[prompts.to(values.device), positions.to(values.device)]
-
-
-def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _with_hidden(output: Any, states: Tensor) -> Any:
-    return (states, *output[1:]) if isinstance(output, tuple) else states
 
 
 def _limits(lm: LanguageModel) -> tuple[int, int]:

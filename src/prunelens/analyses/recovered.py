@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from prunelens.analyses.refit import batches_for, first_equal
 from prunelens.analyses.verdict import Recovery
 from prunelens.config import Site
-from prunelens.model import LanguageModel, logits, replace_at_site, site_module
+from prunelens.model import (
+    LanguageModel,
+    hidden_of,
+    logits,
+    replace_at_site,
+    site_module,
+    with_hidden,
+)
 from prunelens.perplexity import LOGITS_AT_ONCE, next_token_nll
 from prunelens.sae.formats import GivenSae
 
@@ -244,7 +251,7 @@ class Runs:
         self._calls[module] += 1
         if module is self._site or module is self._below[-1]:
             # A copy: what runs on may change it in place, as blocks with parallel sublayers do.
-            self._kept[module] = _with_hidden(output, _hidden(output).clone())
+            self._kept[module] = with_hidden(output, hidden_of(output).clone())
 
     def _gives(self, own: Float[Tensor, "windows context vocabulary"]) -> bool:
         """Whether unchanged activations give the model's own logits, bit for bit.
@@ -257,11 +264,11 @@ class Runs:
 
     def _rerun(self, replace: Rebuild) -> Float[Tensor, "windows context vocabulary"]:
         output = self._kept[self._site]
-        before = _hidden(output)
-        answers = {self._site: _with_hidden(output, replace(before).to(before))}
+        before = hidden_of(output)
+        answers = {self._site: with_hidden(output, replace(before).to(before))}
         if self._below:
             entering = self._kept[self._below[-1]]
-            entering = _with_hidden(entering, _hidden(entering).clone())
+            entering = with_hidden(entering, hidden_of(entering).clone())
             answers |= dict.fromkeys(self._below, entering)
         with _answering(answers):
             return logits(self.lm, self._tokens)
@@ -280,11 +287,3 @@ def _answering(answers: Mapping[nn.Module, Any]) -> Iterator[None]:
             module.__dict__.pop("forward", None)
             if forward is not None:
                 module.forward = forward
-
-
-def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _with_hidden(output: Any, states: Tensor) -> Any:
-    return (states, *output[1:]) if isinstance(output, tuple) else states

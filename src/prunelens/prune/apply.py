@@ -17,9 +17,15 @@ from prunelens.model import LanguageModel
 from prunelens.offload import make_editable
 from prunelens.prune import calibrate, sparsegpt
 from prunelens.prune.masks import PackedMasks
-from prunelens.prune.matrices import as_matrix, head_names, matrix_shape, prunable_matrices
+from prunelens.prune.matrices import (
+    as_matrix,
+    head_names,
+    linear_matrices,
+    matrix_shape,
+    prunable_matrices,
+)
 from prunelens.prune.scores import INTEGERS, NARROW, Scored
-from prunelens.prune.selection import Kept, select
+from prunelens.prune.selection import Kept, check_groups, select
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +95,7 @@ def prune_model(
         are NaN or infinite, where a pattern divides no row, and as `prunable_matrices`.
     """
     _check(pruning, calibration, input_norms)
+    check_prunable(lm, pruning)
     matrices = prunable_matrices(lm, lm_head=pruning.lm_head)
     shapes = {name: matrix_shape(module) for name, module in matrices.items()}
     _make_editable(lm, matrices)
@@ -111,6 +118,15 @@ def prune_model(
     if blind:
         _tell_of_zero_inputs(lm.label, pruning, blind, len(shapes))
     return Pruned(masks, report, updates)
+
+
+def check_prunable(lm: LanguageModel, pruning: PruningConfig) -> None:
+    """Refuse what the model's architecture does not allow; its weights are not looked at.
+
+    Raises: UserError as `linear_matrices`, and where a pattern divides no row.
+    """
+    for name, module in linear_matrices(lm, lm_head=pruning.lm_head).items():
+        check_groups(name, matrix_shape(module)[1], pruning.group)
 
 
 @torch.no_grad()

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from prunelens import offload
 from prunelens.errors import UserError
-from prunelens.model import LanguageModel, run_to_site
+from prunelens.model import LanguageModel, hidden_of, run_to_site
 from prunelens.prune.matrices import as_matrix, matrix_shape, prunable_matrices
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def norms_upwards(
     Args: as `input_norms`; `progress` counts up to the number of windows over all blocks together.
     Raises: UserError as `input_norms`, and where blocks take more than the block before gives.
     """
-    _check_replayable(lm, calibration)
+    check_replayable(lm, calibration)
     for squares in _upwards(lm, calibration, _summing_squares, progress):
         yield _norms(lm, squares)
 
@@ -103,7 +104,7 @@ def products_upwards(
     As `norms_upwards`, in float32 throughout: SparseGPT adds a hundredth of its mean diagonal,
     which is far above what rounding takes.
     """
-    _check_replayable(lm, calibration)
+    check_replayable(lm, calibration)
     for products in _upwards(lm, calibration, _summing_products, progress):
         _check_sums(lm, products)
         yield products
@@ -147,8 +148,7 @@ class _Call(NamedTuple):
 
     def run(self, block: nn.Module, inputs: Tensor) -> Float[Tensor, "windows context d_model"]:
         """The block's output."""
-        output = block(inputs, *self.arguments, **self.keywords)
-        return output[0] if isinstance(output, tuple) else output
+        return hidden_of(block(inputs, *self.arguments, **self.keywords))
 
 
 class _Forward(NamedTuple):
@@ -164,6 +164,10 @@ class _Reached(Exception):  # noqa: N818 (no error: it ends a forward pass early
     """The last block of interest was called."""
 
 
+class _ByKeywordError(Exception):
+    """A block is not handed its input first, so it is not known which argument that is."""
+
+
 def _calls(lm: LanguageModel, tokens: Tensor) -> list[_Call]:
     """What every block is called with besides its input."""
     return _forward(lm, tokens, lm.blocks, keep_inputs=False).calls
@@ -176,6 +180,8 @@ def _forward(
     record = _Forward([], [])
 
     def catch(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if not arguments:
+            raise _ByKeywordError
         inputs, *others = arguments
         if keep_inputs:
             record.inputs.append(inputs)
@@ -192,7 +198,7 @@ def _forward(
     return record
 
 
-def _check_replayable(lm: LanguageModel, calibration: Tensor) -> None:
+def check_replayable(lm: LanguageModel, calibration: Tensor) -> None:
     """Raises UserError where blocks cannot be run one by one."""
     if problem := _not_replayable(lm, calibration):
         raise UserError(
@@ -208,7 +214,10 @@ def _not_replayable(lm: LanguageModel, calibration: Tensor) -> str | None:
     Returns: which block takes more; None where all is well.
     """
     texts = [calibration[:1], calibration[:1].flip(1)]
-    truth = [_forward(lm, text, lm.blocks) for text in texts]
+    try:
+        truth = [_forward(lm, text, lm.blocks) for text in texts]
+    except _ByKeywordError:
+        return f"those of {lm.label} are not handed it as their first argument"
     calls = _calls(lm, texts[1])
     hidden = [forward.inputs[0] for forward in truth]
     for index, block in enumerate(lm.blocks[:-1]):
@@ -265,16 +274,43 @@ def _summing(
 
         return add
 
+    products: dict[nn.Module, Callable[..., None]] = {}
     with contextlib.ExitStack() as stack:
         for name, module in modules.items():
             hook = adder(name, matrix_shape(module)[1], offload.execution_device(module))
             stack.callback(module.register_forward_pre_hook(hook).remove)
+            products[module] = hook
+        stack.enter_context(_Products(products))
         yield sums
     if unreached := [name for name in modules if name not in reached]:
         raise UserError(
             f"pruning: calibration never reached {unreached[0]}, so its inputs are not known; prune"
             " by magnitude"
         )
+
+
+class _Products(TorchFunctionMode):
+    """While open, a linear layer's inputs are seen where its weight is multiplied without it, too.
+
+    Mamba's blocks do so with dt_proj: weight @ inputs, whose bias is added later on.
+    """
+
+    def __init__(self, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
+        super().__init__()
+        self._hooks = hooks
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _MATMULS and isinstance(args[0], nn.Parameter):
+            for module, hook in self._hooks.items():
+                # Looked up anew: of an offloaded layer it is another one in every call.
+                if isinstance(module, nn.Linear) and module._parameters["weight"] is args[0]:
+                    hook(module, (args[1].transpose(-2, -1),))
+        return func(*args, **(kwargs or {}))
+
+
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 class _Sum(NamedTuple):

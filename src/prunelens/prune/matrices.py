@@ -33,8 +33,9 @@ def linear_matrices(lm: LanguageModel, *, lm_head: bool = False) -> dict[str, nn
     Args:
         lm: the model.
         lm_head: whether the output head counts too; tied to the embedding, its weight is the same.
-    Raises: UserError where the blocks hold no such module, or the stacked experts of a mixture,
-        which are no linear layers; where the head is asked for and is none.
+    Raises: UserError where the blocks hold no such module, or stacked matrices (the experts of a
+        mixture, gates of RecurrentGemma), which are no linear layers; where the head is asked for
+        and is none.
     """
     inside = {id(module) for block in lm.blocks for module in block.modules()}
     outside = [lm.model.get_input_embeddings(), lm.model.get_output_embeddings()]
@@ -63,7 +64,7 @@ def linear_matrices(lm: LanguageModel, *, lm_head: bool = False) -> dict[str, nn
                 found[name] = module
                 seen.add(identity(module))
         else:
-            _check_no_experts(name, module)
+            _check_no_stacks(name, module)
     if not found:
         raise UserError(
             f"pruning: the blocks of {lm.label} hold no nn.Linear or Conv1D; nothing can be pruned"
@@ -119,11 +120,19 @@ def _check_editable(name: str, module: nn.Linear | Conv1D) -> None:
         )
 
 
-def _check_no_experts(name: str, module: nn.Module) -> None:
-    """Stacked experts would stay dense unnoticed; a convolution's kernel is no linear layer."""
+def _check_no_stacks(name: str, module: nn.Module) -> None:
+    """Stacked matrices would stay dense unnoticed; kernels and vectors are no linear layers."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return
+    of_experts = "expert" in f"{name} {type(module).__name__}".lower()
+    kind = (
+        "mixtures of experts" if of_experts else f"the stacked matrices of {type(module).__name__}"
+    )
     for own, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim >= 3 and not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        shape = list(parameter.shape)
+        # Some stack experts along the rows of one matrix (DBRX).
+        if min(shape[-2:]) > 1 and (len(shape) >= 3 or (of_experts and len(shape) == 2)):
             raise UserError(
-                f"pruning: {name}.{own} has shape {list(parameter.shape)}; mixtures of experts"
-                " cannot be pruned yet, use a dense architecture"
+                f"pruning: {name}.{own} has shape {shape}, and {kind} cannot be pruned; use an"
+                " architecture of linear layers, or study the dense model alone"
             )

@@ -26,8 +26,8 @@ from prunelens.config import (
 from prunelens.corpus import TokenSplits, fingerprint, split_documents, split_tokens, windows
 from prunelens.errors import UserError
 from prunelens.match import MatchRates, match_dictionaries, match_rates
-from prunelens.model import LanguageModel, load_model, model_fingerprint
-from prunelens.prune.apply import Pruned, prune_model
+from prunelens.model import LanguageModel, described_model, load_model, model_fingerprint
+from prunelens.prune.apply import Pruned, check_prunable, prune_model
 from prunelens.prune.calibrate import input_norms
 from prunelens.prune.checkpoint import (
     check_target,
@@ -67,6 +67,7 @@ def prune_checkpoint(
     """
     check_target(out)
     device = resolve_device(device)
+    check_prunable(described_model(model), pruning)  # in seconds, before anything is read
     if block_by_block or not pruning.is_calibrated:
         try:
             return _pruned_on_disk(model, pruning, corpus, out, device, sharing)

@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunelens.activations import STORAGE
-from prunelens.checkpoint import model_shape, text_config
+from prunelens.checkpoint import FAILURES, model_shape, text_config
 from prunelens.config import ModelConfig, StudyConfig
+from prunelens.errors import UserError
 from prunelens.match import match_dictionaries
 from prunelens.model import LanguageModel, as_language_model, forward_tokens, run_to_site
 from prunelens.sae.training import Training
@@ -145,14 +146,24 @@ def _one_block(model: ModelConfig, device: str) -> LanguageModel:
     from transformers import AutoModelForCausalLM
 
     text = text_config(model)
-    fields = text.to_dict() | {"num_hidden_layers": 1, "vocab_size": VOCABULARY}
-    fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    if fields.get("layer_types"):
-        fields["layer_types"] = fields["layer_types"][:1]
-    with torch.random.fork_rng(devices=[]):
-        built = AutoModelForCausalLM.from_config(
-            type(text)(**fields), dtype=getattr(torch, model.dtype), trust_remote_code=False
-        )
+    depth = text.num_hidden_layers
+    fields = {
+        name: value[:1] if isinstance(value, list | tuple) and len(value) == depth else value
+        for name, value in text.to_dict().items()
+        if name != "per_layer_config"  # of Gemma 4, made of the others
+    } | {"num_hidden_layers": 1, "vocab_size": VOCABULARY}
+    fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            built = AutoModelForCausalLM.from_config(
+                type(text)(**fields), dtype=getattr(torch, model.dtype), trust_remote_code=False
+            )
+    except FAILURES as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0][:150]
+        raise UserError(
+            f"models.name: no model of one block can be made of {model.label} to be timed ({why});"
+            " plan with --no-calibration or --rates"
+        ) from None
     return as_language_model(built.to(device), label=model.label)
 
 

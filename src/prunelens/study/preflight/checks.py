@@ -11,6 +11,7 @@ from prunelens.config import ModelConfig, PruningConfig, StudyConfig
 from prunelens.study.cost import sae_size
 from prunelens.study.matrix import Plan
 from prunelens.study.preflight.finding import Finding
+from prunelens.study.preflight.model_checks import model_checks
 
 DENSE_CODE = 0.5  # k of a TopK SAE, as a share of d_model, from which a code is hardly sparse
 LEAST_TOKENS = 20  # distinct training tokens per latent
@@ -34,6 +35,7 @@ def study_checks(plan: Plan, shapes: Mapping[str, ModelShape]) -> Iterator[Findi
             config = text_config(model)
             for check in _MODEL_CHECKS:
                 yield check(study, model, config)
+            yield from model_checks(study, model)
             yield from _pruned_at_all(study, model, shape)
         yield from _sae_sizes(study, model, shape)
     yield from _duplicates(plan)

@@ -30,6 +30,7 @@ from prunelens.study.preflight.hours import (
     study_tasks,
     work_of,
 )
+from prunelens.study.preflight.model_checks import site_checks
 from prunelens.study.preflight.room import machine_memory
 from prunelens.study.preflight.simulate import Task, simulate
 from prunelens.study.preflight.text_checks import text_checks
@@ -102,10 +103,19 @@ def preflight(
     device = resolve_device(device)
     plan = plan_study(study, resolve=not _is_on_the_hub(study))
     shapes = {model.label: model_shape(model) for model in study.models}
+    folder = out or pathlib.Path("runs") / study.name
+    room = cheap_checks(plan, shapes, folder / "artifacts", device)
+    checks = list(room.findings)
+    for model in study.models:
+        if not model.is_planted:
+            checks += [found for found in site_checks(model) if found not in checks]
+    if any(found[:2] == ("error", "architecture") for found in checks):
+        calibration_seconds = 0.0  # it cannot be run: that is told at once
     loads = calibration_seconds > 0
     access = list(access_checks(study))
     answers = all(found.level == "ok" for found in access)
-    texts = list(text_checks(study, hub_answers=answers, device=device, load=loads))
+    checks += access
+    checks += text_checks(study, hub_answers=answers, device=device, load=loads)
     started = time.perf_counter()
     speeds = given_rates(rates) if rates else measured_rates(study, device, calibration_seconds)
     calibrated = time.perf_counter() - started
@@ -125,9 +135,6 @@ def preflight(
         all_works += works
         all_stages |= stages
     hours = hours_of(all_works, speeds)
-    folder = out or pathlib.Path("runs") / study.name
-    room = cheap_checks(plan, shapes, folder / "artifacts", device)
-    checks = [*room.findings, *access, *texts]
     return Preflight(
         rows,
         dict(collections.Counter(stage.name for stage in all_stages.values())),

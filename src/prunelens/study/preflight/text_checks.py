@@ -24,10 +24,11 @@ from prunelens.corpus import (
     token_rows,
 )
 from prunelens.errors import UserError
-from prunelens.model import load_model
+from prunelens.model import LanguageModel, load_model
 from prunelens.panics import TOKENIZER_FIX, panics_told
 from prunelens.perplexity import measure_perplexity
 from prunelens.study.preflight.finding import Finding
+from prunelens.study.preflight.model_checks import running_checks
 
 PROBE = "The quick brown fox"
 DOCUMENTS_LOOKED_AT, LOOKED_AT = 100, 1000  # of each document so many characters
@@ -37,7 +38,9 @@ EVAL_TOKENS, TRAIN_TOKENS = 4096, 200_000  # of the sanity check, at most
 def text_checks(
     study: StudyConfig, *, hub_answers: bool, device: str, load: bool
 ) -> Iterator[Finding]:
-    """BOS, length of the text, and the dense model's perplexity; what is skipped is named.
+    """BOS, length of the text, how the dense model runs, and its perplexity.
+
+    What is skipped is named.
 
     Args:
         study: whose models and text are looked at.
@@ -71,7 +74,9 @@ def text_checks(
         elif not (text_is_here(study.corpus) or hub_answers):
             yield Finding("ok", "perplexity", "skipped: the text is on the hub, out of reach")
         else:
-            yield perplexity_check(study, model, device=device)
+            lm = load_model(model, device=device)
+            yield from running_checks(study, model, lm)
+            yield perplexity_check(study, model, lm)
 
 
 def text_is_here(corpus: CorpusConfig) -> bool:
@@ -215,16 +220,15 @@ def text_check(study: StudyConfig, model: ModelConfig) -> Iterator[Finding]:
 # --- can the model read the text? ---------------------------------------------------------------
 
 
-def perplexity_check(study: StudyConfig, model: ModelConfig, *, device: str) -> Finding:
+def perplexity_check(study: StudyConfig, model: ModelConfig, lm: LanguageModel) -> Finding:
     """The dense model's perplexity on a little eval text, against a unigram model's.
 
     The unigram model has the token counts of the train split, one added to each of the vocabulary.
     A model that is worse has another tokenizer's ids or broken weights. Of ready-made token ids
     nobody knows whether they are language, so there it is no more than a warning.
 
-    Raises: UserError as `load_model` and `split_tokens`.
+    Raises: UserError as `split_tokens` and `logits`.
     """
-    lm = load_model(model, device=device)
     corpus = _a_little(study.corpus)
     splits = split_tokens(corpus, lm.tokenizer, only=("train", "eval_first"))
     result = measure_perplexity(
