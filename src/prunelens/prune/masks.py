@@ -20,6 +20,7 @@ from torch import Tensor
 from prunelens.errors import UserError
 from prunelens.prune.scores import Scored
 from prunelens.prune.selection import Kept, select
+from prunelens.temporary import replacing
 
 FORMAT = "prunelens-masks-1"
 MASKS_FILE = "prune_masks.safetensors"  # beside a checkpoint that is passed on
@@ -109,9 +110,8 @@ def save_masks(masks: Mapping[str, Bool[Tensor, "_output _input"]], path: pathli
     described = {"format": FORMAT, "shapes": dict(_shapes(masks))}
     # One key: several would be written in any order.
     metadata = {"masks": json.dumps(described)}
-    partial = path.with_name(path.name + ".partial")
-    safetensors.numpy.save_file(packed, partial, metadata=metadata)
-    partial.replace(path)
+    with replacing(path) as file:
+        safetensors.numpy.save_file(packed, file, metadata=metadata)
 
 
 def load_masks(path: pathlib.Path) -> PackedMasks:

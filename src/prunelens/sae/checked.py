@@ -7,7 +7,6 @@ the SHA-256 of everything else in it. A sum in a file of its own could be that o
 from __future__ import annotations
 
 import hashlib
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -16,6 +15,8 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from prunelens.temporary import flush, replacing
 
 
 class Checked(NamedTuple):
@@ -30,11 +31,9 @@ class Checked(NamedTuple):
 def save_checked(tensors: Mapping[str, Tensor], path: pathlib.Path, *, note: str) -> None:
     """Write tensors and a note beside `path`, then put them in place at once."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    partial = path.with_name(path.name + ".partial")
-    save_file(kept, partial, metadata={"note": note, "sha256": _sha256(kept, note)})
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with replacing(path) as file:
+        save_file(kept, file, metadata={"note": note, "sha256": _sha256(kept, note)})
+        flush(file)
 
 
 def load_checked(path: pathlib.Path) -> Checked:
