@@ -308,18 +308,6 @@ def test_a_damaged_checkpoint_is_refused_whole(checkpoint_folder, tmp_path, dama
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("block_by_block", [False, True])
-def test_a_generation_config_that_is_none_is_told(checkpoint_folder, tmp_path, block_by_block):
-    folder, corpus = tmp_path / "model", study_from_data({}).corpus
-    shutil.copytree(checkpoint_folder, folder)
-    (folder / "generation_config.json").write_text("[]")
-    model, out = ModelConfig(name=str(folder)), tmp_path / "out"
-    options = {"block_by_block": block_by_block}
-    with pytest.raises(UserError, match=r"^models\.name: .*'list' object is not a mapping"):
-        prune_checkpoint(model, pruning_of("magnitude-global"), corpus, out, "cpu", **options)
-    assert not out.exists()
-
-
 # Files as memory
 
 

@@ -80,7 +80,7 @@ def test_a_path_that_would_be_obeyed_is_told_harmlessly(command, monkeypatch, ca
 def test_reasons_in_a_received_folder_are_told_harmlessly(monkeypatch, capsys):
     row = {"run": f"m/{C1}", "status": "failed", "present": 0, "stages": 1}
     rows = [{**row, "reason": f"{RED}{TITLE}[red]"}]
-    monkeypatch.setattr("prunelens.study.folder.study_status", lambda _: rows)
+    monkeypatch.setattr("prunelens.study.folder.study_status", lambda *_: rows)
     monkeypatch.setattr("sys.argv", ["prunelens", "status", "."])
     with pytest.raises(SystemExit):
         main()
