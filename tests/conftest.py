@@ -21,10 +21,16 @@ from prunelens.cli import main
 from prunelens.model import LanguageModel, as_language_model
 
 ARCHITECTURES = ("llama", "gemma2", "gemma3", "gpt2")
+LONGEST = ("test_kill", "test_cluster", "test_examples", "test_selftest")
 VOCABULARY, CONTEXT = 128, 64
 TEXT = (
     "def greet(name):\n    return 'hello ' + name\n\nThe quick brown fox jumps over the lazy dog.\n"
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: at the end, the other process would wait for them."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.hookimpl(tryfirst=True)

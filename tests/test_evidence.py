@@ -31,7 +31,7 @@ from prunelens.sae.topk import TopKSAE
 from prunelens.study import evidence_stages
 from prunelens.study.artifacts.store import Source, Stage
 from prunelens.study.work import Work, write_json
-from test_pretrained import local, sae_lens, saved  # noqa: F401 a fixture
+from test_pretrained import local, saved
 
 CONTEXT, SKIP = 7, 1
 
