@@ -440,7 +440,7 @@ def test_directions():
         ("Standard", {"normalize_activations": "layer_norm"}),
     ],
 )
-def test_directions_of_saes_of_others(sae_lens, tmp_path, architecture, options):  # noqa: F811
+def test_directions_of_saes_of_others(sae_lens, tmp_path, architecture, options):
     saved(sae_lens, tmp_path, architecture=architecture, **options)
     sae = local(tmp_path)
     token = torch.ones(1, sae.d_model) + torch.arange(sae.d_model) / 8
