@@ -3,17 +3,19 @@
 .venv/bin/python tools/write_models.py
 
 Of each class a tiny random model is made, saved, loaded as a user's would be, and tried. What
-stands between `<!-- models: begin -->` and `<!-- models: end -->` is written anew. Takes about 20
+stands between `<!-- models: begin -->` and `<!-- models: end -->` is written anew. Takes about 10
 minutes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import pathlib
 import re
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -287,7 +289,7 @@ def _longest(lm: LanguageModel) -> str:
 def study_of(kind: str) -> str:
     """A study to its tables: of the dense model and a pruned one, or of the dense model alone."""
     wanda = {"criterion": "wanda", "scope": "row", "sparsities": [0.5]}
-    for prunings, answer in (([wanda], "yes"), ([], "of the dense model alone")):
+    for prunings, answer in (([wanda], "yes"), ([], "dense alone")):
         with tempfile.TemporaryDirectory() as folder:
             _save(kind, folder)
             try:
@@ -342,27 +344,20 @@ def _tokens(windows: int, context: int = 16) -> torch.Tensor:
 
 def main() -> None:
     """Write what stands between the two marks."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(before + BEGIN + table() + END + after, encoding="utf-8")
 
 
 def table() -> str:
-    """Every class, the studies that were run, what each word stands for, what could not be made."""
+    """Every class, what each word stands for, what could not be made."""
     rows, unmade = _rows()
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for kind, found in rows.values():
-        alike.setdefault(cells(found), []).append(kind)
     lines = [
         f"transformers {transformers.__version__}: {len(rows)} classes.\n\n",
-        "| class | prunes | block by block | resid_post | mlp_out | attn_out | causal | window |\n",
-        "|" + "---|" * 8 + "\n",
-        *(line(name, found) for name, (_, found) in rows.items()),
-        "\nA study was run to its tables with one class of each pattern of this table:\n\n",
-        *(f"- `{NAMES[kinds[0]]}`: {_word(study_of(kinds[0]))}\n" for kinds in alike.values()),
+        "| class | prunes | block by block | resid_post | mlp_out | attn_out | causal | window"
+        " | study |\n",
+        "|" + "---|" * 9 + "\n",
+        *(f"{line(name, row)} {_word(study)} |\n" for name, (row, study) in rows.items()),
         "\nThe words, and how one of the models is refused:\n\n",
         *(f"- *{word}*: `{told}`\n" for word, told in _told(rows.values()).items()),
         "\nNo small model could be made of:\n\n",
@@ -372,40 +367,56 @@ def table() -> str:
 
 
 def line(name: str, found: Row) -> str:
-    """A class's line of the table."""
-    return f"| `{name}` | {' | '.join(cells(found))} |\n"
-
-
-def cells(found: Row) -> tuple[str, ...]:
-    """Each cell in a word or two."""
-    return tuple(_word(cell) for cell in found)
+    """A class's line of the table, without its last cell: what became of a study."""
+    return f"| `{name}` | {' | '.join(_word(cell) for cell in found)} |"
 
 
 def _word(cell: str) -> str:
     return next((word for says, word in CODES.items() if says in cell), cell)
 
 
-def _rows() -> tuple[dict[str, tuple[str, Row]], dict[str, str]]:
-    """By class: the model type that was tried, and its row; why there is none."""
-    rows: dict[str, tuple[str, Row]] = {}
+def _rows() -> tuple[dict[str, tuple[Row, str]], dict[str, str]]:
+    """By class: its row, and what became of a study; why there is none."""
+    rows: dict[str, tuple[Row, str]] = {}
     unmade: dict[str, str] = {}
-    for kind, name in NAMES.items():
-        if name in rows:
-            continue
-        try:
-            rows[name] = (kind, row(kind))
-        except Exception as error:  # foreign code: whatever stops it is told on the page
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            unmade[name] = why[:150].replace("|", "/")
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(mp_context=spawn, initializer=_quietly) as pool:
+        for kind, found in zip(NAMES, pool.map(_tried, NAMES), strict=True):
+            if isinstance(found, str):
+                unmade[NAMES[kind]] = found
+            else:
+                rows.setdefault(NAMES[kind], found)
     rows = dict(sorted(rows.items(), key=lambda each: each[0].lower()))
     return rows, {name: why for name, why in unmade.items() if name not in rows}
+
+
+def _quietly() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
+def _tried(kind: str) -> tuple[Row, str] | str:
+    """A model type's row and study; why no small model could be made of it."""
+    try:
+        found = row(kind)
+    except Exception as error:  # foreign code: whatever stops it is told on the page
+        return _in_a_line(error)
+    try:
+        return found, study_of(kind)
+    except Exception as error:
+        return found, _in_a_line(error)
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:150].replace("|", "/")
 
 
 def _told(rows: Any) -> dict[str, str]:
     """The first refusal behind each word."""
     told: dict[str, str] = {}
-    for _, found in rows:
-        for cell in found:
+    for found, study in rows:
+        for cell in (*found, study):
             if (word := _word(cell)) != cell:
                 told.setdefault(word, cell)
     return dict(sorted(told.items()))
