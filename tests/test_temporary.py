@@ -99,6 +99,19 @@ def test_what_killed_processes_left_goes_with_the_next(tmp_path, name):
     assert names(tmp_path) == sorted([name, other.name, mine.name])
 
 
+def test_what_others_call_alike_is_theirs(tmp_path):
+    """The folder beside which an export is written may be anybody's."""
+    theirs = [".x.backup.tmp", ".x.tmp", ".x.a-1-b.tmp", ".x.notes-2024-draft.tmp", "x.1.tmp"]
+    for name in theirs:
+        (tmp_path / name).write_text("years of work")
+        os.utime(tmp_path / name, (0, 0))
+    for writing in (new_folder, replacing):
+        with writing(tmp_path / "x") as new:
+            write(new, "new") if writing is new_folder else new.write_text("new")
+        remove(tmp_path / "x")
+    assert names(tmp_path) == sorted(theirs)
+
+
 def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "a.txt").write_text("mine")

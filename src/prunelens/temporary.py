@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import psutil
 
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and the flag, as Linux numbers them
+_OURS = re.compile(r".+\.[A-Za-z0-9]*-\d+-[0-9a-f]{8}\.tmp")
 FORGOTTEN_SECONDS = 86_400.0  # age at which what another machine left unfinished is nobody's
 
 
@@ -82,11 +83,19 @@ def _exchange(temporary: pathlib.Path, final: pathlib.Path) -> None:
         old.rename(temporary)
 
 
+def left_beside(folder: pathlib.Path, name: str = "*") -> Iterator[pathlib.Path]:
+    """What killed processes left of the files and folders of some name (a glob) in a folder.
+
+    The folder may be anybody's: what is not called as `temporary_beside` does is not ours.
+    """
+    for path in folder.glob(f".{name}.*.tmp"):
+        if _OURS.fullmatch(path.name) and is_left(path):
+            yield path
+
+
 def _sweep(final: pathlib.Path) -> None:
-    """Remove what killed processes left of a file or folder beside it."""
-    for left in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
-        if is_left(left):
-            remove(left)
+    for left in left_beside(final.parent, glob.escape(final.name)):
+        remove(left)
 
 
 def remove(path: pathlib.Path) -> None:

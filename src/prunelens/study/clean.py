@@ -17,7 +17,7 @@ from prunelens.study.conclude import predictor_stage
 from prunelens.study.folder import open_study
 from prunelens.study.matrix import STORES, Plan, parents_first
 from prunelens.study.preflight.room import bytes_written
-from prunelens.temporary import is_left, remove
+from prunelens.temporary import left_beside, remove
 
 DAMAGED = "was found damaged and set aside"
 KILLED = "left half-written by a process that was killed"
@@ -103,8 +103,7 @@ def _unneeded(plan: Plan, store: Store) -> Iterator[tuple[pathlib.Path, str]]:
 def _half_written(out: pathlib.Path) -> list[pathlib.Path]:
     """What killed processes left of pages, tables, figures and the explorer."""
     places = (out, out / "tables", out / "figures")
-    found = (path for place in places if not place.is_symlink() for path in place.glob(".*.tmp"))
-    return sorted(path for path in found if is_left(path))
+    return sorted(path for p in places if not p.is_symlink() for path in left_beside(p))
 
 
 def _folders(above: pathlib.Path) -> list[pathlib.Path]:
