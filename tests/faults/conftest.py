@@ -11,7 +11,7 @@ import pytest
 from faults.kill import results_of
 from prunelens.config import StudyConfig, study_from_data
 from prunelens.report.write import run_and_report
-from tiny_study import run_with_pool, tiny_study, write_text
+from tiny_study import tiny_study, write_text
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,17 +61,18 @@ def tiny_data(
 
 
 @pytest.fixture(scope="session")
-def finished(
-    tiny_data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, pool: pathlib.Path
-) -> Finished:
-    """An undisturbed run; copy it before changing it."""
+def finished(tiny_data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """An undisturbed run, with nothing from `pool`: whoever has all answers makes no activations.
+
+    Copy it before changing it.
+    """
     folder = tmp_path_factory.mktemp("finished") / "tiny"
     study = study_from_data(tiny_data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prunelens.report.write.write_figures", lambda *_: [])
         patch.setattr("prunelens.report.write.write_page", lambda *_: None)
         keeping = study_from_data({**tiny_data, "keep_activations": True})
-        run_with_pool(keeping, folder, pool)
+        run_and_report(keeping, folder, quiet=True)
         kept = shutil.copytree(folder, folder.with_name("kept"))
         run_and_report(study, folder, quiet=True)
     assert not list(folder.glob("artifacts/activations/*"))
