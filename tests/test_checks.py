@@ -39,6 +39,7 @@ from prunelens.study.preflight.text_checks import (
     text_check,
     unigram_nll,
 )
+from prunelens.study.run import run_study
 from prunelens.study_file import read_study
 from tiny_study import tiny_study, write_text
 
@@ -394,6 +395,38 @@ def test_a_plan_refuses_the_text_that_a_run_refuses_in_the_same_words(kind, data
     assert expected in planned
 
 
+@pytest.mark.parametrize("kind", ["ids", "other ids", "eval", "text", "max_tokens"])
+def test_a_plan_refuses_what_the_stages_of_a_run_would(kind, data, tmp_path):
+    """The run goes on without what failed, so it is asked for the reason."""
+    rows = torch.randint(1, 200, (400, 16), generator=torch.Generator().manual_seed(0))
+    expected = "perplexity.context_tokens: 64 is more than the "
+    if kind == "ids":
+        rows[::7, 3] = 2**20
+        data = of_rows(data, tmp_path, rows)
+        expected = f"corpus: token id {2**20} is outside the vocabulary of tiny-llama ("
+    elif kind == "other ids":
+        rows[5, 3] = 70_000
+        ids = of_rows(data, tmp_path, rows)["corpus"]
+        data["perplexity"] = {"context_tokens": [16], "corpus": ids}
+        expected = "corpus: token id 70000 is outside the vocabulary of tiny-llama ("
+    elif kind == "eval":
+        data["corpus"]["eval_tokens"] = 48
+        data["perplexity"] = {"context_tokens": [16, 64]}
+    elif kind == "text":
+        (tmp_path / "short.txt").write_text("The quick brown fox")
+        short = {"source": "files", "paths": [str(tmp_path / "short.txt")]}
+        data["perplexity"] = {"context_tokens": [64], "corpus": short}
+    else:
+        data["perplexity"] = {"context_tokens": [16], "max_tokens": 14}
+        expected = "perplexity.max_tokens: 14 is less than one window of 16 tokens"
+    study = study_from_data(data)
+    with pytest.raises(UserError) as planned:
+        preflight(study, calibration_seconds=0)
+    assert str(planned.value).startswith(expected)
+    ran = run_study(study, tmp_path / "out", quiet=True)
+    assert str(planned.value) in str([*(run.reason for run in ran.results), *ran.failures])
+
+
 def test_a_plan_counts_no_further_than_is_wanted(data, monkeypatch):
     """4,800 tokens of 400 lines of 25 or more: 64 of each split and some."""
     path = pathlib.Path(data["corpus"]["paths"][0])
@@ -412,14 +445,15 @@ def test_a_plan_counts_no_further_than_is_wanted(data, monkeypatch):
     assert 0 < len(read) < 400
 
 
-def test_text_out_of_reach_is_skipped(data, tmp_path):
+def test_text_out_of_reach_is_skipped(data, tmp_path, monkeypatch):
     study = study_from_data(data)
     away = study.models[0].model_copy(update={"name": "org/not-here"})
     (finding,) = text_check(study, away)
     assert (finding.level, "not on this machine" in finding.what) == ("ok", True)
     ids = study_from_data(of_rows(data, tmp_path, torch.arange(1, 16 * 99 + 1).view(99, 16)))
-    with pytest.raises(UserError, match="is more than the text holds"):
-        list(text_check(ids, away))
+    monkeypatch.setattr("prunelens.study.preflight.text_checks.is_here", lambda _model: False)
+    with pytest.raises(UserError, match="is more than the text holds"):  # its config is known
+        list(text_check(ids, ids.models[0]))
 
 
 # --- does the model allow what is asked? --------------------------------------------------------
@@ -555,8 +589,6 @@ def test_unigram_nll_is_what_counting_gives():
     listed = train.tolist()
     expected = -sum(math.log((listed.count(t) + 1) / (300 + 10)) for t in held_out.tolist()) / 40
     assert unigram_nll(train, held_out, 10) == pytest.approx(expected, rel=1e-12)
-    with pytest.raises(UserError, match="a token id 8 is outside the model's vocabulary of 8"):
-        unigram_nll(train, torch.tensor([8], dtype=torch.int32), 8)
 
 
 def test_a_model_worse_than_a_unigram_model_is_an_error(data, tmp_path):

@@ -44,7 +44,7 @@ from prunelens.text import (
 __all__ = [
     "Document",
     "TokenSplits",
-    "check_joined",
+    "check_ids",
     "check_splits",
     "document_groups",
     "documents",
@@ -127,7 +127,7 @@ def split_tokens(
         there is; where `bos: always` meets a tokenizer without BOS.
     """
     bos_token = _bos_token(config, tokenizer)
-    kept = _filled(config, tokenizer, bos_token, only, even, keep=True, progress=progress)
+    kept = _filled(config, tokenizer, bos_token, only, even, progress=progress)
     empty = DocumentStream(0, 0)
     joined = {s: kept.get(s, empty).joined() for s in TokenSplits._fields[:4]}
     streams = {split: stream for split, (stream, _) in joined.items()}
@@ -135,11 +135,38 @@ def split_tokens(
     return TokenSplits(**streams, **starts, bos_token=bos_token)
 
 
-def check_splits(config: CorpusConfig, tokenizer: Tokenizer | None) -> None:
+class LookedAt(NamedTuple):
+    """What `check_splits` has seen."""
+
+    eval_tokens: int
+    """That both halves of eval would hold, without BOS."""
+    highest_id: Int32[Tensor, ""]
+    """Of all tokens."""
+    bos_token: int | None
+    """What would open every window."""
+
+
+def check_splits(config: CorpusConfig, tokenizer: Tokenizer | None) -> LookedAt:
     """Refuse the text that `split_tokens` would refuse. It reads as far, and keeps no token."""
     splits = TokenSplits._fields[:4]
     bos_token = _bos_token(config, tokenizer)
-    _filled(config, tokenizer, bos_token, splits, splits[1:], keep=False, progress=None)
+    highest = torch.zeros((), dtype=torch.int32)
+
+    def look(ids: Tensor) -> None:
+        torch.maximum(highest, ids.max(), out=highest)
+
+    filled = _filled(config, tokenizer, bos_token, splits, splits[1:], look=look)
+    return LookedAt(sum(filled[half].quota for half in splits[2:]), highest, bos_token)
+
+
+def check_ids(ids: Int[Tensor, "*shape"], vocabulary_size: int, model: str) -> None:
+    """Raises UserError where a model, named by its label, has no such token."""
+    highest = int(ids.max()) if ids.numel() else 0
+    if highest >= vocabulary_size:
+        raise UserError(
+            f"corpus: token id {highest} is outside the vocabulary of {model}"
+            f" ({vocabulary_size} tokens); use text or ids made for this model"
+        )
 
 
 def split_documents(
@@ -188,15 +215,6 @@ def joined_stream(
     return _encoder(tokenizer, bos_token)([_joined_text(config)])[0], bos_token
 
 
-def check_joined(config: CorpusConfig, tokenizer: Tokenizer | None) -> None:
-    """Refuse the text that `joined_stream` would refuse. It is read, but not tokenised."""
-    _bos_token(config, tokenizer)
-    if config.source == "tokens":
-        token_rows(config)
-    else:
-        _joined_text(config)
-
-
 def _joined_text(config: CorpusConfig) -> str:
     if config.source == "stdlib":
         texts = [document.text for document in _stdlib_halves()[1]]
@@ -217,10 +235,10 @@ def _filled(
     only: Sequence[str],
     even: Sequence[str],
     *,
-    keep: bool,
-    progress: Callable[[int], None] | None,
+    look: Callable[[Tensor], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, DocumentStream]:
-    """The splits with their documents, or, without `keep`, with no more than their numbers."""
+    """The splits with their documents, or, where those are only looked at, with their numbers."""
     quotas = {s: count for s, count in _quotas(config, bos_token).items() if s in only}
     encode = (
         _rows_without(bos_token) if config.source == "tokens" else _encoder(tokenizer, bos_token)
@@ -228,6 +246,7 @@ def _filled(
     most = {
         s: max(quotas[s] // _LEAST_DOCUMENTS, config.context_tokens) for s in quotas if s in even
     }
+    keep = look is None
     kept = {s: DocumentStream(quotas[s], most.get(s, quotas[s]), keep=keep) for s in quotas}
     num_documents = 0
     for batch in _batches(_assigned(config, quotas)):
@@ -235,6 +254,8 @@ def _filled(
         wanted = [(split, content) for split, content in batch if kept[split].missing]
         for (split, _), ids in zip(wanted, encode([c for _, c in wanted]), strict=True):
             kept[split].add(ids)
+            if look and len(ids):
+                look(ids)
         if progress:
             progress(sum(part.quota - part.missing for part in kept.values()))
         if not any(part.missing for part in kept.values()):

@@ -35,6 +35,7 @@ from prunelens.checkpoint import (
     num_blocks,
 )
 from prunelens.config import ModelConfig, Site
+from prunelens.corpus import check_ids
 from prunelens.errors import UserError
 
 if TYPE_CHECKING:
@@ -357,13 +358,8 @@ def _checked(lm: LanguageModel, tokens: Tensor) -> Tensor:
             f"corpus.context_tokens: {tokens.shape[-1]} is more than the {limit} that {lm.label}"
             f" takes; lower it to {limit}"
         )
-    if tokens.device.type == "cpu" and tokens.numel():
-        highest = int(tokens.max())
-        if highest >= lm.vocabulary_size:
-            raise UserError(
-                f"corpus: token id {highest} is outside the vocabulary of {lm.label}"
-                f" ({lm.vocabulary_size} tokens); use text or ids made for this model"
-            )
+    if tokens.device.type == "cpu":
+        check_ids(tokens, lm.vocabulary_size, lm.label)
     return tokens.to(lm.device)
 
 

@@ -65,17 +65,8 @@ def measure_perplexity(
     """
     context_tokens = min(context_tokens, lm.max_context_tokens or context_tokens)
     cut = windows(stream, context_tokens, bos_token)
-    if not len(cut):
-        raise UserError(
-            f"perplexity.context_tokens: {context_tokens} is more than the {len(stream)} tokens of"
-            " the text; lower it or give more text"
-        )
+    check_windows(len(cut), len(stream), context_tokens=context_tokens, max_tokens=max_tokens)
     most = len(cut) if max_tokens is None else max_tokens // (context_tokens - 1)
-    if not most:
-        raise UserError(
-            f"perplexity.max_tokens: {max_tokens} is less than one window of {context_tokens}"
-            f" tokens; raise it to at least {context_tokens - 1}"
-        )
     read = one_of_each_stretch(len(cut), most, seed=seed)
     per_batch = LOGITS_AT_ONCE.get(lm.device.type, 2**22) // (context_tokens * lm.vocabulary_size)
     means, num_tokens = [], 0
@@ -89,6 +80,22 @@ def measure_perplexity(
     # math.exp overflows above 709 nats, where the perplexity is as good as infinite.
     perplexity = math.inf if nll > 709 else math.exp(nll)
     return Perplexity(context_tokens, num_tokens, nll, perplexity, read, window_nll)
+
+
+def check_windows(
+    num_windows: int, num_tokens: int, *, context_tokens: int, max_tokens: int | None
+) -> None:
+    """Raises UserError where a text of so many whole windows and tokens gives none to score."""
+    if not num_windows:
+        raise UserError(
+            f"perplexity.context_tokens: {context_tokens} is more than the {num_tokens} tokens of"
+            " the text; lower it or give more text"
+        )
+    if max_tokens is not None and max_tokens < context_tokens - 1:
+        raise UserError(
+            f"perplexity.max_tokens: {max_tokens} is less than one window of {context_tokens}"
+            f" tokens; raise it to at least {context_tokens - 1}"
+        )
 
 
 def next_token_nll(

@@ -13,20 +13,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from prunelens.checkpoint import is_here, is_local, load_tokenizer
+from prunelens.checkpoint import is_here, is_local, load_tokenizer, longest_context, text_config
 from prunelens.config import CorpusConfig, ModelConfig, StudyConfig
 from prunelens.corpus import (
     Tokenizer,
-    check_joined,
+    check_ids,
     check_splits,
     documents,
+    joined_stream,
     split_tokens,
     token_rows,
 )
-from prunelens.errors import UserError
 from prunelens.model import LanguageModel, load_model
 from prunelens.panics import TOKENIZER_FIX, panics_told
-from prunelens.perplexity import measure_perplexity
+from prunelens.perplexity import check_windows, measure_perplexity
 from prunelens.study.preflight.finding import Finding
 from prunelens.study.preflight.model_checks import running_checks
 
@@ -201,8 +201,8 @@ def text_check(study: StudyConfig, model: ModelConfig) -> Iterator[Finding]:
     Raises: UserError as those stages.
     """
     texts = (
-        ("corpus", study.corpus, check_splits),
-        ("perplexity.corpus", study.perplexity.corpus, check_joined),
+        ("corpus", study.corpus, _check_corpus),
+        ("perplexity.corpus", study.perplexity.corpus, _check_text),
     )
     for field, corpus, check in texts:
         if corpus is None:
@@ -213,8 +213,34 @@ def text_check(study: StudyConfig, model: ModelConfig) -> Iterator[Finding]:
         elif not has_ids and not is_here(model):
             yield Finding("ok", "text", f"skipped: {model.label} is not on this machine")
         else:
-            check(corpus, None if has_ids else load_tokenizer(model))
+            check(study, model, None if has_ids else load_tokenizer(model))
             yield Finding("ok", "text", f"{field} is enough for {model.label}")
+
+
+def _check_corpus(study: StudyConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    seen = check_splits(study.corpus, tokenizer)
+    check_ids(seen.highest_id, text_config(model).vocab_size, model.label)
+    if study.perplexity.corpus is None:  # it is measured on eval
+        _check_lengths(study, model, seen.eval_tokens, seen.bos_token)
+
+
+def _check_text(study: StudyConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    assert study.perplexity.corpus
+    stream, bos_token = joined_stream(study.perplexity.corpus, tokenizer)
+    check_ids(stream, text_config(model).vocab_size, model.label)
+    _check_lengths(study, model, len(stream), bos_token)
+
+
+def _check_lengths(
+    study: StudyConfig, model: ModelConfig, num_tokens: int, bos_token: int | None
+) -> None:
+    longest = longest_context(text_config(model))
+    for context in study.perplexity.context_tokens:
+        context = min(context, longest or context)
+        num_windows = num_tokens // (context - (bos_token is not None))
+        check_windows(
+            num_windows, num_tokens, context_tokens=context, max_tokens=study.perplexity.max_tokens
+        )
 
 
 # --- can the model read the text? ---------------------------------------------------------------
@@ -227,7 +253,7 @@ def perplexity_check(study: StudyConfig, model: ModelConfig, lm: LanguageModel) 
     A model that is worse has another tokenizer's ids or broken weights. Of ready-made token ids
     nobody knows whether they are language, so there it is no more than a warning.
 
-    Raises: UserError as `split_tokens` and `logits`.
+    Raises: UserError as `split_tokens`, `logits` and `check_ids`.
     """
     corpus = _a_little(study.corpus)
     splits = split_tokens(corpus, lm.tokenizer, only=("train", "eval_first"))
@@ -237,6 +263,7 @@ def perplexity_check(study: StudyConfig, model: ModelConfig, lm: LanguageModel) 
         context_tokens=corpus.context_tokens,
         bos_token=splits.bos_token,
     )
+    check_ids(splits.train, lm.vocabulary_size, model.label)
     nll = unigram_nll(splits.train, splits.eval_first, lm.vocabulary_size)
     told = (
         f"{model.label} has perplexity {result.perplexity:,.4g} on {result.num_tokens:,} tokens,"
@@ -259,11 +286,6 @@ def unigram_nll(
     train: Int[Tensor, " train_tokens"], held_out: Int[Tensor, " tokens"], vocabulary_size: int
 ) -> float:
     """Mean -log p per token in nats, p = (count in `train` + 1) / (tokens + vocabulary)."""
-    if int(max(train.max(), held_out.max())) >= vocabulary_size:
-        raise UserError(
-            f"corpus: a token id {int(max(train.max(), held_out.max()))} is outside the model's"
-            f" vocabulary of {vocabulary_size}; use the tokenizer that belongs to the model"
-        )
     counts = torch.bincount(train.long(), minlength=vocabulary_size).double() + 1
     return float((counts.sum().log() - counts.log()[held_out.long()]).mean())
 
