@@ -30,6 +30,7 @@ from prunelens.sae.sparse import SparseEncoder, sparse_latents
 from prunelens.sae.topk import TopKSAE
 from prunelens.study import evidence_stages
 from prunelens.study.artifacts.store import Source, Stage
+from prunelens.study.stages import STAGES
 from prunelens.study.work import Work, write_json
 from test_pretrained import local, saved
 
@@ -384,7 +385,7 @@ def test_an_sae_of_others_is_read_beside_a_common_change_of_the_first_half(tmp_p
     )
     stage = Stage("evidence", 2, config, {}, source=source)
     work = Work(stage, parents, tmp_path, tmp_path.mkdir, "cpu", lambda _: None, tmp_path.mkdir)
-    evidence_stages.EVIDENCE_STAGES["evidence"](work)
+    STAGES["evidence"].made([work])
 
     found = pd.read_parquet(tmp_path / "persistence.parquet").set_index(["source", "latent"])
     first, second = (screened[part] for part in (screened < 500, screened >= 500))

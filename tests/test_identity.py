@@ -36,8 +36,8 @@ from prunelens.analyses.survival import Comparison, Dictionary
 from prunelens.match import match_rates
 from prunelens.sae import pattern
 from prunelens.sae.topk import TopKSAE
-from prunelens.study.arm_stages import ARM_STAGES
 from prunelens.study.artifacts.store import Stage
+from prunelens.study.stages import STAGES
 from prunelens.study.work import Work, write_json
 
 TAUS = (0.5, 0.7, 0.9)
@@ -304,7 +304,7 @@ def test_the_stage_matches_plain_pairs_once_more_with_the_null_in_the_place_of_t
     change.save(parents["common_change"] / "change.safetensors")
     stage, shares = Stage("activation_matching", 2, {"taus": TAUS}, {}), []
     work = Work(stage, parents, tmp_path, tmp_path.mkdir, "cpu", shares.append, tmp_path.mkdir)
-    ARM_STAGES["activation_matching"](work)
+    STAGES["activation_matching"].made([work])
 
     assert len(shares) == 6 and max(shares) <= 1  # four SAEs, two of them once more
     rates = pd.read_parquet(tmp_path / "rates.parquet")

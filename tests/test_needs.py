@@ -17,11 +17,11 @@ from prunelens.study import cluster, node, shared_folder, stages
 from prunelens.study.alone import alone_in
 from prunelens.study.artifacts.disk import DiskError
 from prunelens.study.artifacts.store import Store
-from prunelens.study.cost import KINDS
 from prunelens.study.matrix import parents_first
 from prunelens.study.needs import ON_DEVICE, Needs, needs_of, node_needs
 from prunelens.study.plan import plan_study
 from prunelens.study.run import run_study
+from prunelens.study.stages import STAGES
 from prunelens.study.work import Work
 from prunelens.study.worker import request_of
 from tiny_study import tiny_study, write_text
@@ -64,7 +64,7 @@ def test_a_gpu_goes_to_the_stages_that_compute_on_their_device_and_to_no_other(
     with alone_in(tmp_path / "out"):
         run_study(study, tmp_path / "out", device="cpu", quiet=True)
     assert made >= {stage.name for stage in all_stages(plan)}
-    assert asked == {name for name in made if KINDS.get(name) in ON_DEVICE}
+    assert asked == {name for name in made if STAGES[name].rate in ON_DEVICE}
     assert {"sae", "perplexity", "transfer", "causal", "persistence"} <= asked
     assert {"survival", "stability", "statistics", "fates"} <= made - asked
 
@@ -75,7 +75,7 @@ def test_every_stage_needs_its_threads_and_one_gpu_at_most(plan, gpu):
     for stage in all_stages(plan):
         need = needs[stage.identity]
         assert need.num_cpus == plan.study.threads_per_stage
-        assert need.num_gpus == int(gpu and KINDS.get(stage.name) in ON_DEVICE)
+        assert need.num_gpus == int(gpu and STAGES[stage.name].rate in ON_DEVICE)
         assert need.memory > 5e8  # a process with torch
 
 

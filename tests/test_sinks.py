@@ -14,7 +14,7 @@ from prunelens.report.summary import print_summary
 from prunelens.sae.quality import evaluate_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.question_stages import QUESTION_STAGES
+from prunelens.study.stages import STAGES
 from prunelens.study.work import Work, write_json
 from synthetic_results import synthetic_runs, synthetic_study, synthetic_tables
 
@@ -70,7 +70,7 @@ def made(tmp_path):
     write_json(parents["statistics"] / "variance.json", {"participation_ratio": ratio})
     stage = Stage("sinks", 1, {"max_norm_multiple": 10.0}, {})
     work = Work(stage, parents, tmp_path, tmp_path.mkdir, "cpu", lambda _: None, tmp_path.mkdir)
-    QUESTION_STAGES["sinks"](work)
+    STAGES["sinks"].made([work])
     table = pd.read_parquet(tmp_path / "sinks.parquet").set_index("split")
     return table, dense, pruned, kept, saes, normal
 

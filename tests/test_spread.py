@@ -33,8 +33,7 @@ from prunelens.study.matrix import parents_first
 from prunelens.study.model_stages import load_window_documents, load_windows
 from prunelens.study.output_stages import _null_source, _prompts
 from prunelens.study.plan import plan_study
-from prunelens.study.planted_stages import PLANTED_STAGES
-from prunelens.study.stages import make_stages
+from prunelens.study.stages import STAGES, make_stages
 from prunelens.study.work import Work, read_json
 
 
@@ -296,7 +295,7 @@ def test_conditions_read_the_same_windows_of_a_cut_text(
 def test_rows_of_the_planted_world_have_documents(tmp_path: pathlib.Path):
     config = {"train_tokens": 64, "eval_tokens": 4001}
     made = mock.Mock(spec=Work, out=tmp_path, parents={}, config=config, progress=print)
-    PLANTED_STAGES["planted_activations"](made)
+    STAGES["planted_activations"].made([made])
     rows = load_file(tmp_path / "eval_documents.safetensors")["documents"]
     assert rows.dtype == torch.int32 and rows.tolist() == sorted(rows.tolist())
     assert len(rows) == 4001 and len(rows.unique()) > 10

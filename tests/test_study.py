@@ -497,13 +497,13 @@ def test_stores_that_a_kill_left_behind_go_on_the_next_run(finished, tmp_path):
 def test_a_worker_that_dies_fails_its_run_and_no_other(data, tmp_path):
     """The worker is killed whenever it works on the wanda masks."""
     code = (
-        "import os, sys, json, pathlib\n"
+        "import dataclasses, os, sys, json, pathlib\n"
         "from prunelens.study import stages\n"
         "real = stages.STAGES['prune']\n"
         "def dying(work):\n"
         "    if 'wanda' in work.stage.label: os.kill(os.getpid(), 9)\n"
-        "    real(work)\n"
-        "stages.STAGES['prune'] = dying\n"
+        "    real.make(work)\n"
+        "stages.STAGES['prune'] = dataclasses.replace(real, make=dying)\n"
         "if __name__ == '__main__':\n"
         "    from prunelens.config import study_from_data\n"
         "    from prunelens.report import write\n"

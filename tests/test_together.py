@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ import pytest
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
 from prunelens.report.write import run_and_report
-from prunelens.study import local, schedule, stages
+from prunelens.study import local, schedule
 from prunelens.study.artifacts.seal import sha256_of
 from prunelens.study.artifacts.store import Stage, Store
-from prunelens.study.model_stages import make_activations
 from prunelens.study.plan import plan_study
 from prunelens.study.progress import StudyProgress
+from prunelens.study.stages import STAGES
 
+REAL = STAGES["activations"]
 WORDS = ["The quick brown fox", "jumps over it", "def greet(name):", "return 'hello ' + name"]
 
 
@@ -64,9 +66,9 @@ def groups(monkeypatch):
 
     def counted(works):
         called.append([work.config["layer"] for work in works])
-        make_activations(works)
+        REAL.made(works)
 
-    monkeypatch.setitem(stages.TOGETHER, "activations", counted)
+    monkeypatch.setitem(STAGES, "activations", replace(REAL, make_together=counted))
     return called
 
 
@@ -125,9 +127,9 @@ def test_one_that_fails_costs_its_own_run_alone(study, tmp_path, monkeypatch, ca
     def failing(works):
         if any(work.config["layer"] == 1 and "prune" in work.parents for work in works):
             raise UserError("activations: NaN; use bfloat16")
-        make_activations(works)
+        REAL.made(works)
 
-    monkeypatch.setitem(stages.TOGETHER, "activations", failing)
+    monkeypatch.setitem(STAGES, "activations", replace(REAL, make_together=failing))
     outcome = run_and_report(study, tmp_path, quiet=True)
     status = {result.run.name.partition("/")[2]: result.status for result in outcome.results}
     assert status == {
@@ -148,9 +150,9 @@ def test_a_group_that_only_fails_as_one_is_made_one_by_one(study, tmp_path, monk
     def too_large(works):
         if len(works) > 1:
             raise next(errors)
-        make_activations(works)
+        REAL.made(works)
 
-    monkeypatch.setitem(stages.TOGETHER, "activations", too_large)
+    monkeypatch.setitem(STAGES, "activations", replace(REAL, make_together=too_large))
     outcome = run_and_report(study, tmp_path, quiet=True)
     assert {result.status for result in outcome.results} == {"done"}
     assert len(list((tmp_path / "logs").glob("*-and-1-more.log"))) == 1

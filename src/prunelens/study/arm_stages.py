@@ -26,6 +26,7 @@ from prunelens.analyses.activation_matching import (
 from prunelens.analyses.noise import NullRows, Rows
 from prunelens.analyses.subspace import subspace_overlaps
 from prunelens.analyses.survival import (
+    COORDINATES,
     Comparison,
     Dictionary,
     StartedT,
@@ -35,6 +36,8 @@ from prunelens.analyses.survival import (
     survival,
 )
 from prunelens.sae.topk import TopKSAE
+from prunelens.study.cost import Asked, Cost
+from prunelens.study.kind import StageKind
 from prunelens.study.question_stages import load_common_change, paired_activations, second_half
 from prunelens.study.work import Work
 
@@ -194,9 +197,44 @@ def _arms(work: Work, load: Callable[[_Compared], StartedT]) -> list[Comparison[
     )
 
 
-ARM_STAGES: dict[str, Callable[[Work], None]] = {
-    "survival": _survival,
-    "corrected": _corrected,
-    "subspace": _subspace,
-    "activation_matching": _activation_matching,
-}
+# --- what they cost -----------------------------------------------------------------------------
+
+
+def _survival_cost(asked: Asked) -> Cost:
+    """The arms of methods §7: a pruned run's own, or the dense run's ceilings, floor and chance."""
+    roles = [role.split("-") for role in asked.parents]
+    seeds = sum(parts[0] == "dense" and parts[1] == parts[2] for parts in roles)
+    controls = sum(parts[1] != parts[2] for parts in roles)
+    pruned = any(parts[0] == "pruned" for parts in roles)
+    pairs = seeds * (seeds - 1)
+    comparisons = seeds + controls + pairs if pruned else controls + 2 * pairs
+    return Cost(asked.matching(comparisons * len(COORDINATES)))
+
+
+def _subspace_cost(asked: Asked) -> Cost:
+    """Every arm's cosines again, in one system of coordinates."""
+    return Cost(_survival_cost(asked).flops / len(COORDINATES))
+
+
+def _activation_matching_cost(asked: Asked) -> Cost:
+    """Every SAE reads half the eval split, plain ones of a pruned run also the null in its place;
+    every pair multiplies k by k latents per token.
+    """
+    tokens, saes = asked.eval_tokens // 2, sum("-" in role for role in asked.parents)
+    seeds = asked.saes("dense-") if "pruned" in asked.parents else 0
+    pairs = 2.0 * tokens * asked.study.sae.k**2 * (saes * max(1, saes - 1) + seeds**2)
+    return Cost(asked.encoding(tokens * (saes + seeds)) + pairs)
+
+
+ARM_STAGES = (
+    StageKind("survival", 3, _survival, cost=_survival_cost, rate="matching"),
+    StageKind("corrected", 1, _corrected),
+    StageKind("subspace", 2, _subspace, cost=_subspace_cost, rate="matching"),
+    StageKind(
+        "activation_matching",
+        2,
+        _activation_matching,
+        cost=_activation_matching_cost,
+        rate="SAE encoding",
+    ),
+)

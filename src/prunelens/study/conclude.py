@@ -10,9 +10,8 @@ import pathlib
 from prunelens.config import PruningConfig
 from prunelens.study.artifacts.store import Stage, Store
 from prunelens.study.matrix import Plan
-from prunelens.study.model_plan import VERSIONS
 from prunelens.study.progress import StudyProgress
-from prunelens.study.stages import failure_of, make_stage
+from prunelens.study.stages import STAGES, failure_of, make_stage
 
 
 def predictor_stage(plan: Plan, store: Store) -> Stage | None:
@@ -41,7 +40,7 @@ def predictor_stage(plan: Plan, store: Store) -> Stage | None:
     }
     return Stage(
         "predictor",
-        VERSIONS["predictor"],
+        STAGES["predictor"].version,
         config,
         parents,
         label=f"predictor over {len(parents)} runs",

@@ -26,6 +26,8 @@ from prunelens.analyses.token_effects import token_effects, unembedding
 from prunelens.model import LanguageModel
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
+from prunelens.study.cost import Asked, Cost, sae_size
+from prunelens.study.kind import StageKind
 from prunelens.study.model_stages import EVAL, load_stage_model, load_windows
 from prunelens.study.question_stages import paired_activations
 from prunelens.study.work import Work
@@ -167,4 +169,11 @@ def _texts(lm: LanguageModel, ids: list[int]) -> pd.DataFrame:
     return pd.DataFrame({"token_id": ids, "text": texts})
 
 
-EVIDENCE_STAGES: dict[str, Callable[[Work], None]] = {"evidence": _evidence}
+def _evidence_cost(asked: Asked) -> Cost:
+    """Every SAE reads the eval split; each of its directions is held against the vocabulary."""
+    d_model, num_latents, _ = sae_size(asked.shape, asked.study)
+    effects = 2.0 * num_latents * d_model * asked.shape.vocabulary_size
+    return Cost(asked.encoding(asked.eval_tokens * (1 + ("dense" in asked.parents))) + effects)
+
+
+EVIDENCE_STAGES = (StageKind("evidence", 2, _evidence, cost=_evidence_cost, rate="SAE encoding"),)

@@ -20,39 +20,8 @@ from prunelens.corpus import fingerprint
 from prunelens.errors import UserError
 from prunelens.model import ModelShape, model_fingerprint, model_shape
 from prunelens.study.artifacts.store import Source, Stage
-from prunelens.study.cost import progress_cost, stage_work
-
-VERSIONS = {  # raise one when the same config would give other numbers
-    "corpus": 2,
-    "text": 1,
-    "calibration": 2,
-    "prune": 2,
-    "perplexity": 3,
-    "activations": 1,
-    "screening": 1,
-    "statistics": 2,
-    "sae": 4,
-    "stability": 2,
-    "survival": 3,
-    "corrected": 1,
-    "sinks": 1,
-    "common_change": 1,
-    "persistence": 3,
-    "activation_matching": 2,
-    "scaling": 2,
-    "subspace": 2,
-    "sufficiency": 1,
-    "fates": 3,
-    "transfer": 3,
-    "fragility": 3,
-    "causal": 2,
-    "evidence": 2,
-    "predictor": 2,
-    "planted_world": 2,
-    "planted_activations": 3,
-    "grades": 2,
-    "coverage": 1,
-}
+from prunelens.study.cost import Asked
+from prunelens.study.stages import STAGES
 
 
 class Sources:
@@ -125,15 +94,16 @@ class ModelPlan:
     ) -> Stage:
         """A stage of this model; parents that are None are left out."""
         present = {role: parent for role, parent in parents.items() if parent is not None}
-        work = stage_work(name, config, present, self._shape, self._study)
+        kind = STAGES[name]
+        cost = kind.cost(Asked(config, present, self._shape, self._study))
         return Stage(
             name,
-            VERSIONS[name],
+            kind.version,
             {**config, "threads": self._study.threads_per_stage},
             present,
             label=f"{name} {label}",
             source=Source(self._model, corpus, self._study.sae.checkpoint_every, given, checkpoint),
-            cost=progress_cost(name, work),
+            cost=kind.progress_cost(cost),
             together=together,
         )
 

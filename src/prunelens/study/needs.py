@@ -10,14 +10,12 @@ from prunelens.checkpoint import model_shape
 from prunelens.config import ModelConfig
 from prunelens.errors import UserError
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.cost import KINDS
 from prunelens.study.footprint import PROCESS_BYTES, Memory, memory_use
 from prunelens.study.matrix import Plan, parents_first
 from prunelens.study.preflight.room import GIGABYTE, SURELY_TOO_LITTLE
+from prunelens.study.stages import STAGES
 
-LANGUAGE_MODEL = "language model"
-ON_DEVICE = {LANGUAGE_MODEL, "SAE training", "SAE encoding"}  # kinds of work; others ignore a GPU
-OUTPUTS = {"perplexity", "transfer", "causal"}  # stages that make logits
+ON_DEVICE = {"language model", "SAE training", "SAE encoding"}  # rates of what uses a GPU
 
 
 class Needs(NamedTuple):
@@ -88,10 +86,10 @@ def no_node(stage: Stage, need: Needs, nodes: Sequence[Needs]) -> UserError:
 
 def _gpus(stage: Stage, model: ModelConfig, most: int) -> int:
     """A model that is spread over GPUs takes those that it names, else all that a machine has."""
-    kind = KINDS.get(stage.name)
-    if kind not in ON_DEVICE:
+    rate = STAGES[stage.name].rate
+    if rate not in ON_DEVICE:
         return 0
-    if kind != LANGUAGE_MODEL or model.device_map is None:
+    if rate != "language model" or model.device_map is None:
         return 1
     if model.max_memory is None:
         return most
@@ -100,17 +98,17 @@ def _gpus(stage: Stage, model: ModelConfig, most: int) -> int:
 
 def _memory(stage: Stage, memory: Memory, *, on_gpu: bool) -> int:
     """On the CPU a model is there twice while it is loaded; on a GPU the machine passes it on."""
-    kind = KINDS.get(stage.name)
-    if kind is None:
+    kind = STAGES[stage.name]
+    if kind.rate is None:
         held = 0.0  # tables
     elif on_gpu:
         held = memory.model
-    elif kind != LANGUAGE_MODEL:
+    elif kind.rate != "language model":
         held = memory.sae_training  # more than what reads SAEs and compares them
     elif stage.name == "prune":
         held = max(2 * memory.model, memory.pruning)
     else:
-        batch = memory.perplexity if stage.name in OUTPUTS else memory.forward
+        batch = memory.perplexity if kind.has_logits else memory.forward
         held = max(2 * memory.model, batch)
     return int(PROCESS_BYTES + held)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from typing import Literal
 
 import pandas as pd
@@ -22,6 +21,8 @@ from prunelens.sae.formats import GivenSae
 from prunelens.sae.own_folder import own_sae
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
+from prunelens.study.cost import Asked, Cost
+from prunelens.study.kind import StageKind
 from prunelens.study.model_stages import (
     EVAL,
     load_stage_model,
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 
 GIVEN = "given"  # an SAE of others inside its artifact, whose identity has no names
 GROUPINGS: tuple[Literal["cosine", "persistence"], ...] = ("cosine", "persistence")
+ABLATION_GROUPS = 10  # of latents: five for each of two groupings
+ABLATED_SHARE = 0.25  # of all (prompt, position) pairs: a latent fires in some prompts, from some
+# position on. An assumption; the true share is known once the SAE is there.
 SEED = 0  # of prompts, windows for refitting, groups, contexts and directions
 
 
@@ -192,4 +196,35 @@ def _ablations(
     return found
 
 
-OUTPUT_STAGES: dict[str, Callable[[Work], None]] = {"transfer": _transfer, "causal": _causal}
+# --- what they cost -----------------------------------------------------------------------------
+
+
+def _transfer_cost(asked: Asked) -> Cost:
+    """Activations for FVU and refit, then cross-entropies on four sets, the null's one of them.
+
+    As many windows as there may be are counted: a pruned model's may be enough before.
+    """
+    num_saes = max(1, asked.saes("sae-"))  # one of others is no parent
+    below = asked.eval_tokens + asked.config["refit_tokens"]
+    whole = asked.config["ce_tokens"] * (5 + 8 * num_saes)
+    flops = asked.forward(below, blocks=asked.config["layer"] + 1)
+    flops += asked.forward(whole, head=True)
+    encoded = num_saes * (4 * below + 8 * asked.config["ce_tokens"])
+    return Cost(flops + asked.encoding(encoded), below + whole)
+
+
+def _causal_cost(asked: Asked) -> Cost:
+    """Two protocols with every SAE, every latent of every group, through the blocks above."""
+    config, context = asked.config, asked.study.corpus.context_tokens
+    saes = asked.saes("dense-") + asked.saes("pruned-")
+    ablations = 2 * saes * ABLATION_GROUPS * config["group_size"]
+    tokens = round(ABLATED_SHARE * config["prompts"] * context) * ablations
+    return Cost(asked.forward(tokens, blocks=asked.shape.num_blocks - config["layer"] - 1), tokens)
+
+
+OUTPUT_STAGES = (
+    StageKind(
+        "transfer", 3, _transfer, cost=_transfer_cost, rate="language model", has_logits=True
+    ),
+    StageKind("causal", 2, _causal, cost=_causal_cost, rate="language model", has_logits=True),
+)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
 
 import pandas as pd
 import torch
@@ -21,6 +20,7 @@ from prunelens.analyses.grades import (
 )
 from prunelens.match import match_dictionaries
 from prunelens.sae.topk import TopKSAE
+from prunelens.study.kind import StageKind
 from prunelens.study.sae_stages import decoders_by_step
 from prunelens.study.work import Work, read_json, write_json
 
@@ -123,9 +123,9 @@ def _load_world(folder: pathlib.Path) -> planted.World:
     return planted.World(**load_file(folder / "world.safetensors"))
 
 
-PLANTED_STAGES: dict[str, Callable[[Work], None]] = {
-    "planted_world": _world,
-    "planted_activations": _activations,
-    "grades": _grades,
-    "coverage": _coverage,
-}
+PLANTED_STAGES = (
+    StageKind("planted_world", 2, _world),
+    StageKind("planted_activations", 3, _activations),
+    StageKind("grades", 2, _grades),
+    StageKind("coverage", 1, _coverage),
+)

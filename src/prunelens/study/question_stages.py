@@ -24,16 +24,20 @@ from prunelens.analyses.noise import (
     common_change_table,
     fit_common_change,
 )
-from prunelens.analyses.persistence import persistence, persistence_summary
+from prunelens.analyses.persistence import DRAWS, persistence, persistence_summary
 from prunelens.analyses.predictor import fit_predictor
-from prunelens.analyses.scaling import latent_scaling, scaling_summary
+from prunelens.analyses.scaling import SOURCES, latent_scaling, scaling_summary
 from prunelens.analyses.sinks import MOVED, NORM_MULTIPLE, only_compressed, quality_on
 from prunelens.analyses.stability import seed_stability
 from prunelens.analyses.sufficiency import sufficiency, survival_by_step
 from prunelens.corpus import document_groups
 from prunelens.sae.topk import TopKSAE
+from prunelens.study.cost import Asked, Cost
+from prunelens.study.kind import StageKind
 from prunelens.study.sae_stages import decoders_by_step
 from prunelens.study.work import Work, read_json, write_json
+
+FIT_STEPS = 10  # of the joint regression; three to five were seen
 
 
 def _stability(work: Work) -> None:
@@ -240,14 +244,48 @@ def _predictor(work: Work) -> None:
     write_json(work.out / "models.json", found.models)
 
 
-QUESTION_STAGES: dict[str, Callable[[Work], None]] = {
-    "stability": _stability,
-    "sinks": _sinks,
-    "common_change": _common_change,
-    "persistence": _persistence,
-    "scaling": _scaling,
-    "sufficiency": _sufficiency,
-    "fates": _fates,
-    "fragility": _fragility,
-    "predictor": _predictor,
-}
+# --- what they cost -----------------------------------------------------------------------------
+
+
+def _stability_cost(asked: Asked) -> Cost:
+    seeds = len(asked.parents)
+    return Cost(asked.matching(seeds * (seeds - 1) // 2))
+
+
+def _common_change_cost(asked: Asked) -> Cost:
+    """Two products of every token's activations with each other, on half the eval split."""
+    return Cost(4.0 * (asked.eval_tokens // 2) * asked.shape.d_model**2)
+
+
+def _persistence_cost(asked: Asked) -> Cost:
+    """Per SAE: dense and every draw of what is disturbed, on half the eval split."""
+    encodings = 1 + sum(DRAWS.values())
+    return Cost(asked.encoding(asked.eval_tokens // 2 * encodings * asked.saes("sae-")))
+
+
+def _scaling_cost(asked: Asked) -> Cost:
+    """Per SAE, on half the eval split: one encoding, and per step of the joint regression k sparse
+    rows of every target, read twice.
+    """
+    tokens = asked.eval_tokens // 2 * asked.saes("sae-")
+    each = 4.0 * asked.shape.d_model * asked.study.sae.k * len(SOURCES) * FIT_STEPS
+    return Cost(asked.encoding(tokens) + tokens * each)
+
+
+def _sufficiency_cost(asked: Asked) -> Cost:
+    """Every dense SAE against every pruned one at every checkpoint, where both are followed."""
+    steps = len(asked.study.sufficiency.checkpoints) + 1
+    return Cost(asked.matching(asked.saes("dense-") ** 2 * steps))
+
+
+QUESTION_STAGES = (
+    StageKind("stability", 2, _stability, cost=_stability_cost, rate="matching"),
+    StageKind("sinks", 1, _sinks),
+    StageKind("common_change", 1, _common_change, cost=_common_change_cost, rate="SAE encoding"),
+    StageKind("persistence", 3, _persistence, cost=_persistence_cost, rate="SAE encoding"),
+    StageKind("scaling", 2, _scaling, cost=_scaling_cost, rate="SAE encoding"),
+    StageKind("sufficiency", 1, _sufficiency, cost=_sufficiency_cost, rate="matching"),
+    StageKind("fates", 3, _fates),
+    StageKind("fragility", 3, _fragility),
+    StageKind("predictor", 2, _predictor),
+)

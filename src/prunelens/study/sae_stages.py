@@ -22,16 +22,19 @@ from prunelens.sae.quality import SaeQuality, evaluate_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.train import SaeRequest, TrainedSae, train_saes
 from prunelens.sae.training import StepLog
+from prunelens.study.cost import Asked, Cost, sae_size, training_flops
+from prunelens.study.kind import StageKind
 from prunelens.study.tracking import Tracker
 from prunelens.study.work import Work, read_json, write_json
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS_FILE = "checkpoints.safetensors"  # decoders by step
+EVALUATIONS = 1.5  # passes over the eval split per SAE: at the end, and over its first half
 ROTATION_SEED = 7919  # one fixed rotation for every floor_shared SAE
 
 
-def make_saes(works: Sequence[Work]) -> None:
+def _make_saes(works: Sequence[Work]) -> None:
     """Train SAEs on the same activations in turn, each from its checkpoint if there is one.
 
     What they share is read once: see `train_saes`.
@@ -204,3 +207,13 @@ def _sae_data(work: Work, split: str) -> Activations:
         rotation=rotation,
         device=work.device,
     )
+
+
+def _sae_cost(asked: Asked) -> Cost:
+    tokens = asked.config["steps"] * asked.config["batch_tokens"]
+    judged = round((EVALUATIONS + len(asked.config["checkpoints"])) * asked.eval_tokens)
+    training = training_flops(*sae_size(asked.shape, asked.study), tokens)
+    return Cost(training + asked.encoding(judged), 0, tokens)
+
+
+SAE_STAGES = (StageKind("sae", 4, make_together=_make_saes, cost=_sae_cost, rate="SAE training"),)

@@ -27,27 +27,27 @@ from prunelens.study.arm_stages import ARM_STAGES
 from prunelens.study.artifacts.disk import DiskError, stopped_by_disk
 from prunelens.study.artifacts.store import Stage, Store
 from prunelens.study.evidence_stages import EVIDENCE_STAGES
-from prunelens.study.model_stages import MODEL_STAGES, make_activations
+from prunelens.study.model_stages import MODEL_STAGES
 from prunelens.study.output_stages import OUTPUT_STAGES
 from prunelens.study.planted_stages import PLANTED_STAGES
 from prunelens.study.question_stages import QUESTION_STAGES
-from prunelens.study.sae_stages import make_saes
+from prunelens.study.sae_stages import SAE_STAGES
 from prunelens.study.tracking import NOT_TRACKED, Tracking
 from prunelens.study.work import Work
 
 log = logging.getLogger(__name__)
 
 STAGES = {
-    **MODEL_STAGES,
-    **ARM_STAGES,
-    **QUESTION_STAGES,
-    **OUTPUT_STAGES,
-    **EVIDENCE_STAGES,
-    **PLANTED_STAGES,
-}
-TOGETHER: dict[str, Callable[[Sequence[Work]], None]] = {
-    "activations": make_activations,
-    "sae": make_saes,
+    kind.name: kind
+    for kind in (
+        *MODEL_STAGES,
+        *SAE_STAGES,
+        *ARM_STAGES,
+        *QUESTION_STAGES,
+        *OUTPUT_STAGES,
+        *EVIDENCE_STAGES,
+        *PLANTED_STAGES,
+    )
 }
 
 
@@ -93,11 +93,7 @@ def make_stages(
             )
             for stage, known in zip(stages, facts, strict=True)
         ]
-        if name in TOGETHER:
-            TOGETHER[name](works)
-        else:
-            (work,) = works
-            STAGES[name](work)
+        STAGES[name].made(works)
 
 
 def try_stages(

@@ -24,13 +24,13 @@ from prunelens.match import match_dictionaries
 from prunelens.model import LanguageModel, as_language_model, forward_tokens, run_to_site
 from prunelens.sae.training import Training
 from prunelens.study.cost import (
-    KINDS,
     encoding_flops,
     forward_flops,
     matching_flops,
     sae_size,
     training_flops,
 )
+from prunelens.study.kind import RATES
 
 REPEATS = 5  # of the full size, at most
 VOCABULARY = 128  # of the block that is timed; embeddings are looked up, not multiplied
@@ -50,7 +50,7 @@ class Rate(NamedTuple):
 def calibrate(
     study: StudyConfig, model: ModelConfig, *, device: str, seconds: float
 ) -> dict[str, Rate]:
-    """The rate of every kind of work in `cost.KINDS`, for one model of the study.
+    """The rate of every kind of work in `RATES`, for one model of the study.
 
     Takes about `seconds` at most: each kind may use its share of what those before it left, but
     never less than the smallest piece takes; what is compiled for a training comes on top, once per
@@ -70,7 +70,7 @@ def calibrate(
             training.step, training.flops, training.sizes, 0.8 * _left(end)
         )
         rates["SAE encoding"] = _rate(training.encode, training.coding, training.sizes, _left(end))
-    return {kind: rates[kind] for kind in dict.fromkeys(KINDS.values())}
+    return {kind: rates[kind] for kind in RATES}
 
 
 def _left(end: float) -> float:

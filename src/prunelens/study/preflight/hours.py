@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from prunelens.checkpoint import ModelShape
 from prunelens.config import StudyConfig
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.cost import KINDS, Work, stage_work
+from prunelens.study.cost import Asked, Cost
+from prunelens.study.kind import RATES
 from prunelens.study.matrix import Plan
 from prunelens.study.preflight.calibrate import Rate, calibrate
 from prunelens.study.preflight.simulate import Task, tasks_of
+from prunelens.study.stages import STAGES
 
 Rates = Mapping[str, Mapping[str, Rate]]
 """Model label -> kind of work -> rate; empty where there are none."""
@@ -34,29 +36,28 @@ def given_rates(rates: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str,
     }
 
 
-def hours_of(works: Iterable[tuple[Stage, Work]], rates: Rates) -> dict[str, float]:
+def hours_of(costs: Iterable[tuple[Stage, Cost]], rates: Rates) -> dict[str, float]:
     """Hours of some stages by kind of work; 0 without rates."""
-    hours = dict.fromkeys(KINDS.values(), 0.0)
-    for stage, work in works:
-        kind = KINDS.get(stage.name)
+    hours: dict[str, float] = dict.fromkeys(RATES, 0.0)
+    for stage, cost in costs:
+        kind = STAGES[stage.name].rate
         if kind and rates:
             assert stage.source
             rate = rates[stage.source.model.label][kind].flops_per_second
-            hours[kind] += work.flops / rate / 3600
+            hours[kind] += cost.flops / rate / 3600
     return hours
 
 
-def work_of(stage: Stage, shapes: Mapping[str, ModelShape], study: StudyConfig) -> Work:
-    """The work of a stage in its plan.
+def cost_of(stage: Stage, shapes: Mapping[str, ModelShape], study: StudyConfig) -> Cost:
+    """The cost of a stage in its plan.
 
-    One pass up to the highest layer gives the activations of those below, which are no work then.
+    One pass up to the highest layer gives the activations of those below, which cost nothing then.
     """
     assert stage.source
     model = stage.source.model
     if stage.name == "activations" and stage.config["layer"] < max(model.layers):
-        return Work()
-    shape = shapes[model.label]
-    return stage_work(stage.name, stage.config, stage.parents, shape, study)
+        return Cost()
+    return STAGES[stage.name].cost(Asked(stage.config, stage.parents, shapes[model.label], study))
 
 
 def study_tasks(plan: Plan, shapes: Mapping[str, ModelShape], rates: Rates) -> list[Task]:
@@ -69,6 +70,6 @@ def study_tasks(plan: Plan, shapes: Mapping[str, ModelShape], rates: Rates) -> l
     """
 
     def hours(stage: Stage) -> float:
-        return sum(hours_of([(stage, work_of(stage, shapes, plan.study))], rates).values())
+        return sum(hours_of([(stage, cost_of(stage, shapes, plan.study))], rates).values())
 
     return tasks_of(plan.targets().values(), hours)

@@ -17,18 +17,18 @@ from prunelens.checkpoint import is_local
 from prunelens.config import CheckpointConfig, Condition, StudyConfig
 from prunelens.model import model_shape
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.cost import Work
+from prunelens.study.cost import Cost
 from prunelens.study.matrix import Run
 from prunelens.study.plan import plan_study
 from prunelens.study.preflight.access import access_checks
 from prunelens.study.preflight.before import cheap_checks
 from prunelens.study.preflight.calibrate import Rate
 from prunelens.study.preflight.hours import (
+    cost_of,
     given_rates,
     hours_of,
     measured_rates,
     study_tasks,
-    work_of,
 )
 from prunelens.study.preflight.model_checks import site_checks
 from prunelens.study.preflight.room import machine_memory
@@ -121,20 +121,20 @@ def preflight(
     calibrated = time.perf_counter() - started
     rows: list[Row] = []
     all_stages: dict[str, Stage] = {}
-    all_works: list[tuple[Stage, Work]] = []
+    all_costs: list[tuple[Stage, Cost]] = []
     for run in plan.runs:
         stages = {s.identity: s for target in run.targets() for s in _with_parents(target)}
         new = [stage for identity, stage in stages.items() if identity not in all_stages]
-        works = [(stage, work_of(stage, shapes, study)) for stage in new]
+        costs = [(stage, cost_of(stage, shapes, study)) for stage in new]
         rows.append(
             _row(run, study)
             | {"stages": len(stages), "shared": len(stages) - len(new)}
-            | _sum_of(work for _, work in works)
-            | {"hours": sum(hours_of(works, speeds).values()) if speeds else None}
+            | _sum_of(cost for _, cost in costs)
+            | {"hours": sum(hours_of(costs, speeds).values()) if speeds else None}
         )
-        all_works += works
+        all_costs += costs
         all_stages |= stages
-    hours = hours_of(all_works, speeds)
+    hours = hours_of(all_costs, speeds)
     return Preflight(
         rows,
         dict(collections.Counter(stage.name for stage in all_stages.values())),
@@ -184,9 +184,9 @@ def _asked_sparsity(condition: Condition | None) -> float | None:
     return condition.sparsity if condition else 0.0
 
 
-def _sum_of(works: Iterable[Work]) -> Row:
-    columns = zip(*(Work(), *works), strict=True)
-    return dict(zip(Work._fields, map(sum, columns), strict=True))
+def _sum_of(costs: Iterable[Cost]) -> Row:
+    columns = zip(*(Cost(), *costs), strict=True)
+    return dict(zip(Cost._fields, map(sum, columns), strict=True))
 
 
 def _in_gigabytes(in_bytes: Mapping[str, float]) -> dict[str, float]:
@@ -194,7 +194,7 @@ def _in_gigabytes(in_bytes: Mapping[str, float]) -> dict[str, float]:
 
 
 def _totals(rows: list[Row], num_stages: int) -> Row:
-    summed = ("saes", "control_saes", *Work._fields)
+    summed = ("saes", "control_saes", *Cost._fields)
     totals = {name: sum(row[name] for row in rows) for name in summed}
     return {"runs": len(rows), "stages": num_stages, **totals}
 
