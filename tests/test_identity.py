@@ -37,6 +37,7 @@ from prunelens.match import match_rates
 from prunelens.sae import pattern
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.artifacts.store import Stage
+from prunelens.study.parents import Sae, sae_role
 from prunelens.study.stages import STAGES
 from prunelens.study.work import Work, write_json
 
@@ -286,9 +287,10 @@ def test_the_stage_matches_plain_pairs_once_more_with_the_null_in_the_place_of_t
     )
     parents = {name: tmp_path / name for name in ("screening", "statistics", "common_change")}
     for number, (name, rows) in enumerate({"dense": x, "pruned": y}.items()):
-        parents |= {role: tmp_path / role for role in (name, f"{name}-0-0", f"{name}-1-1")}
+        parents[name] = tmp_path / name
         for seed in (0, 1):
-            folder = parents[f"{name}-{seed}-{seed}"]
+            role = sae_role(name, Sae(seed, seed))
+            folder = parents[role] = tmp_path / role
             random_sae(10 * number + seed).save(folder)
             own[number].save(folder / "normalisation.safetensors")
         parents[name].mkdir()

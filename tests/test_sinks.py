@@ -14,6 +14,7 @@ from prunelens.report.summary import print_summary
 from prunelens.sae.quality import evaluate_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.artifacts.store import Stage
+from prunelens.study.parents import Sae, sae_role
 from prunelens.study.stages import STAGES
 from prunelens.study.work import Work, write_json
 from synthetic_results import synthetic_runs, synthetic_study, synthetic_tables
@@ -60,7 +61,7 @@ def made(tmp_path):
     saes = {}
     for seed in (0, 1):
         saes[seed] = TopKSAE.initialise(D, 24, 3, init_seed=seed)
-        folder = parents[f"sae-{seed}"] = tmp_path / f"sae-{seed}"
+        folder = parents[sae_role("sae", Sae(seed, seed), plain=True)] = tmp_path / f"sae-{seed}"
         saes[seed].save(folder)
         quality = evaluate_sae(saes[seed], data, dense_variance=variance)
         numbers = {"fvu": quality.fvu, "fvu_dense_var": quality.fvu_dense_var}

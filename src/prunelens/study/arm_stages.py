@@ -1,7 +1,6 @@
 """Stages that compare pairs of SAEs, arm by arm (RQ2): by direction, by activation, by span.
 
-Parents are named `<condition>-<init_seed>-<data_seed>` and how they differ from a plain SAE:
-`-rotated`, `-warm`. Which pairs make an arm is `analyses.survival`'s affair.
+Which pairs make an arm is `analyses.survival`'s affair.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pandas as pd
 from jaxtyping import Float, Int
@@ -38,21 +37,26 @@ from prunelens.analyses.survival import (
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.cost import Asked, Cost
 from prunelens.study.kind import StageKind
+from prunelens.study.parents import Sae, Training
 from prunelens.study.question_stages import load_common_change, paired_activations, second_half
 from prunelens.study.work import Work
 
+CONDITIONS: tuple[Literal["dense", "pruned"], ...] = ("dense", "pruned")
 NULL_ARMS = ("shared_init", "cross_init")  # every pair is matched once more: the plain SAEs alone
 
 
 class _Compared(NamedTuple):
     """One SAE among the parents."""
 
-    condition: str
-    """dense or pruned."""
-    init_seed: int
-    data_seed: int
+    condition: Literal["dense", "pruned"]
+    which: Sae
     folder: pathlib.Path
     untrained: bool = False
+
+    @property
+    def init_seed(self) -> int:
+        """Of the SAE."""
+        return self.which.init_seed
 
     def sae(self) -> TopKSAE:
         """As it was trained, or as it was at step 0."""
@@ -75,12 +79,12 @@ class _Reading(NamedTuple):
     @property
     def init_seed(self) -> int:
         """Of the SAE."""
-        return self.by.init_seed
+        return self.by.which.init_seed
 
     @property
     def data_seed(self) -> int:
         """Of the SAE."""
-        return self.by.data_seed
+        return self.by.which.data_seed
 
 
 class _Renormalised(NamedTuple):
@@ -124,7 +128,7 @@ def _activation_matching(work: Work) -> None:
     """Over the tokens that persistence is measured on, and with its draw of the null."""
     kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
     tokens = second_half(work, kept)
-    num_saes = sum("-" in role for role in work.parents)
+    num_saes = len(work.saes("dense")) + len(work.saes("pruned"))
     done = iter(range(2 * num_saes))
 
     def series(which: _Compared, rows: Rows) -> LatentSeries:
@@ -165,36 +169,45 @@ def _with_series(
 
 def _dictionary(which: _Compared) -> Dictionary:
     decoder = which.sae().decoder_weight.detach()
-    return Dictionary(decoder, which.statistics().sigma, which.init_seed, which.data_seed)
+    sae = which.which
+    return Dictionary(decoder, which.statistics().sigma, sae.init_seed, sae.data_seed)
 
 
 def _arms(work: Work, load: Callable[[_Compared], StartedT]) -> list[Comparison[StartedT]]:
     """The arms of a run, pruned or dense, from the SAEs among the parents."""
-    by_kind: dict[str, list[_Compared]] = {}
-    for role, folder in work.parents.items():
-        condition, *rest = role.split("-")
-        if not rest:  # activations
-            continue
-        init_seed, data_seed, *differs = rest
-        kind = "-".join(differs) or ("same" if init_seed == data_seed else "reordered")
-        compared = _Compared(condition, int(init_seed), int(data_seed), folder)
-        by_kind.setdefault(f"{condition}-{kind}", []).append(compared)
-
-    def loaded(kind: str) -> list[StartedT]:
-        return [load(which) for which in by_kind.get(kind, [])]
-
-    dense = loaded("dense-same")
-    if "pruned-same" in by_kind:
-        kinds = ("pruned-same", "pruned-reordered", "pruned-warm")
-        return pruned_arms(dense, *map(loaded, kinds))
-    return control_arms(
-        dense,
-        loaded("dense-reordered"),
-        loaded("dense-rotated"),
-        [load(which._replace(untrained=True)) for which in by_kind["dense-same"]],
-        loaded("dense-warm"),
-        loaded("dense-rotated-warm"),
+    dense, pruned = (
+        [_Compared(condition, sae, folder) for sae, folder in work.saes(condition).items()]
+        for condition in CONDITIONS
     )
+    plain = _plain(dense)
+    if pruned:
+        arms = [plain, _plain(pruned), _reordered(pruned), _others(pruned, training="warm")]
+        return pruned_arms(*([load(each) for each in arm] for arm in arms))
+    arms = [
+        plain,
+        _reordered(dense),
+        _others(dense, rotated=True),
+        [each._replace(untrained=True) for each in plain],
+        _others(dense, training="warm"),
+        _others(dense, rotated=True, training="warm"),
+    ]
+    return control_arms(*([load(each) for each in arm] for arm in arms))
+
+
+def _plain(saes: list[_Compared]) -> list[_Compared]:
+    return [each for each in saes if each.which.is_plain]
+
+
+def _reordered(saes: list[_Compared]) -> list[_Compared]:
+    """Of an order of the data that is another start's."""
+    return [each for each in _others(saes) if not each.which.is_plain]
+
+
+def _others(
+    saes: list[_Compared], *, rotated: bool = False, training: Training = "own"
+) -> list[_Compared]:
+    alike = (rotated, training)
+    return [each for each in saes if (each.which.rotated, each.which.training) == alike]
 
 
 # --- what they cost -----------------------------------------------------------------------------
@@ -202,10 +215,9 @@ def _arms(work: Work, load: Callable[[_Compared], StartedT]) -> list[Comparison[
 
 def _survival_cost(asked: Asked) -> Cost:
     """The arms of methods §7: a pruned run's own, or the dense run's ceilings, floor and chance."""
-    roles = [role.split("-") for role in asked.parents]
-    seeds = sum(parts[0] == "dense" and parts[1] == parts[2] for parts in roles)
-    controls = sum(parts[1] != parts[2] for parts in roles)
-    pruned = any(parts[0] == "pruned" for parts in roles)
+    dense, pruned = asked.saes("dense"), asked.saes("pruned")
+    seeds = sum(sae.is_plain for sae in dense)
+    controls = sum(not sae.is_plain for sae in dense + pruned)
     pairs = seeds * (seeds - 1)
     comparisons = seeds + controls + pairs if pruned else controls + 2 * pairs
     return Cost(asked.matching(comparisons * len(COORDINATES)))
@@ -220,8 +232,9 @@ def _activation_matching_cost(asked: Asked) -> Cost:
     """Every SAE reads half the eval split, plain ones of a pruned run also the null in its place;
     every pair multiplies k by k latents per token.
     """
-    tokens, saes = asked.eval_tokens // 2, sum("-" in role for role in asked.parents)
-    seeds = asked.saes("dense-") if "pruned" in asked.parents else 0
+    dense, pruned = asked.saes("dense"), asked.saes("pruned")
+    tokens, saes = asked.eval_tokens // 2, len(dense + pruned)
+    seeds = len(dense) if pruned else 0
     pairs = 2.0 * tokens * asked.study.sae.k**2 * (saes * max(1, saes - 1) + seeds**2)
     return Cost(asked.encoding(tokens * (saes + seeds)) + pairs)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from prunelens.checkpoint import ModelShape
 from prunelens.config import StudyConfig
+from prunelens.study.parents import Of, Sae, saes_among
 
 
 class Cost(NamedTuple):
@@ -41,9 +42,9 @@ class Asked(NamedTuple):
         """Of both halves."""
         return self.study.corpus.eval_tokens
 
-    def saes(self, prefix: str) -> int:
-        """How many parents have such a role."""
-        return sum(role.startswith(prefix) for role in self.parents)
+    def saes(self, of: Of) -> list[Sae]:
+        """The parents that are SAEs of that kind."""
+        return list(saes_among(self.parents, of))
 
     def forward(self, tokens: int, *, blocks: int | None = None, head: bool = False) -> float:
         """`forward_flops` of the model on windows of the corpus."""

@@ -34,7 +34,8 @@ from prunelens.sae.hub_folder import HubFolder, SaeSource, write_hub_folder
 from prunelens.sae.record import TrainingRecord
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.folder import open_study
-from prunelens.study.matrix import Run, Sae
+from prunelens.study.matrix import Run
+from prunelens.study.parents import Sae
 
 log = logging.getLogger(__name__)
 

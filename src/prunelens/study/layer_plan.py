@@ -10,8 +10,9 @@ from typing import Any
 
 from prunelens.config import CheckpointConfig, Condition
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.matrix import Run, Sae, Training
+from prunelens.study.matrix import Run
 from prunelens.study.model_plan import ModelPlan
+from prunelens.study.parents import Of, Sae, Training, sae_role
 
 FATES_FROM = ("survival", "persistence", "activation_matching", "scaling", "subspace")
 NOT_OF_ONE_SAE = {"seeds", "control_seeds", "checkpoint_every", "resample_every", "warm_steps"}
@@ -63,8 +64,7 @@ class LayerPlan:
         if text := self._model.perplexity(self.prune, f"{self._model.label}/{condition}"):
             stages["perplexity"] = text
         if "stability" in questions:
-            seeds = {f"sae-{s.init_seed}": self.saes[s] for s in self._seeds()}
-            stages["stability"] = self._stage("stability", self._taus(), seeds)
+            stages["stability"] = self._stage("stability", self._taus(), self._readers())
         if "survival" in questions:
             stages |= self._survival()
         if self._pruning and {"persistence", "identity", "transfer"} & set(questions):
@@ -94,8 +94,7 @@ class LayerPlan:
             "screening": self._dense.screening,
             "statistics": self.statistics,
         }
-        saes = {f"sae-{sae.init_seed}": self.saes[sae] for sae in self._seeds()}
-        return self._stage("sinks", self._largest_norm(), parents | saes)
+        return self._stage("sinks", self._largest_norm(), parents | self._readers())
 
     def _survival(self) -> dict[str, Stage]:
         """RQ2's arms; the dense run holds the controls, a pruned run also the corrected rates."""
@@ -106,11 +105,14 @@ class LayerPlan:
         corrected = self._stage("corrected", {}, {"survival": rates, "controls": controls})
         return {"survival": rates, "corrected": corrected}
 
-    def _compared(self) -> dict[str, Stage]:
+    def _compared(self, *, rotated: bool = True) -> dict[str, Stage]:
         """The SAEs of RQ2's arms: dense and pruned ones, or those of the control arms."""
-        own = "dense" if self._pruning is None else "pruned"
-        saes = {sae: stage for sae, stage in self.saes.items() if sae.training != "doubled"}
-        parents = {_role(own, sae): stage for sae, stage in saes.items()}
+        own: Of = "dense" if self._pruning is None else "pruned"
+        parents = {
+            sae_role(own, sae): stage
+            for sae, stage in self.saes.items()
+            if sae.training != "doubled" and (rotated or not sae.rotated)
+        }
         return parents if self._pruning is None else parents | self._dense_saes("dense")
 
     def _both_activations(self) -> dict[str, Stage]:
@@ -133,8 +135,8 @@ class LayerPlan:
 
     def _paired(self) -> dict[str, Stage]:
         """Both, what they differ by in common, and the dense SAEs that read them."""
-        saes = {f"sae-{s.init_seed}": self._dense.saes[s] for s in self._seeds()}
-        return {**self._both_activations(), "common_change": self.common_change, **saes}
+        readers = self._readers(self._dense)
+        return {**self._both_activations(), "common_change": self.common_change, **readers}
 
     def _identity(self) -> dict[str, Stage]:
         """Is it the same feature? Asked of activations, directions, and the span around them.
@@ -142,9 +144,8 @@ class LayerPlan:
         Rotated SAEs have no part in `activation_matching`: the same tokens make the same features
         fire in a rotated space. A pruned run's SAEs also read the null.
         """
-        compared = self._compared()
-        stages = {"subspace": self._stage("subspace", {}, compared)}
-        reading = {role: sae for role, sae in compared.items() if "rotated" not in role}
+        stages = {"subspace": self._stage("subspace", {}, self._compared())}
+        reading = self._compared(rotated=False)
         reading |= {"dense": self._dense.activations, "screening": self._dense.screening}
         if self._pruning:
             reading |= {**self._both_activations(), "common_change": self.common_change}
@@ -156,7 +157,7 @@ class LayerPlan:
     def _sufficiency(self) -> Stage:
         """Were the run's SAEs trained enough? The followed ones also show survival by step."""
         parents = {
-            _role("own", sae): stage
+            sae_role("own", sae): stage
             for sae, stage in self.saes.items()
             if sae.is_plain or sae.training == "doubled"
         }
@@ -172,7 +173,7 @@ class LayerPlan:
             shared["common_change"] = self.common_change
             shared["dense_activations"] = self._dense.activations
             shared["pruned_activations"] = self.activations
-        own = {f"sae-{s.init_seed}": self._dense.saes[s] for s in self._dense._seeds()}
+        own = self._dense._readers()
         stages = {}
         for given in (None, *self._model.pretrained(self._layer)):
             role = f"transfer {given.label}" if given else "transfer"
@@ -225,13 +226,18 @@ class LayerPlan:
 
     def _causal(self, fates: Stage) -> Stage:
         """With the SAEs of every seed of the condition, each beside the dense one of that seed."""
-        pruned = {_role("pruned", sae): self.saes[sae] for sae in self._seeds()}
+        pruned = {sae_role("pruned", sae): self.saes[sae] for sae in self._seeds()}
         parents = {"prune": self.prune, "fates": fates} | self._dense_saes("dense") | pruned
         return self._model.causal(self._layer, parents, self._name)
 
-    def _dense_saes(self, role: str) -> dict[str, Stage]:
+    def _dense_saes(self, of: Of) -> dict[str, Stage]:
         """The dense SAEs of this condition's seeds."""
-        return {_role(role, sae): self._dense.saes[sae] for sae in self._seeds()}
+        return {sae_role(of, sae): self._dense.saes[sae] for sae in self._seeds()}
+
+    def _readers(self, condition: LayerPlan | None = None) -> dict[str, Stage]:
+        """The plain SAEs of this condition's seeds, its own or those of another condition."""
+        saes = (condition or self).saes
+        return {sae_role("sae", sae, plain=True): saes[sae] for sae in self._seeds()}
 
     def _sae(self, sae: Sae) -> Stage:
         """One SAE. One that starts from a dense SAE keeps that one's coordinates."""
@@ -257,7 +263,7 @@ class LayerPlan:
                 "dense_statistics": self._dense.statistics,
                 "start": start,
             },
-            suffix=_role("", sae),
+            suffix=str(sae),
             together=" ".join(batches),
         )
 
@@ -336,10 +342,3 @@ class LayerPlan:
     ) -> Stage:
         label = f"{self._name} {suffix}".strip()
         return self._model.stage(name, config, parents, label=label, together=together)
-
-
-def _role(condition: str, sae: Sae) -> str:
-    """A parent's role, e.g. `dense-0-1-rotated-warm`."""
-    tail = "-rotated" if sae.rotated else ""
-    tail += f"-{sae.training}" if sae.training != "own" else ""
-    return f"{condition}-{sae.init_seed}-{sae.data_seed}{tail}".lstrip("-")

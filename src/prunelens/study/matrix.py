@@ -4,31 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 from prunelens.config import Condition, StudyConfig
 from prunelens.study.artifacts.store import Stage
+from prunelens.study.parents import Sae
 
 STORES = ("activations", "planted_activations")  # stages that make activation stores
-Training = Literal["own", "warm", "doubled"]
-
-
-@dataclass(frozen=True)
-class Sae:
-    """Which SAE of a condition: its start, its data order, its space and its training."""
-
-    init_seed: int
-    data_seed: int
-    rotated: bool = False
-    training: Training = "own"
-    """`warm`: begun from the dense SAE of that start, not from a random one; `doubled`: as the
-    condition's own, but twice as long."""
-
-    @property
-    def is_plain(self) -> bool:
-        """One of the condition's own SAEs, not a control."""
-        own = self.training == "own" and not self.rotated
-        return own and self.init_seed == self.data_seed
 
 
 @dataclass(frozen=True)

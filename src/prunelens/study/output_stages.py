@@ -29,6 +29,7 @@ from prunelens.study.model_stages import (
     load_window_documents,
     load_windows,
 )
+from prunelens.study.parents import Sae
 from prunelens.study.question_stages import load_common_change
 from prunelens.study.work import Work
 from prunelens.upper_blocks import UpperBlocks
@@ -110,9 +111,8 @@ def _given_saes(work: Work) -> list[GivenSae]:
     """Our dense SAEs by seed, or the one of others that the stage is for."""
     if work.config["pretrained"] is None:
         return [
-            own_sae(folder, name=f"seed {role.removeprefix('sae-')}", device=work.device)
-            for role, folder in work.parents.items()
-            if role.startswith("sae-")
+            own_sae(folder, name=f"seed {sae.init_seed}", device=work.device)
+            for sae, folder in work.saes("sae").items()
         ]
     assert work.stage.source and work.stage.source.pretrained
     return [load_given_sae(work.stage.source.pretrained, device=work.device)]
@@ -140,7 +140,7 @@ def _prompts(work: Work) -> tuple[Tensor, Tensor]:
 
 def _groups(work: Work, fates: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
     """Groups of one seed's alive dense latents, by cosine and by persistence."""
-    folder = work.parents[f"pruned-{seed}-{seed}"]
+    folder = work.saes("pruned")[Sae(seed, seed)]
     alive = pd.read_parquet(folder / "latents.parquet")["firing_rate"] > 0
     known = fates[fates["alive"]]
     match = known["match_shared_init"].astype(int)
@@ -179,7 +179,7 @@ def _ablations(
     upper = UpperBlocks(lm, prompts, site=work.config["site"], layer=work.config["layer"])
     before = len(asked) if condition == "pruned" else 0
     for number, (seed, rows) in enumerate(asked.items(), start=before):
-        folder = work.parents[f"{condition}-{seed}-{seed}"]
+        folder = work.saes(condition)[Sae(seed, seed)]
         random = rows["group"] == "random_direction"
         found[seed] = ablate(
             upper,
@@ -204,7 +204,7 @@ def _transfer_cost(asked: Asked) -> Cost:
 
     As many windows as there may be are counted: a pruned model's may be enough before.
     """
-    num_saes = max(1, asked.saes("sae-"))  # one of others is no parent
+    num_saes = max(1, len(asked.saes("sae")))  # one of others is no parent
     below = asked.eval_tokens + asked.config["refit_tokens"]
     whole = asked.config["ce_tokens"] * (5 + 8 * num_saes)
     flops = asked.forward(below, blocks=asked.config["layer"] + 1)
@@ -216,8 +216,8 @@ def _transfer_cost(asked: Asked) -> Cost:
 def _causal_cost(asked: Asked) -> Cost:
     """Two protocols with every SAE, every latent of every group, through the blocks above."""
     config, context = asked.config, asked.study.corpus.context_tokens
-    saes = asked.saes("dense-") + asked.saes("pruned-")
-    ablations = 2 * saes * ABLATION_GROUPS * config["group_size"]
+    saes = asked.saes("dense") + asked.saes("pruned")
+    ablations = 2 * len(saes) * ABLATION_GROUPS * config["group_size"]
     tokens = round(ABLATED_SHARE * config["prompts"] * context) * ablations
     return Cost(asked.forward(tokens, blocks=asked.shape.num_blocks - config["layer"] - 1), tokens)
 

@@ -8,8 +8,10 @@ from prunelens import planted
 from prunelens.config import ActivationConfig, Condition, ModelConfig, StudyConfig
 from prunelens.errors import UserError
 from prunelens.model import model_shape
+from prunelens.study.arm_stages import CONDITIONS
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.model_plan import ModelPlan
+from prunelens.study.parents import sae_role, saes_among
 
 SIMULATED = {"independent": "synthetic", "none": "none", "by_rate": "by_rate"}  # by scope
 TOKENS_PER_SET = {"synthetic": 100, "none": 1000, "by_rate": 1000}  # of eval: 1,000 and 100 sets
@@ -61,11 +63,13 @@ class PlantedPlan(ModelPlan):
         """Every measure of the run held against the truth, and intervals by simulation."""
         if "fates" not in answers:
             return {}
-        fates, saes = answers["fates"], {}
-        for role, sae in answers["survival"].parents.items():
-            condition, init_seed, data_seed, *differs = role.split("-")
-            if init_seed == data_seed and not differs:
-                saes[f"{condition}-{init_seed}"] = sae
+        fates = answers["fates"]
+        saes = {
+            sae_role(of, which, plain=True): sae
+            for of in CONDITIONS
+            for which, sae in saes_among(answers["survival"].parents, of).items()
+            if which.is_plain
+        }
         parents = {"world": answers["prune"], "fates": fates, **saes}
         world = SIMULATED[answers["prune"].config["choice"]]
         sets = self._study.corpus.eval_tokens // TOKENS_PER_SET[world]

@@ -20,11 +20,11 @@ from prunelens.analyses.grades import (
 )
 from prunelens.match import match_dictionaries
 from prunelens.sae.topk import TopKSAE
+from prunelens.study.arm_stages import CONDITIONS
 from prunelens.study.kind import StageKind
 from prunelens.study.sae_stages import decoders_by_step
 from prunelens.study.work import Work, read_json, write_json
 
-CONDITIONS = ("dense", "pruned")
 TOKEN_SEEDS = {"train": 1, "eval": 2}  # the same for every condition: its tokens are paired
 PRUNED_NOISE = 1000  # added to a noise seed under pruning: the noise is each condition's own
 
@@ -115,8 +115,11 @@ class _Truth:
 
 def _plain_saes(work: Work) -> dict[tuple[str, int], pathlib.Path]:
     """(condition, seed) -> folder."""
-    roles = [(role.split("-"), folder) for role, folder in work.parents.items() if "-" in role]
-    return {(condition, int(seed)): folder for (condition, seed), folder in roles}
+    return {
+        (condition, sae.init_seed): folder
+        for condition in CONDITIONS
+        for sae, folder in work.saes(condition).items()
+    }
 
 
 def _load_world(folder: pathlib.Path) -> planted.World:

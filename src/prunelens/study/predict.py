@@ -14,7 +14,8 @@ from prunelens.errors import UserError
 from prunelens.study.artifacts.store import Store
 from prunelens.study.conclude import predictor_stage
 from prunelens.study.folder import open_study
-from prunelens.study.matrix import Plan, Run, Sae
+from prunelens.study.matrix import Plan, Run
+from prunelens.study.parents import Sae
 from prunelens.study.work import read_json
 
 log = logging.getLogger(__name__)

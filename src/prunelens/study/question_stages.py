@@ -34,6 +34,7 @@ from prunelens.corpus import document_groups
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.cost import Asked, Cost
 from prunelens.study.kind import StageKind
+from prunelens.study.parents import Of
 from prunelens.study.sae_stages import decoders_by_step
 from prunelens.study.work import Work, read_json, write_json
 
@@ -42,8 +43,8 @@ FIT_STEPS = 10  # of the joint regression; three to five were seen
 
 def _stability(work: Work) -> None:
     decoders = {
-        int(role.removeprefix("sae-")): TopKSAE.load(folder).decoder_weight.detach()
-        for role, folder in work.parents.items()
+        sae.init_seed: TopKSAE.load(folder).decoder_weight.detach()
+        for sae, folder in work.saes("sae").items()
     }
     seed_stability(decoders, work.config["taus"]).to_parquet(work.out / "stability.parquet")
 
@@ -109,15 +110,15 @@ def _sinks(work: Work) -> None:
 
 def _with_and_without(work: Work, others: Tensor) -> dict[str, float]:
     """MOVED on eval, and `…_without`: on its rows `others` alone."""
-    roles = [role for role in work.parents if role.startswith("sae-")]
-    known = pd.DataFrame([read_json(work.parents[role] / "quality.json") for role in roles])
+    folders = work.saes("sae").values()
+    known = pd.DataFrame([read_json(folder / "quality.json") for folder in folders])
     spread = read_json(work.parents["statistics"] / "variance.json")
     found = {name: spread.get(name, known.get(name, pd.Series()).mean()) for name in MOVED}
     kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
     if len(others) < len(kept):
         normal = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
         dense, condition = _eval_of(work, ("dense", "activations"), others, normal)
-        saes = [TopKSAE.load(work.parents[role]).to(work.device) for role in roles]
+        saes = [TopKSAE.load(folder).to(work.device) for folder in folders]
         without = quality_on(saes, dense, condition)
     else:
         without = found
@@ -158,13 +159,11 @@ def _by_dense_sae(
     """What each dense SAE reads in dense and pruned activations of the second half of eval."""
     dense, pruned, _, tokens, groups = paired_activations(work)
     change = load_common_change(work)
-    seeds = {
-        role: int(role.removeprefix("sae-")) for role in work.parents if role.startswith("sae-")
-    }
-    total = len(tokens) * len(seeds)
+    folders = {sae.init_seed: folder for sae, folder in work.saes("sae").items()}
+    total = len(tokens) * len(folders)
     latents, summaries = [], []
-    for number, (role, seed) in enumerate(seeds.items()):
-        sae = TopKSAE.load(work.parents[role]).to(work.device)
+    for number, (seed, folder) in enumerate(folders.items()):
+        sae = TopKSAE.load(folder).to(work.device)
         progress = work.share(total, before=number * len(tokens))
         table = measure(
             sae, dense, pruned, tokens, change=change, groups=groups, seed=seed, progress=progress
@@ -183,34 +182,34 @@ def second_half(work: Work, kept: Tensor, *, store: str = "dense") -> Tensor:
 
 def _sufficiency(work: Work) -> None:
     """The verdict on the run's SAEs, their curves, and survival by step where two are followed."""
-    curves: dict[tuple[tuple[str, ...], int], pd.DataFrame] = {}
-    decoders: dict[str, dict[int, dict[int, Tensor]]] = {"own": {}, "dense": {}}
-    for role, folder in work.parents.items():
-        condition, seed, _, *training = role.split("-")
-        if condition == "own":
-            curve = pd.read_parquet(folder / "curve.parquet").assign(seed=int(seed))
-            curves[tuple(training), int(seed)] = curve
-        if not training:
-            decoders[condition][int(seed)] = decoders_by_step(folder)
-    own = pd.concat([curve for (training, _), curve in curves.items() if not training])
-    doubled = next((curve for (training, _), curve in curves.items() if training), None)
+    curves = {
+        sae: pd.read_parquet(folder / "curve.parquet").assign(seed=sae.init_seed)
+        for sae, folder in work.saes("own").items()
+    }
+    own = pd.concat([curve for sae, curve in curves.items() if sae.is_plain])
+    doubled = next((curve for sae, curve in curves.items() if not sae.is_plain), None)
     found = sufficiency(own, doubled)
     pd.DataFrame([found]).to_parquet(work.out / "verdict.parquet")
     every = [own.assign(total_steps=own["step"].max())]
     if doubled is not None:
         every.append(doubled.assign(total_steps=doubled["step"].max()))
     pd.concat(every, ignore_index=True).to_parquet(work.out / "curves.parquet")
-    if decoders["dense"]:
-        taus = work.config["taus"]
-        by_step = survival_by_step(decoders["dense"], decoders["own"], taus)
+    dense, run = (_decoders_by_step(work, of) for of in ("dense", "own"))
+    if dense:
+        by_step = survival_by_step(dense, run, work.config["taus"])
         by_step.to_parquet(work.out / "survival_by_step.parquet")
+
+
+def _decoders_by_step(work: Work, of: Of) -> dict[int, dict[int, Tensor]]:
+    """Of the plain SAEs: seed -> step -> decoder."""
+    plain = {sae: folder for sae, folder in work.saes(of).items() if sae.is_plain}
+    return {sae.init_seed: decoders_by_step(folder) for sae, folder in plain.items()}
 
 
 def _fates(work: Work) -> None:
     dense = {
-        int(role.split("-")[1]): pd.read_parquet(folder / "latents.parquet")
-        for role, folder in work.parents.items()
-        if role.startswith("sae-")
+        sae.init_seed: pd.read_parquet(folder / "latents.parquet")
+        for sae, folder in work.saes("sae").items()
     }
     matches = pd.read_parquet(work.parents["survival"] / "latents.parquet")
     others = {
@@ -259,15 +258,15 @@ def _common_change_cost(asked: Asked) -> Cost:
 
 def _persistence_cost(asked: Asked) -> Cost:
     """Per SAE: dense and every draw of what is disturbed, on half the eval split."""
-    encodings = 1 + sum(DRAWS.values())
-    return Cost(asked.encoding(asked.eval_tokens // 2 * encodings * asked.saes("sae-")))
+    encodings = (1 + sum(DRAWS.values())) * len(asked.saes("sae"))
+    return Cost(asked.encoding(asked.eval_tokens // 2 * encodings))
 
 
 def _scaling_cost(asked: Asked) -> Cost:
     """Per SAE, on half the eval split: one encoding, and per step of the joint regression k sparse
     rows of every target, read twice.
     """
-    tokens = asked.eval_tokens // 2 * asked.saes("sae-")
+    tokens = asked.eval_tokens // 2 * len(asked.saes("sae"))
     each = 4.0 * asked.shape.d_model * asked.study.sae.k * len(SOURCES) * FIT_STEPS
     return Cost(asked.encoding(tokens) + tokens * each)
 
@@ -275,7 +274,7 @@ def _scaling_cost(asked: Asked) -> Cost:
 def _sufficiency_cost(asked: Asked) -> Cost:
     """Every dense SAE against every pruned one at every checkpoint, where both are followed."""
     steps = len(asked.study.sufficiency.checkpoints) + 1
-    return Cost(asked.matching(asked.saes("dense-") ** 2 * steps))
+    return Cost(asked.matching(len(asked.saes("dense")) ** 2 * steps))
 
 
 QUESTION_STAGES = (

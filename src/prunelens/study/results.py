@@ -25,7 +25,8 @@ from prunelens.config import CheckpointConfig
 from prunelens.prune.stored import FACTS
 from prunelens.study.artifacts.store import Store
 from prunelens.study.conclude import predictor_stage
-from prunelens.study.matrix import Plan, Run, Sae
+from prunelens.study.matrix import Plan, Run
+from prunelens.study.parents import Sae
 
 ALL_RUNS = "all"  # the run of rows that are about the whole study
 _Rows = Iterator[tuple[Run, pd.DataFrame]]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prunelens.study.artifacts.store import Stage
+from prunelens.study.parents import Of, Sae, saes_among
 from prunelens.study.tracking import Tracker
 from prunelens.temporary import replacing
 
@@ -36,6 +37,10 @@ class Work:
     def config(self) -> Mapping[str, Any]:
         """The stage's config."""
         return self.stage.config
+
+    def saes(self, of: Of) -> dict[Sae, pathlib.Path]:
+        """The folders of the parents that are SAEs of that kind."""
+        return saes_among(self.parents, of)
 
     def share(self, total: float, *, before: float = 0.0) -> Callable[[float], None]:
         """A callback for units done so far of `total`, where `before` were done earlier."""

@@ -19,7 +19,8 @@ from prunelens.analyses.fates import (
 )
 from prunelens.config import PretrainedSaeConfig
 from prunelens.study.artifacts.store import Store
-from prunelens.study.matrix import Plan, Run, Sae
+from prunelens.study.matrix import Plan, Run
+from prunelens.study.parents import Sae
 
 ROLE = "evidence"
 
