@@ -28,13 +28,14 @@ from prunelens.sae.formats import GivenSae, given
 from prunelens.sae.kernels import dense_latents
 from prunelens.sae.sparse import SparseEncoder, sparse_latents
 from prunelens.sae.topk import TopKSAE
-from prunelens.study import evidence_stages
 from prunelens.study.artifacts.store import Source, Stage
 from prunelens.study.stages import STAGES
 from prunelens.study.work import Work, write_json
 from test_pretrained import local, saved
 
 CONTEXT, SKIP = 7, 1
+
+EVIDENCE = "prunelens.study.questions.evidence"
 
 
 class Rows:
@@ -377,8 +378,8 @@ def test_an_sae_of_others_is_read_beside_a_common_change_of_the_first_half(tmp_p
     )
     for name, rows in {"dense_activations": x, "activations": y}.items():
         save_file({"activations": rows}, parents[name] / "eval.safetensors")
-    monkeypatch.setattr(evidence_stages, "load_given_sae", lambda *_, **__: theirs)
-    monkeypatch.setattr(evidence_stages, "_read_where_dense_fires", lambda *_: None)
+    monkeypatch.setattr(f"{EVIDENCE}.load_given_sae", lambda *_, **__: theirs)
+    monkeypatch.setattr(f"{EVIDENCE}._read_where_dense_fires", lambda *_: None)
     config = {"pretrained": {}, "common_change": {"kind": "scalar", "seed": 40}}
     source = Source(
         ModelConfig(name="any", layers=[1]), None, 1, PretrainedSaeConfig(layer=1, folder="theirs")

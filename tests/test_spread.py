@@ -31,8 +31,9 @@ from prunelens.spread import DocumentStream, one_of_each_stretch
 from prunelens.study.artifacts.store import Stage, Store
 from prunelens.study.matrix import parents_first
 from prunelens.study.model_stages import load_window_documents, load_windows
-from prunelens.study.output_stages import _null_source, _prompts
 from prunelens.study.plan import plan_study
+from prunelens.study.questions.causal import _prompts
+from prunelens.study.questions.transfer import _null_source
 from prunelens.study.stages import STAGES, make_stages
 from prunelens.study.work import Work, read_json
 
@@ -258,7 +259,7 @@ def test_the_null_is_made_of_the_windows_for_refitting(
         device="cpu",
     )
     none = CommonChange(torch.zeros(16).double(), torch.ones(16).double(), torch.tensor(0))
-    monkeypatch.setattr("prunelens.study.output_stages.load_common_change", lambda _: none)
+    monkeypatch.setattr("prunelens.study.questions.transfer.load_common_change", lambda _: none)
     plain = Statistics(torch.zeros(16), torch.ones(16))
     refit = torch.tensor([3, 17, 150])
     source = _null_source(work, plain, refit, 16)

@@ -13,13 +13,18 @@ from safetensors.torch import load_file, save_file
 
 from prunelens.config import study_from_data
 from prunelens.errors import UserError
-from prunelens.report.tables import COLUMNS
+from prunelens.report.page import page
+from prunelens.report.paper_tables import write_paper_tables
+from prunelens.report.summary import print_summary
+from prunelens.report.tables import COLUMNS, write_tables
 from prunelens.report.write import run_and_report
 from prunelens.study import conclude, stages
 from prunelens.study.artifacts.store import Store
-from prunelens.study.folder import study_status
+from prunelens.study.folder import read_runs, study_status
+from prunelens.study.matrix import parents_first
 from prunelens.study.plan import plan_study
 from prunelens.study.predict import predict_latents
+from prunelens.study.results import study_results
 from tiny_study import run_with_pool, tiny_study, write_text
 
 FIGURES = (
@@ -275,6 +280,32 @@ def test_a_failed_dense_transfer_costs_its_table_alone(finished, tmp_path, monke
     tables = {path.stem for path in (tmp_path / "s" / "tables").iterdir()}
     assert "transfer" not in tables
     assert {"survival", "fragility", "causal", "claims"} <= tables
+
+
+def test_a_study_is_told_whatever_stage_has_failed_in_its_pruned_runs(finished, tmp_path):
+    """With all that rests on it. The dense run may have an answer without a row."""
+    study, out, _ = finished
+    shutil.copytree(out / "artifacts", tmp_path / "artifacts")
+    plan, store = plan_study(study), Store(tmp_path / "artifacts")
+    made = {s.identity: s for run in plan.runs[1:] for s in run.stages.values()}
+    dense = {stage.identity for stage in plan.runs[0].targets()}
+    for kind in {stage.name for stage in made.values()} - {"prune"}:
+        failed = [
+            stage
+            for identity, stage in made.items()
+            if identity not in dense and kind in {s.name for s in parents_first([stage])}
+        ]
+        folders = [store.folder(stage) for stage in failed]
+        for folder in folders:
+            folder.rename(folder.with_name(f"{folder.name}.away"))
+        tables = write_tables(study_results(plan, store), tmp_path / "out")
+        assert all(len(table) for table in tables.values())
+        paper = write_paper_tables(tables, study, tmp_path / "out")
+        print_summary(tables | paper, read_runs(out))
+        if kind in ("common_change", "survival"):  # what most rests on
+            assert page(tmp_path / "out", tables, read_runs(out), study)
+        for folder in folders:
+            folder.with_name(f"{folder.name}.away").rename(folder)
 
 
 def test_what_fails_over_all_runs_is_told_and_exits_as_failed(finished, tmp_path, monkeypatch):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Asked, Cost
 from prunelens.study.work import Work
+
+if TYPE_CHECKING:
+    from prunelens.study.layer_plan import LayerPlan
 
 Rate = Literal["language model", "SAE training", "SAE encoding", "matching"]
 RATES: tuple[Rate, ...] = get_args(Rate)
@@ -46,3 +50,28 @@ class StageKind:
         """Roughly in proportion to its seconds, for what a person sees of the progress."""
         sparse = self.rate in ("SAE training", "SAE encoding")
         return max(LEAST_COST, cost.flops * (SPARSE if sparse else 1.0))
+
+
+@dataclass(frozen=True)
+class Question(StageKind):
+    """A kind of stage that is asked of runs: told once, and the plan is read off it."""
+
+    asked: tuple[str, ...] = ()
+    """Any of these `questions` of a study asks for it; none: every study does."""
+    of: Literal["every", "pruned"] = "every"
+    """The runs that it is asked of."""
+    config: Callable[[LayerPlan], Mapping[str, Any]] = lambda _: {}
+    """All that its numbers depend on but its parents."""
+    parents: Callable[[LayerPlan], Mapping[str, Stage | None]] = lambda _: {}
+    """Role -> what it reads."""
+    plan: Callable[[LayerPlan], Mapping[str, Stage]] | None = None
+    """Role -> stage, in the place of all four: of several stages, or on other conditions."""
+
+    def planned(self, run: LayerPlan) -> Mapping[str, Stage]:
+        """Role -> stage of one run; none where it is not asked."""
+        if self.plan:
+            return self.plan(run)
+        is_asked = not self.asked or set(self.asked).intersection(run.study.questions)
+        if not is_asked or (self.of == "pruned" and run.pruning is None):
+            return {}
+        return {self.name: run.stage(self.name, self.config(run), self.parents(run))}

@@ -73,11 +73,13 @@ def checkpoint_model(model: ModelConfig, condition: CheckpointConfig) -> ModelCo
 class ModelPlan:
     """The stages of one model."""
 
+    is_planted = False
+
     def __init__(self, study: StudyConfig, model: ModelConfig, sources: Sources) -> None:
-        self._study, self._model, self._sources = study, model, sources
+        self.study, self.config, self._sources = study, model, sources
         self._shape = model_shape(model)
         self._check(self._shape)
-        self._weights = {"weights": sources.weights(model), "dtype": model.dtype}
+        self.weights = {"weights": sources.weights(model), "dtype": model.dtype}
         self.corpus = self._tokenised("corpus", study.corpus)
 
     def stage(
@@ -95,14 +97,14 @@ class ModelPlan:
         """A stage of this model; parents that are None are left out."""
         present = {role: parent for role, parent in parents.items() if parent is not None}
         kind = STAGES[name]
-        cost = kind.cost(Asked(config, present, self._shape, self._study))
+        cost = kind.cost(Asked(config, present, self._shape, self.study))
         return Stage(
             name,
             kind.version,
-            {**config, "threads": self._study.threads_per_stage},
+            {**config, "threads": self.study.threads_per_stage},
             present,
             label=f"{name} {label}",
-            source=Source(self._model, corpus, self._study.sae.checkpoint_every, given, checkpoint),
+            source=Source(self.config, corpus, self.study.sae.checkpoint_every, given, checkpoint),
             cost=kind.progress_cost(cost),
             together=together,
         )
@@ -110,13 +112,13 @@ class ModelPlan:
     def prune(self, condition: Condition) -> Stage:
         """What one condition is made from; Wanda's dense norms are measured once for all."""
         if isinstance(condition, CheckpointConfig):
-            checkpoint = checkpoint_model(self._model, condition)
+            checkpoint = checkpoint_model(self.config, condition)
             content = self._sources.weights(checkpoint, field="prunings.checkpoint")
             return self.stage(
                 "prune",
-                {**self._weights, "checkpoint": content},
+                {**self.weights, "checkpoint": content},
                 {},
-                label=f"{self._model.label} {condition.label}",
+                label=f"{self.config.label} {condition.label}",
                 checkpoint=checkpoint,
             )
         sequential = condition.calibration == "sequential"
@@ -124,27 +126,27 @@ class ModelPlan:
         if condition.is_calibrated and not sequential:
             norms = self.stage(
                 "calibration",
-                self._weights,
+                self.weights,
                 {"corpus": self.corpus},
-                label=self._model.label,
+                label=self.config.label,
             )
         return self.stage(
             "prune",
-            {**self._weights, "pruning": condition.model_dump(mode="json", exclude_none=True)},
+            {**self.weights, "pruning": condition.model_dump(mode="json", exclude_none=True)},
             {"calibration": norms, "corpus": self.corpus if sequential else None},
-            label=f"{self._model.label} {condition.label}",
+            label=f"{self.config.label} {condition.label}",
         )
 
     def perplexity(self, pruned: Stage | None, label: str) -> Stage | None:
         """Perplexity of one condition; None where there is no language model."""
-        config = self._study.perplexity
+        config = self.study.perplexity
         text = self.corpus
         if config.corpus:
             text = self._tokenised("text", config.corpus)
         return self.stage(
             "perplexity",
             {
-                **self._weights,
+                **self.weights,
                 "context_tokens": config.context_tokens,
                 "max_tokens": config.max_tokens,
             },
@@ -152,112 +154,38 @@ class ModelPlan:
             label=label,
         )
 
-    def transfer(
-        self,
-        layer: int,
-        given: PretrainedSaeConfig | None,
-        parents: Mapping[str, Stage | None],
-        label: str,
-    ) -> Stage:
-        """RQ3 of one condition: our dense SAEs (among the parents), or one SAE of others."""
-        config = self._study.transfer
-        return self.stage(
-            "transfer",
-            {
-                **self._weights,
-                "site": self._model.site,
-                "layer": layer,
-                "max_norm_multiple": self._study.activations.max_norm_multiple,
-                **config.model_dump(mode="json"),
-                "pretrained": self._content(given),
-            },
-            {"corpus": self.corpus, **parents},
-            label=label,
-            given=given,
-        )
-
-    def causal(self, layer: int, parents: Mapping[str, Stage | None], label: str) -> Stage:
-        """RQ5 of one pair of a dense and a pruned model."""
-        config = self._study.causal
-        return self.stage(
-            "causal",
-            {
-                **self._weights,
-                "site": self._model.site,
-                "layer": layer,
-                "skip_first": self._study.activations.skip_first,
-                **config.model_dump(mode="json", exclude={"conditions"}),
-            },
-            {"corpus": self.corpus, **parents},
-            label=label,
-        )
-
-    def evidence(
-        self,
-        given: PretrainedSaeConfig | None,
-        parents: Mapping[str, Stage | None],
-        label: str,
-        *,
-        change: Mapping[str, Any] | None,
-    ) -> Stage:
-        """Where the latents of our SAE (among the parents) fire, or those of an SAE of others; what
-        persists of the latter is measured under a common `change` of its own.
-        """
-        return self.stage(
-            "evidence",
-            {
-                **self._weights,
-                "skip_first": self._study.activations.skip_first,
-                **self._study.evidence.model_dump(mode="json"),
-                "pretrained": self._content(given),
-                "common_change": change,
-            },
-            {"corpus": self.corpus, **parents},
-            label=label,
-            given=given,
-        )
-
     def activations(self, layer: int, pruned: Stage | None, label: str) -> Stage:
         """The store of one condition at one layer; one pass serves all layers of a condition."""
-        config = self._study.activations
+        config = self.study.activations
         shared = {
-            **self._weights,
+            **self.weights,
             "skip_first": config.skip_first,
             "storage": config.storage,
         }
         read = [self.corpus.identity, pruned.identity if pruned else ""]
         return self.stage(
             "activations",
-            {**shared, "site": self._model.site, "layer": layer},
+            {**shared, "site": self.config.site, "layer": layer},
             {"corpus": self.corpus, "prune": pruned},
             label=label,
             together=json.dumps([shared, read], sort_keys=True),
         )
 
-    def grades(self, _answers: Mapping[str, Stage], _label: str) -> dict[str, Stage]:
-        """How well measures and intervals told the truth; nothing where nobody knows it."""
-        return {}
-
-    @property
-    def study(self) -> StudyConfig:
-        """The study that this is part of."""
-        return self._study
-
     @property
     def label(self) -> str:
         """The model's short name."""
-        return self._model.label
+        return self.config.label
 
     def pretrained(self, layer: int) -> list[PretrainedSaeConfig]:
         """The SAEs of others for this layer."""
-        return [sae for sae in self._model.pretrained if sae.layer == layer]
+        return [sae for sae in self.config.pretrained if sae.layer == layer]
 
     @property
     def shape(self) -> ModelShape:
         """Width, depth and vocabulary."""
         return self._shape
 
-    def _content(self, given: PretrainedSaeConfig | None) -> dict[str, Any] | None:
+    def content(self, given: PretrainedSaeConfig | None) -> dict[str, Any] | None:
         """What an SAE of others is in identities."""
         if given is None:
             return None
@@ -274,21 +202,21 @@ class ModelPlan:
             {
                 "corpus": content,
                 "text": self._sources.text(corpus),
-                "tokenizer": self._weights["weights"],
+                "tokenizer": self.weights["weights"],
             },
             {},
-            label=f"{corpus.source} for {self._model.label}",
+            label=f"{corpus.source} for {self.config.label}",
             corpus=corpus,
         )
 
     def _check(self, shape: ModelShape) -> None:
-        for layer in self._model.layers:
+        for layer in self.config.layers:
             if not 0 <= layer < shape.num_blocks:
                 raise UserError(
-                    f"models.layers: layer {layer} is not in {self._model.label}, which has"
+                    f"models.layers: layer {layer} is not in {self.config.label}, which has"
                     f" {shape.num_blocks} blocks; use 0 to {shape.num_blocks - 1}"
                 )
-        corpus, skip = self._study.corpus, self._study.activations.skip_first
+        corpus, skip = self.study.corpus, self.study.activations.skip_first
         if skip >= corpus.context_tokens:
             raise UserError(
                 f"activations.skip_first: {skip} leaves nothing of a window of"
@@ -298,19 +226,19 @@ class ModelPlan:
         if longest is not None and corpus.context_tokens > longest:
             raise UserError(
                 f"corpus.context_tokens: {corpus.context_tokens} is more than the {longest} that"
-                f" {self._model.label} was built for; make it at most {longest}"
+                f" {self.config.label} was built for; make it at most {longest}"
             )
         self._check_saes(shape)
 
     def _check_saes(self, shape: ModelShape) -> None:
-        sae = self._study.sae
+        sae = self.study.sae
         if sae.k > sae.expansion * shape.d_model:
             raise UserError(
                 f"sae.k: {sae.k} is more than the {sae.expansion * shape.d_model} latents of"
                 f" sae.expansion {sae.expansion} x d_model {shape.d_model}; make k smaller"
             )
-        if sae.batch_tokens > self._study.corpus.train_tokens:
+        if sae.batch_tokens > self.study.corpus.train_tokens:
             raise UserError(
                 f"sae.batch_tokens: {sae.batch_tokens} is more than corpus.train_tokens"
-                f" {self._study.corpus.train_tokens}; make the batch smaller"
+                f" {self.study.corpus.train_tokens}; make the batch smaller"
             )

@@ -1,6 +1,7 @@
 """Artifacts of a study -> its results as tables, each row with the run that it belongs to.
 
-What is missing (a run that failed, a question that is not asked) has no rows.
+What is missing (a run that failed, a question that is not asked) has no rows, and a table without
+any is not there.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def study_results(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
     """
     tables = {}
     for name, rows in _BUILDERS.items():
-        parts = [with_run(run, part, store) for run, part in rows(plan, store)]
+        parts = [with_run(run, part, store) for run, part in rows(plan, store) if len(part)]
         if parts:
             tables[name] = pd.concat(parts, ignore_index=True)
     if "fragility_tests" in tables:
@@ -124,13 +125,13 @@ def _sae_training(plan: Plan, store: Store) -> _Rows:
 def _transfer(plan: Plan, store: Store) -> _Rows:
     """Our own SAEs, then those of others; a row that says so where there are none of those."""
     for run in plan.runs:
-        roles = [role for role in run.stages if role.split(" ")[0] == "transfer"]
-        measured = [role for role in roles if store.has(run.stages[role])]
-        for role in measured:
-            table = pd.read_parquet(store.read(run.stages[role]) / "transfer.parquet")
-            label = role.removeprefix("transfer").lstrip()
-            yield run, table.assign(sae=label) if label else table
-        if measured and roles == ["transfer"]:
+        stages = [stage for stage in run.stages.values() if stage.name == "transfer"]
+        measured = [stage for stage in stages if store.has(stage)]
+        for stage in measured:
+            table = pd.read_parquet(store.read(stage) / "transfer.parquet")
+            given = stage.source.pretrained if stage.source else None
+            yield run, table.assign(sae=given.label) if given else table
+        if measured and len(stages) == 1:
             reason = "no pretrained SAE is named for this model and layer (models.pretrained)"
             yield run, pd.DataFrame([{"sae": "pretrained", "reason": reason}])
 

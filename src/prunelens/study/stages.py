@@ -1,11 +1,9 @@
 """Artifacts in, artifact out: the only place that knows both files and library functions.
 
-Each function in the modules below reads its parents' folders by role and writes its own files; the
+The function of each kind of stage reads its parents' folders by role and writes its own files; the
 result depends on the stage's config and its parents alone. `model_stages`: text to activations;
-`sae_stages`: SAEs; `arm_stages`: pairs of SAEs; `question_stages`: what else is asked of them;
-`output_stages`: what needs the model's output again (transfer, ablations); `evidence_stages`: the
-text on which latents fire; `planted_stages`: the
-world with known truth in the model's place.
+`planted_stages`: the world with known truth in their place; `sae_stages`: SAEs; `questions`: all
+that is asked of them.
 """
 
 from __future__ import annotations
@@ -23,31 +21,21 @@ import torch
 from prunelens.errors import UserError, is_out_of_memory
 from prunelens.interruption import is_interrupted
 from prunelens.panics import is_panic
-from prunelens.study.arm_stages import ARM_STAGES
 from prunelens.study.artifacts.disk import DiskError, stopped_by_disk
 from prunelens.study.artifacts.store import Stage, Store
-from prunelens.study.evidence_stages import EVIDENCE_STAGES
+from prunelens.study.kind import StageKind
 from prunelens.study.model_stages import MODEL_STAGES
-from prunelens.study.output_stages import OUTPUT_STAGES
 from prunelens.study.planted_stages import PLANTED_STAGES
-from prunelens.study.question_stages import QUESTION_STAGES
+from prunelens.study.questions import QUESTIONS
+from prunelens.study.questions.predictor import PREDICTOR
 from prunelens.study.sae_stages import SAE_STAGES
 from prunelens.study.tracking import NOT_TRACKED, Tracking
 from prunelens.study.work import Work
 
 log = logging.getLogger(__name__)
 
-STAGES = {
-    kind.name: kind
-    for kind in (
-        *MODEL_STAGES,
-        *SAE_STAGES,
-        *ARM_STAGES,
-        *QUESTION_STAGES,
-        *OUTPUT_STAGES,
-        *EVIDENCE_STAGES,
-        *PLANTED_STAGES,
-    )
+STAGES: dict[str, StageKind] = {
+    kind.name: kind for kind in (*MODEL_STAGES, *SAE_STAGES, *PLANTED_STAGES, *QUESTIONS, PREDICTOR)
 }
 
 

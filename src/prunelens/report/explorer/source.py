@@ -22,7 +22,7 @@ from prunelens.study.artifacts.store import Store
 from prunelens.study.matrix import Plan, Run
 from prunelens.study.parents import Sae
 
-ROLE = "evidence"
+EVIDENCE = "evidence"
 
 
 def sources(plan: Plan, store: Store) -> Iterator[Source]:
@@ -31,8 +31,8 @@ def sources(plan: Plan, store: Store) -> Iterator[Source]:
         if dense.pruning is None:
             place = (dense.model, dense.layer)
             pruned = [r for r in plan.runs if r.pruning and (r.model, r.layer) == place]
-            for role in dense.stages:
-                if role.split(" ")[0] == ROLE:
+            for role, stage in dense.stages.items():
+                if stage.name == EVIDENCE:
                     yield Source(plan, store, dense, pruned, role)
 
 
@@ -49,7 +49,7 @@ class Source(NamedTuple):
     @property
     def dictionary(self) -> str:
         """`seed 0`, or the label of an SAE of others."""
-        return self.role.removeprefix(ROLE).lstrip() or f"seed {self.seed}"
+        return self.given.label if self.given else f"seed {self.seed}"
 
     @property
     def label(self) -> str:
@@ -64,11 +64,9 @@ class Source(NamedTuple):
     @property
     def given(self) -> PretrainedSaeConfig | None:
         """The SAE of others that the view shows; None: one of ours."""
-        if self.role == ROLE:
-            return None
-        model = next(m for m in self.plan.study.models if m.label == self.dense.model)
-        named = (self.dense.layer, self.dictionary)
-        return next(sae for sae in model.pretrained if (sae.layer, sae.label) == named)
+        source = self.dense.stages[self.role].source
+        assert source
+        return source.pretrained
 
     @property
     def kept_by(self) -> Literal["persistence", "survival", "nothing"]:

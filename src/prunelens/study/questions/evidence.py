@@ -1,4 +1,4 @@
-"""The stage `evidence`: where latents fire, dense and pruned, and which tokens they promote.
+"""Where latents fire, dense and pruned, and which tokens they promote.
 
 Our SAE of the first seed is among the parents; an SAE of others is named by the stage's source.
 A pruned run also reads the dense SAE, at the places that the dense run chose.
@@ -6,7 +6,8 @@ A pruned run also reads the dense SAE, at the places that the dense run chose.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -23,14 +24,19 @@ from prunelens.analyses.evidence import (
 from prunelens.analyses.noise import fit_common_change
 from prunelens.analyses.persistence import persistence
 from prunelens.analyses.token_effects import token_effects, unembedding
+from prunelens.config import CheckpointConfig
 from prunelens.model import LanguageModel
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
+from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Asked, Cost, sae_size
-from prunelens.study.kind import StageKind
+from prunelens.study.kind import Question
 from prunelens.study.model_stages import EVAL, load_stage_model, load_windows
-from prunelens.study.question_stages import paired_activations
+from prunelens.study.questions.paired import paired_activations
 from prunelens.study.work import Work
+
+if TYPE_CHECKING:
+    from prunelens.study.layer_plan import LayerPlan
 
 SEED = 0  # of the samples over activation ranges, and of persistence's noise
 
@@ -176,4 +182,33 @@ def _evidence_cost(asked: Asked) -> Cost:
     return Cost(asked.encoding(asked.eval_tokens * (1 + ("dense" in asked.parents))) + effects)
 
 
-EVIDENCE_STAGES = (StageKind("evidence", 2, _evidence, cost=_evidence_cost, rate="SAE encoding"),)
+def _plan(run: LayerPlan) -> Mapping[str, Stage]:
+    """Our SAE of the first seed, and each of others; what persists of the latter is measured under
+    a common change of its own.
+    """
+    if "evidence" not in run.study.questions:
+        return {}
+    first = run.dense.seeds()[0]
+    read = {"activations": run.activations, "screening": run.dense.screening}
+    if isinstance(run.pruning, CheckpointConfig) and run.prune:
+        read["prune"] = run.prune  # it may have an unembedding of its own
+    stages = {}
+    for given in (None, *run.model.pretrained(run.layer)):
+        role = f"evidence {given.label}" if given else "evidence"
+        parents = {**read, "dense": run.dense.answers[role] if run.pruning else None}
+        if given is None:
+            parents["sae"] = run.saes.get(first)
+        if run.pruning:
+            which = run.dense.activations if given else run.dense.saes[first]
+            parents["dense_activations" if given else "dense_sae"] = which
+        config = {
+            "skip_first": run.study.activations.skip_first,
+            **run.study.evidence.model_dump(mode="json"),
+            "pretrained": run.model.content(given),
+            "common_change": run.kind_of_change() if given and run.pruning else None,
+        }
+        stages[role] = run.with_model("evidence", config, parents, given)
+    return stages
+
+
+EVIDENCE = Question("evidence", 2, _evidence, cost=_evidence_cost, rate="SAE encoding", plan=_plan)

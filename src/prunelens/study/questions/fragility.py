@@ -1,0 +1,33 @@
+"""RQ4: are rare latents harmed less than frequent ones?"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from prunelens.analyses.fragility import (
+    fragility_contrasts,
+    fragility_tests,
+    quintiles,
+    quintiles_by_seed,
+)
+from prunelens.study.kind import Question
+from prunelens.study.work import Work
+
+
+def _fragility(work: Work) -> None:
+    found = pd.read_parquet(work.parents["fates"] / "fates.parquet")
+    taus = work.config["taus"]
+    quintiles(found, taus).to_parquet(work.out / "quintiles.parquet")
+    quintiles_by_seed(found, taus).to_parquet(work.out / "by_seed.parquet")
+    fragility_contrasts(found).to_parquet(work.out / "contrasts.parquet")
+    fragility_tests(found, taus).to_parquet(work.out / "tests.parquet")
+
+
+FRAGILITY = Question(
+    "fragility",
+    3,
+    _fragility,
+    asked=("fragility",),
+    config=lambda run: run.taus(),
+    parents=lambda run: {"fates": run.answers["fates"]},
+)

@@ -1,0 +1,36 @@
+"""How many times its own size is a dense direction in pruned activations?"""
+
+from __future__ import annotations
+
+from prunelens.analyses.scaling import SOURCES, latent_scaling, scaling_summary
+from prunelens.study.cost import Asked, Cost
+from prunelens.study.kind import Question
+from prunelens.study.questions.paired import by_dense_sae
+from prunelens.study.work import Work
+
+FIT_STEPS = 10  # of the joint regression; three to five were seen
+
+
+def _scaling(work: Work) -> None:
+    by_dense_sae(work, latent_scaling, scaling_summary, "scaling.parquet")
+
+
+def _scaling_cost(asked: Asked) -> Cost:
+    """Per SAE, on half the eval split: one encoding, and per step of the joint regression k sparse
+    rows of every target, read twice.
+    """
+    tokens = asked.eval_tokens // 2 * len(asked.saes("sae"))
+    each = 4.0 * asked.shape.d_model * asked.study.sae.k * len(SOURCES) * FIT_STEPS
+    return Cost(asked.encoding(tokens) + tokens * each)
+
+
+SCALING = Question(
+    "scaling",
+    2,
+    _scaling,
+    cost=_scaling_cost,
+    rate="SAE encoding",
+    asked=("identity",),
+    of="pruned",
+    parents=lambda run: run.paired(),
+)

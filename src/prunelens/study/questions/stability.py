@@ -1,0 +1,34 @@
+"""RQ1: do two seeds find the same features?"""
+
+from __future__ import annotations
+
+from prunelens.analyses.stability import seed_stability
+from prunelens.sae.topk import TopKSAE
+from prunelens.study.cost import Asked, Cost
+from prunelens.study.kind import Question
+from prunelens.study.work import Work
+
+
+def _stability(work: Work) -> None:
+    decoders = {
+        sae.init_seed: TopKSAE.load(folder).decoder_weight.detach()
+        for sae, folder in work.saes("sae").items()
+    }
+    seed_stability(decoders, work.config["taus"]).to_parquet(work.out / "stability.parquet")
+
+
+def _stability_cost(asked: Asked) -> Cost:
+    seeds = len(asked.parents)
+    return Cost(asked.matching(seeds * (seeds - 1) // 2))
+
+
+STABILITY = Question(
+    "stability",
+    2,
+    _stability,
+    cost=_stability_cost,
+    rate="matching",
+    asked=("stability",),
+    config=lambda run: run.taus(),
+    parents=lambda run: run.readers(),
+)

@@ -1,0 +1,35 @@
+"""Does a direction lie in the span of its nearest in the other SAE?"""
+
+from __future__ import annotations
+
+from prunelens.analyses.subspace import subspace_overlaps
+from prunelens.analyses.survival import COORDINATES
+from prunelens.study.cost import Asked, Cost
+from prunelens.study.kind import Question
+from prunelens.study.questions.arms import arms, dictionary
+from prunelens.study.questions.survival import survival_cost
+from prunelens.study.work import Work
+
+
+def _subspace(work: Work) -> None:
+    latents = subspace_overlaps(arms(work, dictionary))
+    latents.to_parquet(work.out / "latents.parquet")
+    seeds = ["init_a", "order_a", "init_b", "order_b"]
+    means = latents.groupby(["arm", *seeds], sort=False)["overlap"].mean().reset_index()
+    means.to_parquet(work.out / "subspace.parquet")
+
+
+def _subspace_cost(asked: Asked) -> Cost:
+    """Every arm's cosines again, in one system of coordinates."""
+    return Cost(survival_cost(asked).flops / len(COORDINATES))
+
+
+SUBSPACE = Question(
+    "subspace",
+    2,
+    _subspace,
+    cost=_subspace_cost,
+    rate="matching",
+    asked=("identity",),
+    parents=lambda run: run.compared(),
+)

@@ -1,0 +1,74 @@
+"""Were the SAEs of a run trained enough to be compared?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from torch import Tensor
+
+from prunelens.analyses.sufficiency import sufficiency, survival_by_step
+from prunelens.study.artifacts.store import Stage
+from prunelens.study.cost import Asked, Cost
+from prunelens.study.kind import Question
+from prunelens.study.parents import Of, sae_role
+from prunelens.study.sae_stages import decoders_by_step
+from prunelens.study.work import Work
+
+if TYPE_CHECKING:
+    from prunelens.study.layer_plan import LayerPlan
+
+
+def _sufficiency(work: Work) -> None:
+    """The verdict on the run's SAEs, their curves, and survival by step where two are followed."""
+    curves = {
+        sae: pd.read_parquet(folder / "curve.parquet").assign(seed=sae.init_seed)
+        for sae, folder in work.saes("own").items()
+    }
+    own = pd.concat([curve for sae, curve in curves.items() if sae.is_plain])
+    doubled = next((curve for sae, curve in curves.items() if not sae.is_plain), None)
+    found = sufficiency(own, doubled)
+    pd.DataFrame([found]).to_parquet(work.out / "verdict.parquet")
+    every = [own.assign(total_steps=own["step"].max())]
+    if doubled is not None:
+        every.append(doubled.assign(total_steps=doubled["step"].max()))
+    pd.concat(every, ignore_index=True).to_parquet(work.out / "curves.parquet")
+    dense, run = (_decoders_by_step(work, of) for of in ("dense", "own"))
+    if dense:
+        by_step = survival_by_step(dense, run, work.config["taus"])
+        by_step.to_parquet(work.out / "survival_by_step.parquet")
+
+
+def _decoders_by_step(work: Work, of: Of) -> dict[int, dict[int, Tensor]]:
+    """Of the plain SAEs: seed -> step -> decoder."""
+    plain = {sae: folder for sae, folder in work.saes(of).items() if sae.is_plain}
+    return {sae.init_seed: decoders_by_step(folder) for sae, folder in plain.items()}
+
+
+def _sufficiency_cost(asked: Asked) -> Cost:
+    """Every dense SAE against every pruned one at every checkpoint, where both are followed."""
+    steps = len(asked.study.sufficiency.checkpoints) + 1
+    return Cost(asked.matching(len(asked.saes("dense")) ** 2 * steps))
+
+
+def _parents(run: LayerPlan) -> Mapping[str, Stage]:
+    """The followed ones also show survival by step."""
+    parents = {
+        sae_role("own", sae): stage
+        for sae, stage in run.saes.items()
+        if sae.is_plain or sae.training == "doubled"
+    }
+    return parents | run.dense_saes("dense") if run.pruning and run.is_followed() else parents
+
+
+SUFFICIENCY = Question(
+    "sufficiency",
+    1,
+    _sufficiency,
+    cost=_sufficiency_cost,
+    rate="matching",
+    asked=("sufficiency",),
+    config=lambda run: run.taus(),
+    parents=_parents,
+)

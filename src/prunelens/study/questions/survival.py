@@ -1,0 +1,58 @@
+"""RQ2: which features are found again? The dense run holds the controls."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from prunelens.analyses.survival import COORDINATES, corrected_survival, survival
+from prunelens.study.cost import Asked, Cost
+from prunelens.study.kind import Question
+from prunelens.study.questions.arms import arms, dictionary
+from prunelens.study.work import Work
+
+
+def _survival(work: Work) -> None:
+    result = survival(arms(work, dictionary), work.config["taus"])
+    result.rates.to_parquet(work.out / "survival.parquet")
+    result.latents.to_parquet(work.out / "latents.parquet")
+
+
+def _corrected(work: Work) -> None:
+    tables = [
+        pd.read_parquet(work.parents[role] / "survival.parquet")
+        for role in ("survival", "controls")
+    ]
+    corrected_survival(*tables).to_parquet(work.out / "corrected.parquet")
+
+
+def survival_cost(asked: Asked) -> Cost:
+    """The arms of methods §7: a pruned run's own, or the dense run's ceilings, floor and chance."""
+    dense, pruned = asked.saes("dense"), asked.saes("pruned")
+    seeds = sum(sae.is_plain for sae in dense)
+    controls = sum(not sae.is_plain for sae in dense + pruned)
+    pairs = seeds * (seeds - 1)
+    comparisons = seeds + controls + pairs if pruned else controls + 2 * pairs
+    return Cost(asked.matching(comparisons * len(COORDINATES)))
+
+
+SURVIVAL = Question(
+    "survival",
+    3,
+    _survival,
+    cost=survival_cost,
+    rate="matching",
+    asked=("survival",),
+    config=lambda run: run.taus(),
+    parents=lambda run: run.compared(),
+)
+CORRECTED = Question(
+    "corrected",
+    1,
+    _corrected,
+    asked=("survival",),
+    of="pruned",
+    parents=lambda run: {
+        "survival": run.answers["survival"],
+        "controls": run.dense.answers["survival"],
+    },
+)

@@ -1,0 +1,162 @@
+"""RQ3: can SAEs of the dense model still be used?"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prunelens.activations import Activations, Statistics
+from prunelens.analyses.null_states import NullSource
+from prunelens.analyses.sinks import NORM_MULTIPLE
+from prunelens.analyses.transfer import DenseReference, transfer, transfer_verdicts
+from prunelens.corpus import spread_over_documents
+from prunelens.sae.formats import GivenSae
+from prunelens.sae.own_folder import own_sae
+from prunelens.sae.pretrained import load_given_sae
+from prunelens.study.artifacts.store import Stage
+from prunelens.study.cost import Asked, Cost
+from prunelens.study.kind import Question
+from prunelens.study.model_stages import (
+    EVAL,
+    load_stage_model,
+    load_window_documents,
+    load_windows,
+)
+from prunelens.study.questions.paired import load_common_change
+from prunelens.study.work import Work
+
+if TYPE_CHECKING:
+    from prunelens.study.layer_plan import LayerPlan
+
+log = logging.getLogger(__name__)
+
+GIVEN = "given"  # an SAE of others inside its artifact, whose identity has no names
+SEED = 0  # of windows for refitting
+
+
+def _transfer(work: Work) -> None:
+    """RQ3 of one condition; a pruned one is judged against the dense artifact."""
+    config = work.config
+    dense_folder = work.parents.get("dense")
+    reference = (
+        DenseReference.load(dense_folder / "reference.safetensors") if dense_folder else None
+    )
+    evaluation = load_windows(work, *EVAL)
+    context = evaluation.shape[1]
+    order = spread_over_documents(load_window_documents(work, "train"), seed=SEED)
+    refit = order[: max(1, config["refit_tokens"] // context)].sort().values
+    statistics = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
+    saes = _given_saes(work)
+    if reference and work.config["pretrained"]:
+        saes = [dataclasses.replace(sae, name=GIVEN) for sae in saes]
+    found = transfer(
+        load_stage_model(work),
+        saes,
+        evaluation,
+        load_windows(work, "train")[refit],
+        load_window_documents(work, *EVAL),
+        site=config["site"],
+        layer=config["layer"],
+        dense=reference,
+        ce_windows=max(1, config["ce_tokens"] // context),
+        max_norm_multiple=config["max_norm_multiple"] or NORM_MULTIPLE,
+        sigma=statistics.sigma,
+        null=_null_source(work, statistics, refit, context) if reference else None,
+        progress=work.progress,
+    )
+    for note in found.notes:
+        log.warning("%s", note)
+    reference, rows = found.reference, found.rows
+    if work.config["pretrained"]:
+        reference, rows = reference._replace(saes=(GIVEN,)), rows.assign(sae=GIVEN)
+    reference.save(work.out / "reference.safetensors")
+    (transfer_verdicts(rows) if dense_folder else rows).to_parquet(work.out / "transfer.parquet")
+
+
+def _null_source(
+    work: Work, statistics: Statistics, refit: Tensor, context_tokens: int
+) -> NullSource:
+    """The stores of both models, whose windows are those of the corpus; of train the chosen."""
+    skip_first = work.stage.parents["pruned_activations"].config["skip_first"]
+    per_window = context_tokens - skip_first
+    refit_rows = (refit[:, None] * per_window + torch.arange(per_window)).flatten()
+
+    def stores(split: str, rows: Tensor | None = None) -> tuple[Activations, Activations]:
+        dense, pruned = (
+            Activations(
+                work.parents[role] / f"{split}.safetensors",
+                statistics=statistics,
+                kept=rows,
+                device=work.device,
+            )
+            for role in ("dense_activations", "pruned_activations")
+        )
+        return dense, pruned
+
+    change = load_common_change(work)
+    return NullSource(change, stores("eval"), stores("train", refit_rows), skip_first)
+
+
+def _given_saes(work: Work) -> list[GivenSae]:
+    """Our dense SAEs by seed, or the one of others that the stage is for."""
+    if work.config["pretrained"] is None:
+        return [
+            own_sae(folder, name=f"seed {sae.init_seed}", device=work.device)
+            for sae, folder in work.saes("sae").items()
+        ]
+    assert work.stage.source and work.stage.source.pretrained
+    return [load_given_sae(work.stage.source.pretrained, device=work.device)]
+
+
+def _transfer_cost(asked: Asked) -> Cost:
+    """Activations for FVU and refit, then cross-entropies on four sets, the null's one of them.
+
+    As many windows as there may be are counted: a pruned model's may be enough before.
+    """
+    num_saes = max(1, len(asked.saes("sae")))  # one of others is no parent
+    below = asked.eval_tokens + asked.config["refit_tokens"]
+    whole = asked.config["ce_tokens"] * (5 + 8 * num_saes)
+    flops = asked.forward(below, blocks=asked.config["layer"] + 1)
+    flops += asked.forward(whole, head=True)
+    encoded = num_saes * (4 * below + 8 * asked.config["ce_tokens"])
+    return Cost(flops + asked.encoding(encoded), below + whole)
+
+
+def _plan(run: LayerPlan) -> Mapping[str, Stage]:
+    """One stage for our own dense SAEs, one for each SAE of others."""
+    if "transfer" not in run.study.questions:
+        return {}
+    shared = {"prune": run.prune, "statistics": run.dense.statistics}
+    if run.pruning:
+        shared["common_change"] = run.answers["common_change"]
+        shared["dense_activations"] = run.dense.activations
+        shared["pruned_activations"] = run.activations
+    stages = {}
+    for given in (None, *run.model.pretrained(run.layer)):
+        role = f"transfer {given.label}" if given else "transfer"
+        dense = run.dense.answers[role] if run.pruning else None
+        config = {
+            **run.place(),
+            **run.largest_norm(),
+            **run.study.transfer.model_dump(mode="json"),
+            "pretrained": run.model.content(given),
+        }
+        own = {} if given else run.dense.readers()
+        stages[role] = run.with_model("transfer", config, {**shared, "dense": dense, **own}, given)
+    return stages
+
+
+TRANSFER = Question(
+    "transfer",
+    3,
+    _transfer,
+    cost=_transfer_cost,
+    rate="language model",
+    has_logits=True,
+    plan=_plan,
+)
