@@ -14,7 +14,7 @@ from prunelens.analyses.claims import CLAIMS
 from prunelens.analyses.grades import DECIDES, NULL_MARK, WITH_RATE
 from prunelens.analyses.grades import MEASURES as GRADED
 from prunelens.config import StudyConfig, study_from_data
-from prunelens.report.tables import COLUMNS
+from prunelens.study.results import COLUMNS
 
 NAN = float("nan")
 TAUS = (0.5, 0.7, 0.9)

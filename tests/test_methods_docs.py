@@ -14,7 +14,7 @@ import pytest
 from prunelens.analyses.grades import MEASURES
 from prunelens.config import StudyConfig
 from prunelens.errors import UserError
-from prunelens.report.tables import COLUMNS
+from prunelens.study.results import COLUMNS
 from prunelens.study_file import read_study
 
 ROOT = pathlib.Path(__file__).parents[1]

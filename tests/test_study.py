@@ -16,7 +16,7 @@ from prunelens.errors import UserError
 from prunelens.report.page import page
 from prunelens.report.paper_tables import write_paper_tables
 from prunelens.report.summary import print_summary
-from prunelens.report.tables import COLUMNS, write_tables
+from prunelens.report.tables import write_tables
 from prunelens.report.write import run_and_report
 from prunelens.study import conclude, stages
 from prunelens.study.artifacts.store import Store
@@ -24,7 +24,7 @@ from prunelens.study.folder import read_runs, study_status
 from prunelens.study.matrix import parents_first
 from prunelens.study.plan import plan_study
 from prunelens.study.predict import predict_latents
-from prunelens.study.results import study_results
+from prunelens.study.results import COLUMNS, study_results
 from tiny_study import run_with_pool, tiny_study, write_text
 
 FIGURES = (

@@ -13,10 +13,10 @@ from prunelens import planted
 from prunelens.analyses.grades import AUC_MARK, DECIDES, FOLLOWS_RATE, MEASURES, SEPARATES
 from prunelens.config import StudyConfig
 from prunelens.errors import UserError
-from prunelens.report.tables import COLUMNS
 from prunelens.report.write import write_results
 from prunelens.study.alone import alone_in
 from prunelens.study.folder import open_study
+from prunelens.study.results import COLUMNS
 from prunelens.study.run import run_study
 from prunelens.study.schedule import Outcome
 from prunelens.study_file import SHIPPED_STUDIES, read_study

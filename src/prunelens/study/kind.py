@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import pandas as pd
 
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Asked, Cost
@@ -17,6 +19,19 @@ Rate = Literal["language model", "SAE training", "SAE encoding", "matching"]
 RATES: tuple[Rate, ...] = get_args(Rate)
 SPARSE = 4.0  # times as long as the language model's take operations on few latents (2 cores)
 LEAST_COST = 1e7
+CONDITION = ("run", "model", "layer", "method", "sparsity")  # whose rows they are
+
+
+class Table(NamedTuple):
+    """A table of the output contract, of which every artifact of a kind holds its run's rows."""
+
+    name: str
+    """Of `tables/<name>.csv`."""
+    file: str
+    """Of the artifact; not every one has it."""
+    columns: str
+    """Their names, after those of `leading`."""
+    leading: Sequence[str] = CONDITION
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,8 @@ class StageKind:
     """The kind of work whose rate it runs at; None: it is no work worth counting."""
     has_logits: bool = False
     """It holds the scores of a batch over the whole vocabulary."""
+    tables: tuple[Table, ...] = ()
+    """What the study's tables get of it."""
 
     def made(self, works: Sequence[Work]) -> None:
         """Make one stage, or several that are best made in one go."""
@@ -64,6 +81,9 @@ class Question(StageKind):
     """All that its numbers depend on but its parents."""
     parents: Callable[[LayerPlan], Mapping[str, Stage | None]] = lambda _: {}
     """Role -> what it reads."""
+    by_latent: Callable[[pd.DataFrame, int, Sequence[int]], pd.DataFrame] | None = None
+    """`latents.parquet` of its artifact, the seed of a dense SAE and all seeds -> what it says of
+    each latent of that SAE, for the study's own `latents.parquet`."""
     plan: Callable[[LayerPlan], Mapping[str, Stage]] | None = None
     """Role -> stage, in the place of all four: of several stages, or on other conditions."""
 

@@ -13,21 +13,18 @@ from typing import Any
 
 import pandas as pd
 
+from prunelens.analyses.claims import COLUMNS as CLAIM_COLUMNS
 from prunelens.analyses.claims import judge_claims
-from prunelens.analyses.fates import (
-    activation_by_latent,
-    matches_by_latent,
-    persistence_by_latent,
-    scaling_by_latent,
-    subspace_by_latent,
-)
 from prunelens.analyses.fragility import holm
+from prunelens.analyses.verdict import LIMITS
 from prunelens.config import CheckpointConfig
 from prunelens.prune.stored import FACTS
 from prunelens.study.artifacts.store import Store
 from prunelens.study.conclude import predictor_stage
+from prunelens.study.kind import CONDITION
 from prunelens.study.matrix import Plan, Run
 from prunelens.study.parents import Sae
+from prunelens.study.questions import QUESTIONS
 
 ALL_RUNS = "all"  # the run of rows that are about the whole study
 _Rows = Iterator[tuple[Run, pd.DataFrame]]
@@ -157,12 +154,11 @@ def _latents(plan: Plan, store: Store) -> _Rows:
             continue
         seed, seeds = sae.init_seed, plan.study.seeds_of(run.pruning)
         parts = [pd.read_parquet(folder / "latents.parquet").set_index("latent")]
-        for role, by_latent in _BY_ARM.items():
-            if found := _latents_of(store, run, role):
-                parts.append(by_latent(found[0], seed, seeds))
-        for role, of_seed in _BY_SEED.items():
-            if found := _latents_of(store, run, role):
-                parts.append(of_seed(found[0], seed))
+        parts += [
+            question.by_latent(found[0], seed, seeds)
+            for question in QUESTIONS
+            if question.by_latent and (found := _latents_of(store, run, question.name))
+        ]
         table = pd.concat(parts, axis=1)
         table.insert(0, "seed", seed)
         yield run, table.reset_index(names="latent")
@@ -188,39 +184,50 @@ def _predictor(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
     return tables
 
 
-_BY_ARM = {
-    "survival": matches_by_latent,
-    "activation_matching": activation_by_latent,
-    "subspace": subspace_by_latent,
-}
-_BY_SEED = {"scaling": scaling_by_latent, "persistence": persistence_by_latent}
 _BUILDERS: dict[str, Callable[[Plan, Store], _Rows]] = {
     "perplexity": _perplexity,
     "perplexity_windows": _from_artifact("perplexity", "windows.parquet"),
     "sae_quality": _sae_quality,
     "sae_training": _sae_training,
-    "stability": _from_artifact("stability", "stability.parquet"),
-    "survival": _from_artifact("survival", "survival.parquet"),
-    "survival_corrected": _from_artifact("corrected", "corrected.parquet"),
-    "sinks": _from_artifact("sinks", "sinks.parquet"),
-    "common_change": _from_artifact("common_change", "common_change.parquet"),
-    "persistence": _from_artifact("persistence", "persistence.parquet"),
-    "activation_matching": _from_artifact("activation_matching", "rates.parquet"),
-    "scaling": _from_artifact("scaling", "scaling.parquet"),
-    "subspace": _from_artifact("subspace", "subspace.parquet"),
-    "sufficiency": _from_artifact("sufficiency", "verdict.parquet"),
-    "training_curves": _from_artifact("sufficiency", "curves.parquet"),
-    "survival_by_step": _from_artifact("sufficiency", "survival_by_step.parquet"),
-    "selftest": _from_artifact("grades", "grades.parquet"),
-    "selftest_null": _from_artifact("grades", "null.parquet"),
-    "coverage": _from_artifact("coverage", "coverage.parquet"),
     "transfer": _transfer,
-    "fragility": _from_artifact("fragility", "quintiles.parquet"),
-    "fragility_by_seed": _from_artifact("fragility", "by_seed.parquet"),
-    "fragility_contrasts": _from_artifact("fragility", "contrasts.parquet"),
-    "fragility_tests": _from_artifact("fragility", "tests.parquet"),
-    "causal": _from_artifact("causal", "causal.parquet"),
     "latents": _latents,
+    **{table.name: _from_artifact(q.name, table.file) for q in QUESTIONS for table in q.tables},
+}
+_OWN_COLUMNS = {  # of tables that are more than one kind's artifacts, one below the other
+    "perplexity": [
+        "run", "model", "corpus", "method", "scope", "pattern", "sparsity", "achieved_sparsity",
+        "context_tokens", "bos", "num_tokens", "nll", "perplexity",
+    ],
+    "sae_quality": [
+        *CONDITION, "seed", "fvu", "fvu_raw", "fvu_dense_var", "l0", "alive", "num_latents",
+        "steps", "participation_ratio",
+    ],
+    "sae_training": [
+        *CONDITION, "init_seed", "data_seed", "rotated", "steps", "mean_init_retention",
+        "fvu", "folder", "training", "fvu_raw",
+    ],
+    "transfer": [
+        *CONDITION, "sae", "positions", "refit", "fvu", "fvu_raw", "fvu_dense_var", "l0",
+        "ce_recovered", "verdict", "ce_model", "ce_mean_ablated", "ce_sae", "reason", "source",
+        *(f"{name}{tail}" for name in LIMITS for tail in ("", "_low", "_high")),
+        "num_windows", "num_documents",
+    ],
+    "predictor": [
+        "run", "tau", "evaluation", "features", "auc", "accuracy", "coef_log_rate",
+        "coef_sparsity", "num_rows", "target", "auc_low", "auc_high", "auc_within",
+        "auc_within_low", "auc_within_high", "base_rate",
+        "coef_log_rate_low", "coef_log_rate_high", "coef_sparsity_low", "coef_sparsity_high",
+        "standardised_log_rate", "standardised_sparsity", "num_conditions", "reason",
+        "source", "gain", "gain_low", "gain_high",
+    ],
+    "predictor_calibration": [
+        "run", "target", "tau", "evaluation", "features", "bin", "predicted", "observed",
+        "num_rows",
+    ],
+    "claims": ["run", *CLAIM_COLUMNS],
+}  # fmt: skip
+COLUMNS: dict[str, list[str]] = _OWN_COLUMNS | {
+    table.name: [*table.leading, *table.columns.split()] for q in QUESTIONS for table in q.tables
 }
 
 

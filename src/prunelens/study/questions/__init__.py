@@ -1,4 +1,7 @@
-"""What is asked of every run: one file each, in the order in which they are answered."""
+"""What is asked of every run: one file each.
+
+They are answered in this order, and so stand their columns in `latents.parquet`.
+"""
 
 from prunelens.study.questions.activation_matching import ACTIVATION_MATCHING
 from prunelens.study.questions.causal import CAUSAL
@@ -22,10 +25,10 @@ QUESTIONS = (
     SURVIVAL,
     CORRECTED,
     COMMON_CHANGE,
-    PERSISTENCE,
-    SUBSPACE,
     ACTIVATION_MATCHING,
+    SUBSPACE,
     SCALING,
+    PERSISTENCE,
     SUFFICIENCY,
     TRANSFER,
     EVIDENCE,

@@ -17,11 +17,12 @@ from prunelens.analyses.activation_matching import (
     activation_matching,
     latent_series,
 )
+from prunelens.analyses.fates import activation_by_latent
 from prunelens.analyses.noise import NullRows, Rows
 from prunelens.analyses.survival import Comparison
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Asked, Cost
-from prunelens.study.kind import Question
+from prunelens.study.kind import Question, Table
 from prunelens.study.questions.arms import Compared, arms
 from prunelens.study.questions.paired import load_common_change, paired_activations, second_half
 from prunelens.study.work import Work
@@ -139,4 +140,12 @@ ACTIVATION_MATCHING = Question(
     asked=("identity",),
     config=lambda run: run.taus(),
     parents=_parents,
+    tables=(
+        Table(
+            "activation_matching",
+            "rates.parquet",
+            "arm init_a order_a init_b order_b tau one_way mnn greedy one_way_reverse source",
+        ),
+    ),
+    by_latent=activation_by_latent,
 )

@@ -15,7 +15,7 @@ from prunelens.corpus import spread_over_documents
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Asked, Cost
-from prunelens.study.kind import Question
+from prunelens.study.kind import Question, Table
 from prunelens.study.model_stages import (
     EVAL,
     load_stage_model,
@@ -148,4 +148,13 @@ CAUSAL = Question(
     rate="language model",
     has_logits=True,
     plan=_plan,
+    tables=(
+        Table(
+            "causal",
+            "causal.parquet",
+            "grouping group protocol contexts kl_mean ci_low ci_high num_latents num_prompts "
+            "firing_share ablated_in reconstruction_share num_seeds num_documents "
+            "largest_share resampled error df least most skew reason",
+        ),
+    ),
 )

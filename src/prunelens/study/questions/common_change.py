@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prunelens.analyses.noise import KINDS, common_change_table, fit_common_change
+from prunelens.analyses.noise import COLUMNS, KINDS, common_change_table, fit_common_change
 from prunelens.study.cost import Asked, Cost
-from prunelens.study.kind import Question
+from prunelens.study.kind import Question, Table
 from prunelens.study.questions.paired import paired_activations
 from prunelens.study.work import Work
 
@@ -36,4 +36,5 @@ COMMON_CHANGE = Question(
     of="pruned",
     config=lambda run: run.kind_of_change(),
     parents=lambda run: run.both_activations(),
+    tables=(Table("common_change", "common_change.parquet", " ".join(COLUMNS)),),
 )

@@ -10,7 +10,7 @@ from prunelens.analyses.fragility import (
     quintiles,
     quintiles_by_seed,
 )
-from prunelens.study.kind import Question
+from prunelens.study.kind import Question, Table
 from prunelens.study.work import Work
 
 
@@ -30,4 +30,27 @@ FRAGILITY = Question(
     asked=("fragility",),
     config=lambda run: run.taus(),
     parents=lambda run: {"fates": run.answers["fates"]},
+    tables=(
+        Table(
+            "fragility",
+            "quintiles.parquet",
+            "measure tau quintile firing_rate survival_rate num_latents source num_dropped",
+        ),
+        Table(
+            "fragility_by_seed",
+            "by_seed.parquet",
+            "seed measure tau quintile firing_rate survival_rate num_latents source num_dropped",
+        ),
+        Table(
+            "fragility_contrasts",
+            "contrasts.parquet",
+            "measure source group value low high error df num_latents num_dropped resampled",
+        ),
+        Table(
+            "fragility_tests",
+            "tests.parquet",
+            "measure tau rho p_exact p_holm latent_rho ci_low ci_high partial_rho partial_low "
+            "partial_high p_smallest p_holm_smallest num_latents resampled reason source",
+        ),
+    ),
 )

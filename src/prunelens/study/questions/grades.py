@@ -12,8 +12,11 @@ from torch import Tensor
 
 from prunelens import planted
 from prunelens.activations import Statistics
+from prunelens.analyses.coverage import COLUMNS as COVERAGE_COLUMNS
 from prunelens.analyses.coverage import coverage
 from prunelens.analyses.grades import (
+    COLUMNS,
+    NULL_COLUMNS,
     grades,
     latent_truth,
     null_grades,
@@ -22,7 +25,7 @@ from prunelens.analyses.grades import (
 from prunelens.match import match_dictionaries
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.kind import Question
+from prunelens.study.kind import Question, Table
 from prunelens.study.parents import sae_role, saes_among
 from prunelens.study.planted_stages import load_world
 from prunelens.study.questions.arms import CONDITIONS
@@ -128,5 +131,20 @@ def _plan_coverage(run: LayerPlan) -> Mapping[str, Stage]:
     return {"coverage": run.stage("coverage", {"world": world, "sets": sets}, {})}
 
 
-GRADES = Question("grades", 2, _grades, plan=_plan_grades)
-COVERAGE = Question("coverage", 1, _coverage, plan=_plan_coverage)
+GRADES = Question(
+    "grades",
+    2,
+    _grades,
+    tables=(
+        Table("selftest", "grades.parquet", " ".join(COLUMNS)),
+        Table("selftest_null", "null.parquet", " ".join(NULL_COLUMNS)),
+    ),
+    plan=_plan_grades,
+)
+COVERAGE = Question(
+    "coverage",
+    1,
+    _coverage,
+    tables=(Table("coverage", "coverage.parquet", " ".join(COVERAGE_COLUMNS), leading=("run",)),),
+    plan=_plan_coverage,
+)

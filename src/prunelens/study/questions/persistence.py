@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from prunelens.analyses.fates import persistence_by_latent
 from prunelens.analyses.persistence import DRAWS, persistence, persistence_summary
 from prunelens.study.cost import Asked, Cost
-from prunelens.study.kind import Question
+from prunelens.study.kind import Question, Table
 from prunelens.study.questions.paired import by_dense_sae
 from prunelens.study.work import Work
 
@@ -28,4 +29,15 @@ PERSISTENCE = Question(
     asked=("persistence",),
     of="pruned",
     parents=lambda run: run.paired(),
+    tables=(
+        Table(
+            "persistence",
+            "persistence.parquet",
+            "seed source mean_correlation mean_jaccard share_above_0.7 num_silenced "
+            "num_undefined excess_z relative_shuffled relative_shuffled_low "
+            "relative_shuffled_high relative_isotropic relative_isotropic_low "
+            "relative_isotropic_high",
+        ),
+    ),
+    by_latent=lambda table, seed, _: persistence_by_latent(table, seed),
 )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from prunelens.analyses.fates import scaling_by_latent
 from prunelens.analyses.scaling import SOURCES, latent_scaling, scaling_summary
 from prunelens.study.cost import Asked, Cost
-from prunelens.study.kind import Question
+from prunelens.study.kind import Question, Table
 from prunelens.study.questions.paired import by_dense_sae
 from prunelens.study.work import Work
 
@@ -33,4 +34,12 @@ SCALING = Question(
     asked=("identity",),
     of="pruned",
     parents=lambda run: run.paired(),
+    tables=(
+        Table(
+            "scaling",
+            "scaling.parquet",
+            "seed source mean_scaling median_scaling share_above_half_median num_undefined",
+        ),
+    ),
+    by_latent=lambda table, seed, _: scaling_by_latent(table, seed),
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from prunelens.activations import Statistics
 from prunelens.analyses.sinks import MOVED, NORM_MULTIPLE, only_compressed, quality_on
 from prunelens.sae.topk import TopKSAE
-from prunelens.study.kind import Question
+from prunelens.study.kind import Question, Table
 from prunelens.study.questions.paired import eval_rows
 from prunelens.study.work import Work, read_json
 
@@ -67,4 +67,12 @@ SINKS = Question(
         "statistics": run.statistics,
         **run.readers(),
     },
+    tables=(
+        Table(
+            "sinks",
+            "sinks.parquet",
+            "split num_tokens num_left_out num_sinks largest_norm "
+            + " ".join(f"{name}{tail}" for name in MOVED for tail in ("", "_without")),
+        ),
+    ),
 )

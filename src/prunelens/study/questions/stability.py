@@ -5,7 +5,7 @@ from __future__ import annotations
 from prunelens.analyses.stability import seed_stability
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.cost import Asked, Cost
-from prunelens.study.kind import Question
+from prunelens.study.kind import Question, Table
 from prunelens.study.work import Work
 
 
@@ -31,4 +31,11 @@ STABILITY = Question(
     asked=("stability",),
     config=lambda run: run.taus(),
     parents=lambda run: run.readers(),
+    tables=(
+        Table(
+            "stability",
+            "stability.parquet",
+            "seed_a seed_b tau one_way mnn greedy",
+        ),
+    ),
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from prunelens.analyses.fates import subspace_by_latent
 from prunelens.analyses.subspace import subspace_overlaps
 from prunelens.analyses.survival import COORDINATES
 from prunelens.study.cost import Asked, Cost
-from prunelens.study.kind import Question
+from prunelens.study.kind import Question, Table
 from prunelens.study.questions.arms import arms, dictionary
 from prunelens.study.questions.survival import survival_cost
 from prunelens.study.work import Work
@@ -32,4 +33,12 @@ SUBSPACE = Question(
     rate="matching",
     asked=("identity",),
     parents=lambda run: run.compared(),
+    tables=(
+        Table(
+            "subspace",
+            "subspace.parquet",
+            "arm init_a order_a init_b order_b overlap",
+        ),
+    ),
+    by_latent=subspace_by_latent,
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from prunelens.analyses.sufficiency import sufficiency, survival_by_step
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Asked, Cost
-from prunelens.study.kind import Question
+from prunelens.study.kind import Question, Table
 from prunelens.study.parents import Of, sae_role
 from prunelens.study.sae_stages import decoders_by_step
 from prunelens.study.work import Work
@@ -71,4 +71,22 @@ SUFFICIENCY = Question(
     asked=("sufficiency",),
     config=lambda run: run.taus(),
     parents=_parents,
+    tables=(
+        Table(
+            "sufficiency",
+            "verdict.parquet",
+            "trained_enough mean_init_retention fvu_fall fvu_fall_schedule "
+            "fvu_fall_beyond_schedule reason",
+        ),
+        Table(
+            "training_curves",
+            "curves.parquet",
+            "seed total_steps step fvu mean_init_retention",
+        ),
+        Table(
+            "survival_by_step",
+            "survival_by_step.parquet",
+            "step arm init_a init_b tau mnn one_way greedy",
+        ),
+    ),
 )

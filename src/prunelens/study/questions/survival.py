@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
+from prunelens.analyses.fates import matches_by_latent
 from prunelens.analyses.survival import COORDINATES, corrected_survival, survival
 from prunelens.study.cost import Asked, Cost
-from prunelens.study.kind import Question
+from prunelens.study.kind import Question, Table
 from prunelens.study.questions.arms import arms, dictionary
 from prunelens.study.work import Work
 
@@ -44,6 +45,14 @@ SURVIVAL = Question(
     asked=("survival",),
     config=lambda run: run.taus(),
     parents=lambda run: run.compared(),
+    tables=(
+        Table(
+            "survival",
+            "survival.parquet",
+            "arm coordinates init_a order_a init_b order_b tau one_way mnn greedy one_way_reverse",
+        ),
+    ),
+    by_latent=matches_by_latent,
 )
 CORRECTED = Question(
     "corrected",
@@ -55,4 +64,11 @@ CORRECTED = Question(
         "survival": run.answers["survival"],
         "controls": run.dense.answers["survival"],
     },
+    tables=(
+        Table(
+            "survival_corrected",
+            "corrected.parquet",
+            "arm tau corrected low high interval reason",
+        ),
+    ),
 )
