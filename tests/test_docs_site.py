@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from prunelens.cli.app import app
 from prunelens.config import Question
-from prunelens.report.panels import FIGURES
+from prunelens.report.questions import FIGURES
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"

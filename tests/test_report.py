@@ -24,13 +24,11 @@ from prunelens.config import study_from_data
 from prunelens.paper import published
 from prunelens.report.figures import write_figures
 from prunelens.report.interactive import plotly_figure
-from prunelens.report.overview import overviews
 from prunelens.report.page import page, write_page
-from prunelens.report.panels import FIGURES
 from prunelens.report.panels.panel import Panel, Points, Site, sites
 from prunelens.report.paper_tables import paper_tables, write_paper_tables
 from prunelens.report.published import beside_published
-from prunelens.report.questions import ASSUMED, CAPTIONS
+from prunelens.report.questions import ASSUMED, CAPTIONS, FIGURES, overviews
 from prunelens.report.shown_table import number, shown
 from prunelens.report.sufficiency import known_of_the_others, not_enough, training_verdicts
 from prunelens.report.summary import summary

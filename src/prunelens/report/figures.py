@@ -13,8 +13,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from prunelens.report.panels import FIGURES, FigureOf
 from prunelens.report.panels.panel import Panel, Points, Site, shortened, sites
+from prunelens.report.questions import FIGURES
+from prunelens.report.questions.question import FigureOf
 from prunelens.temporary import replacing
 
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^"}

@@ -20,12 +20,10 @@ from PIL import Image
 
 from prunelens.config import StudyConfig
 from prunelens.report.interactive import plotly_figure
-from prunelens.report.overview import overviews
-from prunelens.report.panels import FIGURES
-from prunelens.report.panels.overall import calibration, depth
 from prunelens.report.panels.panel import Panel, Tables, sites
 from prunelens.report.paper_tables import DEPTH, MATRIX, paper_tables
-from prunelens.report.questions import ASSUMED, CAPTIONS, QUESTIONS, Question
+from prunelens.report.questions import ASSUMED, CAPTIONS, QUESTIONS, overviews
+from prunelens.report.questions.question import Question
 from prunelens.report.shown_table import Shown, number, shown
 from prunelens.report.sinks import sinks_found
 from prunelens.report.sufficiency import not_enough
@@ -144,8 +142,8 @@ def _section(
         if drawn:
             groups.append(Group(label, drawn))
     images = [
-        (FIGURES[name].title, _data_address(path))
-        for name in question.figures
+        (figure.title, _data_address(path))
+        for name, figure in question.figures.items()
         if (path := out / "figures" / f"{name}.png").is_file()
     ]
     return Section(
@@ -159,16 +157,13 @@ def _section(
 
 def _panels(question: Question, tables: Tables, every: Tables) -> Iterator[tuple[str, list[Panel]]]:
     """Label and panels, one per site; the paper's figures of a question stand together."""
-    needs = [FIGURES[name].needs[0] for name in question.figures]
+    needs = [figure.needs[0] for figure in question.figures.values()]
     for site in sites(tables, needs):
         panels = [
-            panel for name in question.figures for panel in FIGURES[name].panels(tables, site)
+            panel for each in question.figures.values() for panel in each.panels(tables, site)
         ]
         yield f"{site.model}, layer {site.layer}", panels
-    if question.anchor == "predictor":
-        yield "Calibration", calibration(tables)
-    if question.anchor == "depth":
-        yield from depth(every.get(DEPTH, pd.DataFrame())).items()
+    yield from question.further(every).items()
 
 
 def _shown(name: str, table: pd.DataFrame) -> Shown:

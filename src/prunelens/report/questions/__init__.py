@@ -1,0 +1,47 @@
+"""What the page says about each question, and which figures and tables answer it."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from prunelens.report.panels.panel import Tables
+from prunelens.report.paper_tables import MATRIX
+from prunelens.report.questions.causal import CAUSAL
+from prunelens.report.questions.depth import DEPTH
+from prunelens.report.questions.fragility import FRAGILITY
+from prunelens.report.questions.identity import IDENTITY
+from prunelens.report.questions.perplexity import PERPLEXITY
+from prunelens.report.questions.predictor import PREDICTOR
+from prunelens.report.questions.quality import QUALITY
+from prunelens.report.questions.selftest import SELFTEST
+from prunelens.report.questions.stability import STABILITY
+from prunelens.report.questions.sufficiency import SUFFICIENCY
+from prunelens.report.questions.survival import SURVIVAL
+from prunelens.report.questions.transfer import TRANSFER
+
+QUESTIONS = (
+    SELFTEST,
+    PERPLEXITY,
+    SUFFICIENCY,
+    STABILITY,
+    SURVIVAL,
+    IDENTITY,
+    TRANSFER,
+    FRAGILITY,
+    PREDICTOR,
+    CAUSAL,
+    DEPTH,
+    QUALITY,
+)
+FIGURES = dict(sorted(figure for question in QUESTIONS for figure in question.figures.items()))
+CAPTIONS = {
+    MATRIX: "Table A.1: the runs of this study",
+    **{n: caption for q in QUESTIONS for n, caption in (*q.tables.items(), *q.more.items())},
+}
+ASSUMED = {name: words for question in QUESTIONS for name, words in question.assumed.items()}
+
+
+def overviews(tables: Tables) -> dict[str, pd.DataFrame]:
+    """The tables that are made for the page alone, by name."""
+    made = {name: t for question in QUESTIONS for name, t in question.made(tables).items()}
+    return {name: table for name, table in made.items() if len(table)}
