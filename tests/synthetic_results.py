@@ -14,7 +14,7 @@ from prunelens.analyses.claims import CLAIMS
 from prunelens.analyses.grades import DECIDES, NULL_MARK, WITH_RATE
 from prunelens.analyses.grades import MEASURES as GRADED
 from prunelens.config import StudyConfig, study_from_data
-from prunelens.study.results import COLUMNS
+from prunelens.study.results import table_columns
 
 NAN = float("nan")
 TAUS = (0.5, 0.7, 0.9)
@@ -50,7 +50,7 @@ def synthetic_tables(
 ) -> dict[str, pd.DataFrame]:
     """Every table of the output contract; `retention` decides whether SAEs are trained enough."""
     draw = np.random.default_rng(seed)
-    rows: dict[str, list[dict]] = {name: [] for name in COLUMNS}
+    rows: dict[str, list[dict]] = {name: [] for name in table_columns()}
     for model in study.models:
         for layer, pruning in itertools.product(model.layers, (None, *study.conditions())):
             site = {"model": model.label, "layer": layer}
@@ -69,7 +69,7 @@ def synthetic_tables(
     _add_study(rows, draw)
     _add_selftest(rows, draw)
     return {
-        name: pd.DataFrame(found).reindex(columns=COLUMNS[name])
+        name: pd.DataFrame(found).reindex(columns=table_columns()[name])
         for name, found in rows.items()
         if found
     }

@@ -398,6 +398,7 @@ def test_a_plan_refuses_the_text_that_a_run_refuses_in_the_same_words(kind, data
 @pytest.mark.parametrize("kind", ["ids", "other ids", "eval", "text", "max_tokens"])
 def test_a_plan_refuses_what_the_stages_of_a_run_would(kind, data, tmp_path):
     """The run goes on without what failed, so it is asked for the reason."""
+    data |= {"questions": ["persistence"], "prunings": data["prunings"][:1]}
     rows = torch.randint(1, 200, (400, 16), generator=torch.Generator().manual_seed(0))
     expected = "perplexity.context_tokens: 64 is more than the "
     if kind == "ids":

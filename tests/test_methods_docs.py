@@ -14,7 +14,7 @@ import pytest
 from prunelens.analyses.grades import MEASURES
 from prunelens.config import StudyConfig
 from prunelens.errors import UserError
-from prunelens.study.results import COLUMNS
+from prunelens.study.results import table_columns
 from prunelens.study_file import read_study
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -37,7 +37,7 @@ tool = load_tool()
 def selftest():
     """Grades of all worlds; every number is the row's own."""
     rows, numbers = [], itertools.count(1)
-    columns = COLUMNS["selftest"]
+    columns = table_columns()["selftest"]
     measured = columns[columns.index("share_defined") : columns.index("truth_rho") + 1]
     for world, measure in itertools.product(tool.WORLDS, MEASURES):
         values = {name: next(numbers) / 1000 for name in measured}
@@ -47,7 +47,7 @@ def selftest():
     for step, share in ((6, 0.9), (2000, 0.021)):
         row = {"run": rows[0]["run"], "step": step, "false_survival": share, "passed": True}
         rows.append({**undertrained, **row})
-    table = pd.DataFrame(rows).reindex(columns=COLUMNS["selftest"])
+    table = pd.DataFrame(rows).reindex(columns=table_columns()["selftest"])
     alone = table[:2].assign(unpaired_together=0.001, unpaired_alone=-0.4)
     return tool.SelfTest(table, alone, "made by a test")
 
@@ -116,7 +116,7 @@ def test_names_in_backticks_exist():
         first, _, rest = name.partition(".")
         checked += "_" in name or "." in name
         if rest == "csv":
-            assert first in COLUMNS, name
+            assert first in table_columns(), name
         elif rest and first in StudyConfig.model_fields:
             assert rest in StudyConfig.model_fields[first].annotation.model_fields, name
         elif name.endswith("_*"):

@@ -28,7 +28,7 @@ from prunelens.report.page import page, write_page
 from prunelens.report.panels.panel import Panel, Points, Site, sites
 from prunelens.report.paper_tables import paper_tables, write_paper_tables
 from prunelens.report.published import beside_published
-from prunelens.report.questions import ASSUMED, CAPTIONS, FIGURES, overviews
+from prunelens.report.questions import QUESTIONS, figures, overviews
 from prunelens.report.shown_table import number, shown
 from prunelens.report.sufficiency import known_of_the_others, not_enough, training_verdicts
 from prunelens.report.summary import summary
@@ -203,7 +203,7 @@ def test_table_3_and_figure_2_are_of_the_first_seed_with_means_beside() -> None:
     rates["init_a"] = rates["init_a"].map({0: 3, 1: 9, 2: 1})  # the third is the lowest
     chosen = (rates["run"] == OTHER) & (rates["arm"] == "shared_init") & (rates["tau"] == 0.7)
     rates.loc[chosen, "mnn"] = rates.loc[chosen, "init_a"].map({3: 0.2, 9: 0.3, 1: 0.7})
-    panel = FIGURES["fig2_survival"].panels(tables, Site("gemma-3-1b", 12))[0]
+    panel = figures()["fig2_survival"].panels(tables, Site("gemma-3-1b", 12))[0]
     lines = {points.name: points for points in panel.points}
     ours, mean = lines["wanda-row, first seed"], lines["wanda-row, mean of seeds"]
     assert (ours.x[-1], ours.y[-1], ours.low, ours.line) == (0.5, 0.7, None, "solid")
@@ -212,7 +212,7 @@ def test_table_3_and_figure_2_are_of_the_first_seed_with_means_beside() -> None:
     row = overviews(tables)["survival by run"].set_index("run").loc[OTHER]
     assert (row["mnn, first seed"], row["mnn, mean of seeds"]) == pytest.approx((0.7, 0.4))
     tables["survival"] = rates[rates["init_a"] == 1]
-    (panel, *_) = FIGURES["fig2_survival"].panels(tables, Site("gemma-3-1b", 12))
+    (panel, *_) = figures()["fig2_survival"].panels(tables, Site("gemma-3-1b", 12))
     assert {"wanda-row", "magnitude-global"} <= {points.name for points in panel.points}
     assert not [points.name for points in panel.points if "mean" in points.name]
 
@@ -223,7 +223,7 @@ def test_the_papers_fvu_of_official_saes_stands_beside_the_raw_one() -> None:
     columns = list(table.columns)
     assert columns.index("fvu_raw") + 1 == columns.index("fvu")
     assert set(table["fvu_raw"]) == {0.4} and set(table["fvu"]) == {0.9}
-    panel = FIGURES["fig3_transfer"].panels(tables, Site("gemma-3-1b", 12))[0]
+    panel = figures()["fig3_transfer"].panels(tables, Site("gemma-3-1b", 12))[0]
     assert {y for points in panel.points if not points.hollow for y in points.y} == {0.4}
     assert [points.name for points in panel.points if points.hollow]
 
@@ -253,7 +253,7 @@ def test_figures_are_written_for_one_condition_long_names_and_missing_numbers(
     tables["fragility"].loc[::3, "survival_rate"] = np.nan
     tables["transfer"]["model"] = tables["fragility_tests"]["model"] = "$\\frac$ </b>"
     written = write_figures(tables, tmp_path)
-    assert [path.stem for path in written] == list(FIGURES)
+    assert [path.stem for path in written] == list(figures())
     assert all(
         path.stat().st_size > 1000 and path.with_suffix(".pdf").is_file() for path in written
     )
@@ -268,10 +268,10 @@ def test_without_results_there_is_no_figure_and_an_old_one_goes(tmp_path: pathli
     assert not old.exists()
 
 
-@pytest.mark.parametrize("name", list(FIGURES))
+@pytest.mark.parametrize("name", list(figures()))
 def test_every_number_in_a_figure_stands_in_a_table(name: str) -> None:
     """As it is, or as a mean, deviation or product that the caption names: here as it is."""
-    figure = FIGURES[name]
+    figure = figures()[name]
     single = {  # one seed, so that means are the values themselves
         key: t[
             (t["seed"] == 0) if "seed" in t else t["seed_a"] == 0 if "seed_a" in t else t.index >= 0
@@ -298,7 +298,7 @@ def test_every_number_in_a_figure_stands_in_a_table(name: str) -> None:
 
 def test_paper_and_controlled_panels_stand_beside_each_other() -> None:
     ours = {"fig7_training": {"check"}, "fig8_identity": {"controlled"}, "fig9_selftest": {"check"}}
-    for name, figure in FIGURES.items():
+    for name, figure in figures().items():
         panels = figure.panels(TABLES, sites(TABLES, figure.needs[:1])[-1])
         views = [panel.protocol for panel in panels]
         assert views == sorted(views, key=["paper", "controlled", "check"].index), name
@@ -345,10 +345,12 @@ def test_unknown_numbers_say_why(made: Page) -> None:
 
 
 def test_what_is_assumed_of_the_paper_stands_under_its_tables(made: Page) -> None:
-    assert set(ASSUMED) <= set(CAPTIONS)
-    for name, words in ASSUMED.items():
-        assert made.text.count(words) == 1, name
-        assert made.text.index(CAPTIONS[name]) < made.text.index(words)
+    assert sum(len(question.assumed) for question in QUESTIONS) == 7
+    for question in QUESTIONS:
+        captions = question.tables | question.more
+        for name, words in question.assumed.items():
+            assert made.text.count(words) == 1, name
+            assert made.text.index(captions[name]) < made.text.index(words)
     asked = shown(pd.DataFrame({"run": ["a"]}), "caption")
     assert asked.assumed == ""
 
@@ -514,7 +516,7 @@ def test_identity_measures_that_were_not_asked_leave_no_trace(tmp_path: pathlib.
     anchors = {a["id"] for tag, a in found.tags if tag == "h2"}
     assert anchors == {"verdicts", "survival", "depth", "study"}
     for name in ("fig7_training", "fig8_identity", "fig9_selftest"):
-        panels = FIGURES[name].panels(few, Site("gemma-3-1b", 12))
+        panels = figures()[name].panels(few, Site("gemma-3-1b", 12))
         assert panels and all(panel.empty for panel in panels), name
 
 
@@ -532,7 +534,7 @@ def test_every_grade_and_every_miss_is_shown(made: Page) -> None:
 
 def test_training_curves_are_of_the_runs_that_were_followed() -> None:
     site = Site("gemma-3-1b", 12)
-    fvu, distance, survival = FIGURES["fig7_training"].panels(TABLES, site)
+    fvu, distance, survival = figures()["fig7_training"].panels(TABLES, site)
     lines = {points.name: points.x for points in fvu.points}
     assert lines == {
         "dense": [60, 125, 250, 500],
@@ -548,7 +550,7 @@ def test_training_curves_are_of_the_runs_that_were_followed() -> None:
 
 def test_controlled_fragility_is_relative_to_noise() -> None:
     for name in ("fig4_fragility", "fig5_fragility_by_method"):
-        panels = FIGURES[name].panels(TABLES, Site("gemma-3-1b", 12))
+        panels = figures()[name].panels(TABLES, Site("gemma-3-1b", 12))
         words = " ".join(str(x) for panel in panels for points in panel.points for x in points.x)
         assert "beyond" not in words
         if name.startswith("fig4"):
@@ -567,7 +569,7 @@ def test_controlled_fragility_is_relative_to_noise() -> None:
 
 def test_arms_are_told_apart_where_a_single_sparsity_draws_no_lines() -> None:
     tables = synthetic_tables(synthetic_study(layers=(12,), sparsities=(0.3,)))
-    for panel in FIGURES["fig8_identity"].panels(tables, Site("gemma-3-1b", 12)):
+    for panel in figures()["fig8_identity"].panels(tables, Site("gemma-3-1b", 12)):
         looks = [(points.colour, points.marker) for points in panel.points]
         assert len(looks) == len(set(looks)) >= 2, panel.title
 

@@ -20,10 +20,11 @@ from prunelens.config.pruning import (
     PruningConfig,
     PruningGrid,
 )
-from prunelens.config.study import Question, StudyConfig, part_from_data, study_from_data
+from prunelens.config.study import NEEDS, StudyConfig, part_from_data, study_from_data
 from prunelens.config.text import CorpusConfig, PerplexityConfig
 
 __all__ = [
+    "NEEDS",
     "ActivationConfig",
     "CausalConfig",
     "CheckpointConfig",
@@ -36,7 +37,6 @@ __all__ = [
     "PretrainedSaeConfig",
     "PruningConfig",
     "PruningGrid",
-    "Question",
     "SaeConfig",
     "Site",
     "StudyConfig",

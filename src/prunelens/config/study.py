@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import typing
 from collections import Counter
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import pydantic
 from pydantic import Field, field_validator, model_validator
@@ -24,27 +23,28 @@ from prunelens.config.pruning import CHECKPOINT, ENTRIES, Condition, PruningEntr
 from prunelens.config.text import CorpusConfig, PerplexityConfig
 from prunelens.errors import UserError, one_line
 
-Question = Literal[
-    "stability",
-    "survival",
-    "persistence",
-    "identity",
-    "warm_start",
-    "sufficiency",
-    "transfer",
-    "fragility",
-    "predictor",
-    "causal",
-    "evidence",
-]
-NEEDS: dict[str, tuple[Question, ...]] = {  # question -> the ones whose answers it is made from
+NEEDS: dict[str, tuple[str, ...]] = {  # question -> the ones whose answers it is made from
+    "stability": (),
+    "survival": (),
+    "persistence": (),
     "identity": ("survival",),
     "warm_start": ("survival",),
     "sufficiency": ("survival",),
+    "transfer": (),
     "fragility": ("survival", "persistence"),
     "predictor": ("survival", "persistence"),
     "causal": ("survival", "persistence"),
+    "evidence": (),
 }
+
+
+def _known(question: str) -> str:
+    if question not in NEEDS:
+        raise ValueError(f"{question[:80]!r} is no question; there are {', '.join(NEEDS)}")
+    return question
+
+
+Question = Annotated[str, pydantic.AfterValidator(_known)]
 
 
 Part = TypeVar("Part", bound=pydantic.BaseModel)
@@ -99,7 +99,7 @@ class StudyConfig(Frozen):
     """RQ5's sizes."""
     evidence: EvidenceConfig = EvidenceConfig()
     """What the explorer shows of each latent."""
-    questions: tuple[Question, ...] = typing.get_args(Question)
+    questions: tuple[Question, ...] = tuple(NEEDS)
     """What is asked: RQ1, RQ2, same-dictionary persistence, other measures of identity, SAEs that
     start from the dense ones, whether all were trained enough, RQ3, RQ4, its predictor, RQ5, and
     the text on which each latent fires."""

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prunelens.report.panels.panel import Panel, Points, Site, shortened, sites
-from prunelens.report.questions import FIGURES
+from prunelens.report.questions import figures
 from prunelens.report.questions.question import FigureOf
 from prunelens.temporary import replacing
 
@@ -44,7 +44,7 @@ def write_figures(tables: dict[str, pd.DataFrame], out: pathlib.Path) -> list[pa
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with matplotlib.rc_context(STYLE):
-        for name, figure_of in FIGURES.items():
+        for name, figure_of in figures().items():
             drawn = _draw(tables, figure_of)
             if drawn is None:
                 for suffix in (".pdf", ".png"):

@@ -22,7 +22,7 @@ from prunelens.config import StudyConfig
 from prunelens.report.interactive import plotly_figure
 from prunelens.report.panels.panel import Panel, Tables, sites
 from prunelens.report.paper_tables import DEPTH, MATRIX, paper_tables
-from prunelens.report.questions import ASSUMED, CAPTIONS, QUESTIONS, overviews
+from prunelens.report.questions import QUESTIONS, overviews
 from prunelens.report.questions.question import Question
 from prunelens.report.shown_table import Shown, number, shown
 from prunelens.report.sinks import sinks_found
@@ -34,6 +34,7 @@ TEMPLATES = pathlib.Path(__file__).parent / "templates"
 MOST_ROWS = 300  # of one table on the page; the rest is in its CSV
 VERDICTS = ("holds", "fails", "undecided")
 REDUNDANT = ("model", "layer", "method", "sparsity", "scope", "pattern")  # the run's name has them
+MATRIX_CAPTION = "Table A.1: the runs of this study"
 FEW_COLOURS = 48
 WHOLE_STUDY = "all"  # the run of rows that are about the whole study
 
@@ -110,7 +111,7 @@ def page(out: pathlib.Path, tables: Tables, runs: pd.DataFrame, study: StudyConf
         sinks=sinks_found(tables),
         failed=_records(runs[runs["status"] == "failed"]) if len(runs) else [],
         num_runs=len(runs),
-        matrix=shown(theirs[MATRIX], CAPTIONS[MATRIX], drop=REDUNDANT, file=_file(MATRIX)),
+        matrix=shown(theirs[MATRIX], MATRIX_CAPTION, drop=REDUNDANT, file=_file(MATRIX)),
         environment=_environment_rows(out / "environment.json"),
         yaml=_read(out / "study.yaml"),
         style=_template_text("report.css"),
@@ -150,8 +151,14 @@ def _section(
         question,
         groups,
         images,
-        [_shown(name, every[name]) for name in question.tables if len(every.get(name, ()))],
-        [_shown(name, every[name]) for name in question.more if len(every.get(name, ()))],
+        *(
+            [
+                _shown(name, every[name], caption, question.assumed.get(name, ""))
+                for name, caption in told.items()
+                if len(every.get(name, ()))
+            ]
+            for told in (question.tables, question.more)
+        ),
     )
 
 
@@ -166,8 +173,7 @@ def _panels(question: Question, tables: Tables, every: Tables) -> Iterator[tuple
     yield from question.further(every).items()
 
 
-def _shown(name: str, table: pd.DataFrame) -> Shown:
-    caption = CAPTIONS[name]
+def _shown(name: str, table: pd.DataFrame, caption: str, assumed: str) -> Shown:
     drop = tuple(c for c in REDUNDANT if c != "layer") if name == DEPTH else REDUNDANT
     if len(table) > MOST_ROWS:
         caption += f" (the first {MOST_ROWS} of {len(table)} rows; all of them in the file)"
@@ -175,7 +181,7 @@ def _shown(name: str, table: pd.DataFrame) -> Shown:
     if "run" in table and (table["run"] == WHOLE_STUDY).all():
         table = table.drop(columns="run")
     file = None if " " in name else _file(name)
-    return shown(table, caption, drop=drop, file=file, assumed=ASSUMED.get(name, ""))
+    return shown(table, caption, drop=drop, file=file, assumed=assumed)
 
 
 def _says_something(section: Section) -> bool:

@@ -16,7 +16,7 @@ from prunelens.errors import UserError
 from prunelens.report.write import write_results
 from prunelens.study.alone import alone_in
 from prunelens.study.folder import open_study
-from prunelens.study.results import COLUMNS
+from prunelens.study.results import table_columns
 from prunelens.study.run import run_study
 from prunelens.study.schedule import Outcome
 from prunelens.study_file import SHIPPED_STUDIES, read_study
@@ -145,7 +145,7 @@ def row_name(measure: str, step: float) -> str:
 
 def _table(tables: dict[str, pd.DataFrame], name: str, outcome: Outcome) -> pd.DataFrame:
     """As in the report, with the world of every row; without rows where every run failed."""
-    table = tables.get(name, pd.DataFrame(columns=COLUMNS[name])).copy()
+    table = tables.get(name, pd.DataFrame(columns=table_columns()[name])).copy()
     for text in ("mark", "reason"):
         table[text] = table[text].astype(object).where(table[text].notna(), "")
     if "world" not in table:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from prunelens.csv_table import as_csv
 from prunelens.study.kind import CONDITION
-from prunelens.study.results import COLUMNS
+from prunelens.study.results import table_columns
 from prunelens.temporary import replacing
 
 
@@ -22,7 +22,7 @@ def write_tables(results: dict[str, pd.DataFrame], out: pathlib.Path) -> dict[st
     """
     (out / "tables").mkdir(parents=True, exist_ok=True)
     tables = {}
-    for name, columns in COLUMNS.items():
+    for name, columns in table_columns().items():
         path = out / "tables" / f"{name}.csv"
         if name in results:
             tables[name] = results[name].reindex(columns=columns)

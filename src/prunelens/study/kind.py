@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import pandas as pd
@@ -23,15 +23,29 @@ CONDITION = ("run", "model", "layer", "method", "sparsity")  # whose rows they a
 
 
 class Table(NamedTuple):
-    """A table of the output contract, of which every artifact of a kind holds its run's rows."""
+    """A table of the output contract."""
 
     name: str
     """Of `tables/<name>.csv`."""
+    per: str
+    """What it has one row of."""
+    answers: str
+    """What it is there for."""
     file: str
-    """Of the artifact; not every one has it."""
+    """Of the artifact that has the rows of one run, where it has any; "" where they are put
+    together from several."""
     columns: str
     """Their names, after those of `leading`."""
     leading: Sequence[str] = CONDITION
+
+
+class Told(NamedTuple):
+    """A column of latents as the explorer shows it."""
+
+    label: str
+    """With `{arm}` where there is a column of every arm, whose name ends in it."""
+    help: str
+    """One sentence; `{means}` is what the arm is."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,8 @@ class Question(StageKind):
     by_latent: Callable[[pd.DataFrame, int, Sequence[int]], pd.DataFrame] | None = None
     """`latents.parquet` of its artifact, the seed of a dense SAE and all seeds -> what it says of
     each latent of that SAE, for the study's own `latents.parquet`."""
+    told: Mapping[str, Told] = field(default_factory=dict)
+    """The columns of `by_latent` that the explorer shows, those of arms without the arm."""
     plan: Callable[[LayerPlan], Mapping[str, Stage]] | None = None
     """Role -> stage, in the place of all four: of several stages, or on other conditions."""
 

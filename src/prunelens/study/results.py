@@ -16,15 +16,15 @@ import pandas as pd
 from prunelens.analyses.claims import COLUMNS as CLAIM_COLUMNS
 from prunelens.analyses.claims import judge_claims
 from prunelens.analyses.fragility import holm
-from prunelens.analyses.verdict import LIMITS
 from prunelens.config import CheckpointConfig
 from prunelens.prune.stored import FACTS
 from prunelens.study.artifacts.store import Store
 from prunelens.study.conclude import predictor_stage
-from prunelens.study.kind import CONDITION
+from prunelens.study.kind import Table
 from prunelens.study.matrix import Plan, Run
 from prunelens.study.parents import Sae
 from prunelens.study.questions import QUESTIONS
+from prunelens.study.questions.predictor import PREDICTOR
 
 ALL_RUNS = "all"  # the run of rows that are about the whole study
 _Rows = Iterator[tuple[Run, pd.DataFrame]]
@@ -36,7 +36,7 @@ def study_results(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
     Raises: UserError where an artifact is damaged.
     """
     tables = {}
-    for name, rows in _BUILDERS.items():
+    for name, rows in _builders().items():
         parts = [with_run(run, part, store) for run, part in rows(plan, store) if len(part)]
         if parts:
             tables[name] = pd.concat(parts, ignore_index=True)
@@ -178,57 +178,70 @@ def _predictor(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
         return {}
     folder = store.read(stage)
     tables = {}
-    for name, file in (("predictor", "predictor"), ("predictor_calibration", "calibration")):
-        tables[name] = pd.read_parquet(folder / f"{file}.parquet")
-        tables[name].insert(0, "run", ALL_RUNS)
+    for table in PREDICTOR.tables:
+        tables[table.name] = pd.read_parquet(folder / table.file)
+        tables[table.name].insert(0, "run", ALL_RUNS)
     return tables
 
 
-_BUILDERS: dict[str, Callable[[Plan, Store], _Rows]] = {
-    "perplexity": _perplexity,
-    "perplexity_windows": _from_artifact("perplexity", "windows.parquet"),
-    "sae_quality": _sae_quality,
-    "sae_training": _sae_training,
-    "transfer": _transfer,
-    "latents": _latents,
-    **{table.name: _from_artifact(q.name, table.file) for q in QUESTIONS for table in q.tables},
-}
-_OWN_COLUMNS = {  # of tables that are more than one kind's artifacts, one below the other
-    "perplexity": [
-        "run", "model", "corpus", "method", "scope", "pattern", "sparsity", "achieved_sparsity",
-        "context_tokens", "bos", "num_tokens", "nll", "perplexity",
-    ],
-    "sae_quality": [
-        *CONDITION, "seed", "fvu", "fvu_raw", "fvu_dense_var", "l0", "alive", "num_latents",
-        "steps", "participation_ratio",
-    ],
-    "sae_training": [
-        *CONDITION, "init_seed", "data_seed", "rotated", "steps", "mean_init_retention",
-        "fvu", "folder", "training", "fvu_raw",
-    ],
-    "transfer": [
-        *CONDITION, "sae", "positions", "refit", "fvu", "fvu_raw", "fvu_dense_var", "l0",
-        "ce_recovered", "verdict", "ce_model", "ce_mean_ablated", "ce_sae", "reason", "source",
-        *(f"{name}{tail}" for name in LIMITS for tail in ("", "_low", "_high")),
-        "num_windows", "num_documents",
-    ],
-    "predictor": [
-        "run", "tau", "evaluation", "features", "auc", "accuracy", "coef_log_rate",
-        "coef_sparsity", "num_rows", "target", "auc_low", "auc_high", "auc_within",
-        "auc_within_low", "auc_within_high", "base_rate",
-        "coef_log_rate_low", "coef_log_rate_high", "coef_sparsity_low", "coef_sparsity_high",
-        "standardised_log_rate", "standardised_sparsity", "num_conditions", "reason",
-        "source", "gain", "gain_low", "gain_high",
-    ],
-    "predictor_calibration": [
-        "run", "target", "tau", "evaluation", "features", "bin", "predicted", "observed",
-        "num_rows",
-    ],
-    "claims": ["run", *CLAIM_COLUMNS],
-}  # fmt: skip
-COLUMNS: dict[str, list[str]] = _OWN_COLUMNS | {
-    table.name: [*table.leading, *table.columns.split()] for q in QUESTIONS for table in q.tables
-}
+def _builders() -> dict[str, Callable[[Plan, Store], _Rows]]:
+    return {
+        "perplexity": _perplexity,
+        "perplexity_windows": _from_artifact("perplexity", "windows.parquet"),
+        "sae_quality": _sae_quality,
+        "sae_training": _sae_training,
+        "latents": _latents,
+        **{table.name: _from_artifact(q.name, table.file) for q in QUESTIONS for table in q.tables},
+        "transfer": _transfer,
+    }
+
+
+_OWN = (  # of more than one kind of artifact, or of none
+    Table(
+        "perplexity",
+        "run, window length",
+        "how much the model itself suffered",
+        "",
+        "model corpus method scope pattern sparsity achieved_sparsity context_tokens bos "
+        "num_tokens nll perplexity",
+        leading=("run",),
+    ),
+    Table(
+        "sae_quality",
+        "run, seed",
+        "how well each SAE describes its activations",
+        "",
+        "seed fvu fvu_raw fvu_dense_var l0 alive num_latents steps participation_ratio",
+    ),
+    Table(
+        "sae_training",
+        "run, SAE (controls too)",
+        "how each SAE was trained, and where it is",
+        "",
+        "init_seed data_seed rotated steps mean_init_retention fvu folder training fvu_raw",
+    ),
+    Table(
+        "claims",
+        "claim of the paper",
+        "what holds here, by the paper's protocol and by the controlled one",
+        "",
+        " ".join(CLAIM_COLUMNS),
+        leading=("run",),
+    ),
+)
+
+
+def study_tables() -> dict[str, Table]:
+    """Every table of the output contract (docs/tables.md), by name."""
+    asked = (table for kind in (*QUESTIONS, PREDICTOR) for table in kind.tables)
+    return {table.name: table for table in (*_OWN, *asked)}
+
+
+def table_columns() -> dict[str, list[str]]:
+    """The columns of each, by name."""
+    return {
+        name: [*table.leading, *table.columns.split()] for name, table in study_tables().items()
+    }
 
 
 def _folders(plan: Plan, store: Store, role: str) -> Iterator[tuple[Run, pathlib.Path]]:

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
+from prunelens.config import NEEDS
 from prunelens.errors import UserError, is_out_of_memory
 from prunelens.interruption import is_interrupted
 from prunelens.panics import is_panic
 from prunelens.study.artifacts.disk import DiskError, stopped_by_disk
 from prunelens.study.artifacts.store import Stage, Store
-from prunelens.study.kind import StageKind
+from prunelens.study.kind import Question, StageKind
 from prunelens.study.model_stages import MODEL_STAGES
 from prunelens.study.planted_stages import PLANTED_STAGES
 from prunelens.study.questions import QUESTIONS
@@ -37,6 +38,20 @@ log = logging.getLogger(__name__)
 STAGES: dict[str, StageKind] = {
     kind.name: kind for kind in (*MODEL_STAGES, *SAE_STAGES, *PLANTED_STAGES, *QUESTIONS, PREDICTOR)
 }
+
+
+def register(question: Question) -> None:
+    """Ask one more question, of whoever names it among a study's `questions`.
+
+    For what lives outside this package; every process that works on the study has to do so.
+    Raises: UserError where there is a stage of that name.
+    """
+    if question.name in STAGES:
+        raise UserError(f"question: there is a stage {question.name!r} already; name it otherwise")
+    QUESTIONS.append(question)
+    STAGES[question.name] = question
+    for name in question.asked:
+        NEEDS.setdefault(name, ())
 
 
 def make_stage(

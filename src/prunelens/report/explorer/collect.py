@@ -15,7 +15,7 @@ import pandas as pd
 from prunelens.analyses.contrast import TAU
 from prunelens.analyses.predictor import PERSISTENT
 from prunelens.errors import UserError
-from prunelens.report.explorer.columns import ARMS, columns_of, indices, numbers
+from prunelens.report.explorer.columns import ARMS, columns_of, indices, numbers, told_columns
 from prunelens.report.explorer.content import (
     DENSE,
     Condition,
@@ -38,7 +38,7 @@ from prunelens.study.results import sparsity_of
 log = logging.getLogger(__name__)
 
 OWN_COLUMNS = ("firing_rate", "mean_activation", "init_retention", "causal_effect")
-CONDITION_COLUMNS = (
+CONDITION_COLUMNS = (  # these first, in this order
     *("persistence", "relative_shuffled", "persistence_jaccard", "silenced", "scaling"),
     *(f"{name}_{arm}" for arm in ARMS for name in ("mutual", "cosine")),
     *("activation_correlation_shared_init", "activation_match_shared_init"),
@@ -145,7 +145,7 @@ def _condition(
         run.pruning.label,
         run.name,
         sparsity_of(run, source.store),
-        columns=columns_of(fates, CONDITION_COLUMNS),
+        columns=columns_of(fates, dict.fromkeys((*CONDITION_COLUMNS, *told_columns()))),
         kept=_kept(source, fates, latents),
         match=match,
         matched_back=matched_back,

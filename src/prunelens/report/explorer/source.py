@@ -11,16 +11,12 @@ from typing import Literal, NamedTuple
 
 import pandas as pd
 
-from prunelens.analyses.fates import (
-    activation_by_latent,
-    matches_by_latent,
-    persistence_by_latent,
-    scaling_by_latent,
-)
+from prunelens.analyses.fates import persistence_by_latent
 from prunelens.config import PretrainedSaeConfig
 from prunelens.study.artifacts.store import Store
 from prunelens.study.matrix import Plan, Run
 from prunelens.study.parents import Sae
+from prunelens.study.questions import QUESTIONS
 
 EVIDENCE = "evidence"
 
@@ -94,17 +90,19 @@ class Source(NamedTuple):
         """
         if self.given:
             table = self._table(run, self.role, "persistence.parquet")
-            return _persistence(None if table is None else table.assign(seed=self.seed), self.seed)
+            if table is None:
+                return pd.DataFrame()
+            return persistence_by_latent(table.assign(seed=self.seed), self.seed)
         seeds = self.plan.study.seeds_of(run.pruning)
         if self.seed not in seeds:  # this condition has SAEs of other seeds alone
             return pd.DataFrame()
-        parts = [_persistence(self._table(run, "persistence"), self.seed)]
-        if (scaling := self._table(run, "scaling")) is not None:
-            parts.append(scaling_by_latent(scaling, self.seed))
-        for role, by_latent in _BY_ARM.items():
-            if (matches := self._table(run, role)) is not None:
-                parts.append(by_latent(matches, self.seed, seeds))
-        fates = pd.concat(parts, axis=1)
+        parts = [
+            question.by_latent(table, self.seed, seeds)
+            for question in QUESTIONS
+            if question.by_latent and question.told
+            if (table := self._table(run, question.name)) is not None
+        ]
+        fates = pd.concat(parts, axis=1) if parts else pd.DataFrame()
         effects = _mean_kl(self._table(run, "causal", f"kl_pruned_{self.seed}.parquet"))
         if effects is not None and "match_shared_init" in fates:
             of_match = effects.reindex(fates["match_shared_init"]).to_numpy()
@@ -136,13 +134,6 @@ class Source(NamedTuple):
         if role not in run.stages or not self.store.has(run.stages[role]):
             return None
         return self.store.read(run.stages[role])
-
-
-_BY_ARM = {"survival": matches_by_latent, "activation_matching": activation_by_latent}
-
-
-def _persistence(table: pd.DataFrame | None, seed: int) -> pd.DataFrame:
-    return pd.DataFrame() if table is None else persistence_by_latent(table, seed)
 
 
 def _mean_kl(kl: pd.DataFrame | None) -> pd.Series | None:

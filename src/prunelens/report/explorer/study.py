@@ -16,13 +16,12 @@ from prunelens.errors import UserError
 from prunelens.report.explorer.folder import write_explorer, written_identity
 from prunelens.report.explorer.labels import NeuronpediaLabels
 from prunelens.report.explorer.server import serve_explorer
+from prunelens.study import questions
 from prunelens.study.artifacts.address import artifacts_of
 from prunelens.study.artifacts.links import refuse_links_out
+from prunelens.study.questions import QUESTIONS
 
 FOLDER = "explorer"
-STAGES = (  # whose artifacts an explorer is made from
-    *("evidence", "sae", "survival", "persistence", "activation_matching", "scaling", "causal"),
-)
 
 
 def write_study_explorer(
@@ -111,11 +110,13 @@ def _identity(study: pathlib.Path, artifacts: str | None, labels: bool) -> str:
         ) from None
     digest = hashlib.sha256(described)
     store = artifacts_of(study, artifacts)
-    for stage in STAGES:
+    told = (question.name for question in QUESTIONS if question.told)
+    for stage in ("evidence", "sae", "causal", *told):
         digest.update(f"{stage} {sorted(store.finished(stage))}".encode())
-    for path in sorted(pathlib.Path(__file__).parent.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            digest.update(path.read_bytes())
+    for code in (__file__, questions.__file__):
+        for path in sorted(pathlib.Path(code).parent.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                digest.update(path.read_bytes())
     digest.update(f"{importlib.metadata.version('prunelens')} {labels}".encode())
     return digest.hexdigest()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pandas as pd
 
 from prunelens.report.panels.panel import Tables
-from prunelens.report.paper_tables import MATRIX
 from prunelens.report.questions.causal import CAUSAL
 from prunelens.report.questions.depth import DEPTH
 from prunelens.report.questions.fragility import FRAGILITY
@@ -13,13 +12,14 @@ from prunelens.report.questions.identity import IDENTITY
 from prunelens.report.questions.perplexity import PERPLEXITY
 from prunelens.report.questions.predictor import PREDICTOR
 from prunelens.report.questions.quality import QUALITY
+from prunelens.report.questions.question import FigureOf
 from prunelens.report.questions.selftest import SELFTEST
 from prunelens.report.questions.stability import STABILITY
 from prunelens.report.questions.sufficiency import SUFFICIENCY
 from prunelens.report.questions.survival import SURVIVAL
 from prunelens.report.questions.transfer import TRANSFER
 
-QUESTIONS = (
+QUESTIONS = [  # sections of the page in their order; append one of your own
     SELFTEST,
     PERPLEXITY,
     SUFFICIENCY,
@@ -32,13 +32,12 @@ QUESTIONS = (
     CAUSAL,
     DEPTH,
     QUALITY,
-)
-FIGURES = dict(sorted(figure for question in QUESTIONS for figure in question.figures.items()))
-CAPTIONS = {
-    MATRIX: "Table A.1: the runs of this study",
-    **{n: caption for q in QUESTIONS for n, caption in (*q.tables.items(), *q.more.items())},
-}
-ASSUMED = {name: words for question in QUESTIONS for name, words in question.assumed.items()}
+]
+
+
+def figures() -> dict[str, FigureOf]:
+    """All of them, by the names of their files."""
+    return dict(sorted(figure for question in QUESTIONS for figure in question.figures.items()))
 
 
 def overviews(tables: Tables) -> dict[str, pd.DataFrame]:

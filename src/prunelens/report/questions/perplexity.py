@@ -13,8 +13,8 @@ PERPLEXITY = Question(
     tables={"table1_perplexity": "Table 1: perplexity"},
     assumed={
         "table1_perplexity": (
-            "Left open by the paper: whether windows open with the BOS (its dense"
-            " numbers of Gemma look as if they did not), and whether global magnitude takes weights of"
+            "Left open by the paper: whether windows open with the BOS (its dense numbers of Gemma"
+            " look as if they did not), and whether global magnitude takes weights of"
             " the output head, with the embedding that is tied to it (runs named -head) or not."
         )
     },

@@ -3,6 +3,7 @@
 They are answered in this order, and so stand their columns in `latents.parquet`.
 """
 
+from prunelens.study.kind import Question
 from prunelens.study.questions.activation_matching import ACTIVATION_MATCHING
 from prunelens.study.questions.causal import CAUSAL
 from prunelens.study.questions.common_change import COMMON_CHANGE
@@ -19,7 +20,7 @@ from prunelens.study.questions.sufficiency import SUFFICIENCY
 from prunelens.study.questions.survival import CORRECTED, SURVIVAL
 from prunelens.study.questions.transfer import TRANSFER
 
-QUESTIONS = (
+QUESTIONS: list[Question] = [
     SINKS,
     STABILITY,
     SURVIVAL,
@@ -37,4 +38,4 @@ QUESTIONS = (
     CAUSAL,
     GRADES,
     COVERAGE,
-)
+]

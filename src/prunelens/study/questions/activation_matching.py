@@ -22,7 +22,7 @@ from prunelens.analyses.noise import NullRows, Rows
 from prunelens.analyses.survival import Comparison
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Asked, Cost
-from prunelens.study.kind import Question, Table
+from prunelens.study.kind import Question, Table, Told
 from prunelens.study.questions.arms import Compared, arms
 from prunelens.study.questions.paired import load_common_change, paired_activations, second_half
 from prunelens.study.work import Work
@@ -143,9 +143,22 @@ ACTIVATION_MATCHING = Question(
     tables=(
         Table(
             "activation_matching",
+            "run, arm, pair of SAEs, tau",
+            "do latents of the two SAEs fire alike, wherever they point",
             "rates.parquet",
             "arm init_a order_a init_b order_b tau one_way mnn greedy one_way_reverse source",
         ),
     ),
     by_latent=activation_by_latent,
+    told={
+        "activation_correlation": Told(
+            "activation match, {arm}",
+            "Correlation with the latent of the pruned SAE that fires most alike ({means}): low"
+            " means that none fires as this one did.",
+        ),
+        "activation_match": Told(
+            "fires most alike, {arm}",
+            "The latent of the pruned SAE that fires most alike ({means}); -1 where there is none.",
+        ),
+    },
 )

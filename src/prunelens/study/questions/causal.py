@@ -151,6 +151,8 @@ CAUSAL = Question(
     tables=(
         Table(
             "causal",
+            "pruned run, model, grouping, group, protocol, contexts",
+            "RQ5: do surviving latents matter more",
             "causal.parquet",
             "grouping group protocol contexts kl_mean ci_low ci_high num_latents num_prompts "
             "firing_share ablated_in reconstruction_share num_seeds num_documents "

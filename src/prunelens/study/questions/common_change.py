@@ -36,5 +36,13 @@ COMMON_CHANGE = Question(
     of="pruned",
     config=lambda run: run.kind_of_change(),
     parents=lambda run: run.both_activations(),
-    tables=(Table("common_change", "common_change.parquet", " ".join(COLUMNS)),),
+    tables=(
+        Table(
+            "common_change",
+            "pruned run, kind of map",
+            "what pruning did to all activations alike",
+            "common_change.parquet",
+            " ".join(COLUMNS),
+        ),
+    ),
 )

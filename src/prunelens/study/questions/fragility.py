@@ -33,21 +33,29 @@ FRAGILITY = Question(
     tables=(
         Table(
             "fragility",
+            "pruned run, measure, source, tau, quintile",
+            "RQ4: do rare latents survive better",
             "quintiles.parquet",
             "measure tau quintile firing_rate survival_rate num_latents source num_dropped",
         ),
         Table(
             "fragility_by_seed",
+            "pruned run, seed, measure, source, tau, quintile",
+            "the same of every seed",
             "by_seed.parquet",
             "seed measure tau quintile firing_rate survival_rate num_latents source num_dropped",
         ),
         Table(
             "fragility_contrasts",
+            "pruned run, measure, source, group",
+            "fifths, all latents and rarest minus most frequent, with intervals",
             "contrasts.parquet",
             "measure source group value low high error df num_latents num_dropped resampled",
         ),
         Table(
             "fragility_tests",
+            "pruned run, measure, source, tau",
+            "the same as rank correlations, with intervals and p-values",
             "tests.parquet",
             "measure tau rho p_exact p_holm latent_rho ci_low ci_high partial_rho partial_low "
             "partial_high p_smallest p_holm_smallest num_latents resampled reason source",

@@ -136,8 +136,20 @@ GRADES = Question(
     2,
     _grades,
     tables=(
-        Table("selftest", "grades.parquet", " ".join(COLUMNS)),
-        Table("selftest_null", "null.parquet", " ".join(NULL_COLUMNS)),
+        Table(
+            "selftest",
+            "planted run, measure, step",
+            "which measures tell the truth where it is known (`prunelens selftest` alone)",
+            "grades.parquet",
+            " ".join(COLUMNS),
+        ),
+        Table(
+            "selftest_null",
+            "planted run, measure, source, statistic",
+            "what they find where nothing is (likewise)",
+            "null.parquet",
+            " ".join(NULL_COLUMNS),
+        ),
     ),
     plan=_plan_grades,
 )
@@ -145,6 +157,15 @@ COVERAGE = Question(
     "coverage",
     1,
     _coverage,
-    tables=(Table("coverage", "coverage.parquet", " ".join(COVERAGE_COLUMNS), leading=("run",)),),
+    tables=(
+        Table(
+            "coverage",
+            "world, interval or verdict",
+            "how often 95 % intervals hold the truth and verdicts are wrong (likewise)",
+            "coverage.parquet",
+            " ".join(COVERAGE_COLUMNS),
+            leading=("run",),
+        ),
+    ),
     plan=_plan_coverage,
 )

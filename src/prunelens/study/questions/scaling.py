@@ -5,7 +5,7 @@ from __future__ import annotations
 from prunelens.analyses.fates import scaling_by_latent
 from prunelens.analyses.scaling import SOURCES, latent_scaling, scaling_summary
 from prunelens.study.cost import Asked, Cost
-from prunelens.study.kind import Question, Table
+from prunelens.study.kind import Question, Table, Told
 from prunelens.study.questions.paired import by_dense_sae
 from prunelens.study.work import Work
 
@@ -37,9 +37,18 @@ SCALING = Question(
     tables=(
         Table(
             "scaling",
+            "pruned run, seed, source",
+            "how many times its own size is a dense direction in pruned activations",
             "scaling.parquet",
             "seed source mean_scaling median_scaling share_above_half_median num_undefined",
         ),
     ),
     by_latent=lambda table, seed, _: scaling_by_latent(table, seed),
+    told={
+        "scaling": Told(
+            "scaling",
+            "How many times its own size the latent's direction is in pruned activations: 1"
+            " as before, 0 gone; read it beside that of others, for a common gain raises all.",
+        ),
+    },
 )

@@ -70,6 +70,8 @@ SINKS = Question(
     tables=(
         Table(
             "sinks",
+            "run, split",
+            "tokens that no condition counts, and sinks of one condition alone",
             "sinks.parquet",
             "split num_tokens num_left_out num_sinks largest_norm "
             + " ".join(f"{name}{tail}" for name in MOVED for tail in ("", "_without")),

@@ -34,6 +34,8 @@ STABILITY = Question(
     tables=(
         Table(
             "stability",
+            "run, pair of seeds, tau",
+            "RQ1: do two seeds find the same features",
             "stability.parquet",
             "seed_a seed_b tau one_way mnn greedy",
         ),

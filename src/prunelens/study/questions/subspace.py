@@ -36,6 +36,8 @@ SUBSPACE = Question(
     tables=(
         Table(
             "subspace",
+            "run, arm, pair of SAEs",
+            "does a direction lie in the span of a few of the other SAE",
             "subspace.parquet",
             "arm init_a order_a init_b order_b overlap",
         ),

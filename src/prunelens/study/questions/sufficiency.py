@@ -74,17 +74,23 @@ SUFFICIENCY = Question(
     tables=(
         Table(
             "sufficiency",
+            "run",
+            "were the SAEs trained enough to be compared",
             "verdict.parquet",
             "trained_enough mean_init_retention fvu_fall fvu_fall_schedule "
             "fvu_fall_beyond_schedule reason",
         ),
         Table(
             "training_curves",
+            "run, SAE, step",
+            "how FVU and distance from the start went",
             "curves.parquet",
             "seed total_steps step fvu mean_init_retention",
         ),
         Table(
             "survival_by_step",
+            "followed run, step, arm, pair of SAEs, tau",
+            "what a shared start makes of survival while SAEs are trained",
             "survival_by_step.parquet",
             "step arm init_a init_b tau mnn one_way greedy",
         ),

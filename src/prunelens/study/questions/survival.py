@@ -7,7 +7,7 @@ import pandas as pd
 from prunelens.analyses.fates import matches_by_latent
 from prunelens.analyses.survival import COORDINATES, corrected_survival, survival
 from prunelens.study.cost import Asked, Cost
-from prunelens.study.kind import Question, Table
+from prunelens.study.kind import Question, Table, Told
 from prunelens.study.questions.arms import arms, dictionary
 from prunelens.study.work import Work
 
@@ -48,11 +48,24 @@ SURVIVAL = Question(
     tables=(
         Table(
             "survival",
+            "run, arm, pair of SAEs, coordinates, tau",
+            "RQ2: how many dense features are found again",
             "survival.parquet",
             "arm coordinates init_a order_a init_b order_b tau one_way mnn greedy one_way_reverse",
         ),
     ),
     by_latent=matches_by_latent,
+    told={
+        "mutual": Told(
+            "mutual, {arm}",
+            "1 where the latent and its nearest direction in the pruned SAE are each other's"
+            " nearest ({means}); 0 where they are not.",
+        ),
+        "cosine": Told(
+            "cosine, {arm}",
+            "Cosine to the nearest direction in the pruned SAE ({means}): low is lost or turned.",
+        ),
+    },
 )
 CORRECTED = Question(
     "corrected",
@@ -67,6 +80,8 @@ CORRECTED = Question(
     tables=(
         Table(
             "survival_corrected",
+            "pruned run, arm, tau",
+            "the same between its floor (0) and its ceiling (1)",
             "corrected.parquet",
             "arm tau corrected low high interval reason",
         ),

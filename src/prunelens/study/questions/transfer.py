@@ -14,13 +14,14 @@ from prunelens.activations import Activations, Statistics
 from prunelens.analyses.null_states import NullSource
 from prunelens.analyses.sinks import NORM_MULTIPLE
 from prunelens.analyses.transfer import DenseReference, transfer, transfer_verdicts
+from prunelens.analyses.verdict import LIMITS
 from prunelens.corpus import spread_over_documents
 from prunelens.sae.formats import GivenSae
 from prunelens.sae.own_folder import own_sae
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Asked, Cost
-from prunelens.study.kind import Question
+from prunelens.study.kind import Question, Table
 from prunelens.study.model_stages import (
     EVAL,
     load_stage_model,
@@ -158,5 +159,17 @@ TRANSFER = Question(
     cost=_transfer_cost,
     rate="language model",
     has_logits=True,
+    tables=(
+        Table(
+            "transfer",
+            "run, SAE, positions, refit",
+            "RQ3: may a dense SAE still be used after pruning",
+            "transfer.parquet",
+            "sae positions refit fvu fvu_raw fvu_dense_var l0 ce_recovered verdict ce_model "
+            "ce_mean_ablated ce_sae reason source "
+            + " ".join(f"{name}{tail}" for name in LIMITS for tail in ("", "_low", "_high"))
+            + " num_windows num_documents",
+        ),
+    ),
     plan=_plan,
 )
