@@ -1,0 +1,1 @@
+"""What somebody else would write to ask one more question."""
