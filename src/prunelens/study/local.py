@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import pathlib
 from collections.abc import Iterator
 from concurrent import futures
@@ -52,14 +53,14 @@ def processes(
         request: what `make_by_identity` is told of the study.
         log_folder: where tracebacks go.
     """
-    context = worker_context(device)
+    context, others = worker_context(device), set(multiprocessing.active_children())
     with processes_told():
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent)
     try:
         yield Processes(pool, workers, request, str(log_folder))
     except (KeyboardInterrupt, DiskError):
-        for process in list(pool._processes.values()):  # what they were at can be made again
-            process.terminate()
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()  # what they were at can be made again
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
