@@ -47,7 +47,7 @@ CO_FIRING = Question(
     rate="SAE encoding",
     asked=("co_firing",),
     of="pruned",
-    parents=lambda run: run.both_activations() | run.readers(run.dense),
+    parents=lambda run: run.paired(),
     tables=(
         Table(
             "co_firing",

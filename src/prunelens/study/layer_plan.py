@@ -73,6 +73,13 @@ class LayerPlan:
             self.name, self.model.label, self.layer, self.pruning, self.answers, dict(self.saes)
         )
 
+    def answer(self, name: str) -> Stage:
+        """Of another question of this run; planned now where the study does not ask for it."""
+        if name not in self.answers:
+            asked = next(question for question in QUESTIONS if question.name == name)
+            self.answers[name] = self.stage(name, asked.config(self), asked.parents(self))
+        return self.answers[name]
+
     def compared(self, *, rotated: bool = True) -> dict[str, Stage]:
         """The SAEs of RQ2's arms: dense and pruned ones, or those of the control arms."""
         own: Of = "dense" if self.pruning is None else "pruned"
@@ -103,7 +110,7 @@ class LayerPlan:
 
     def paired(self) -> dict[str, Stage]:
         """Both, what they differ by in common, and the dense SAEs that read them."""
-        change = {"common_change": self.answers["common_change"]}
+        change = {"common_change": self.answer("common_change")}
         return self.both_activations() | change | self.readers(self.dense)
 
     def dense_saes(self, of: Of) -> dict[str, Stage]:

@@ -127,7 +127,7 @@ def _parents(run: LayerPlan) -> Mapping[str, Stage]:
     reading = run.compared(rotated=False)
     reading |= {"dense": run.dense.activations, "screening": run.dense.screening}
     if run.pruning:
-        reading |= {**run.both_activations(), "common_change": run.answers["common_change"]}
+        reading |= {**run.both_activations(), "common_change": run.answer("common_change")}
     return reading
 
 

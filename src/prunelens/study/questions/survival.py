@@ -74,7 +74,7 @@ CORRECTED = Question(
     asked=("survival",),
     of="pruned",
     parents=lambda run: {
-        "survival": run.answers["survival"],
+        "survival": run.answer("survival"),
         "controls": run.dense.answers["survival"],
     },
     tables=(

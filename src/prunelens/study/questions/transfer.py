@@ -134,7 +134,7 @@ def _plan(run: LayerPlan) -> Mapping[str, Stage]:
         return {}
     shared = {"prune": run.prune, "statistics": run.dense.statistics}
     if run.pruning:
-        shared["common_change"] = run.answers["common_change"]
+        shared["common_change"] = run.answer("common_change")
         shared["dense_activations"] = run.dense.activations
         shared["pruned_activations"] = run.activations
     stages = {}
