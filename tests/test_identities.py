@@ -10,6 +10,7 @@ import hashlib
 import pytest
 
 from prunelens.study.matrix import parents_first
+from prunelens.study.parents import Sae, SaeRole, sae_role, saes_among
 from prunelens.study.plan import plan_study
 from prunelens.study_file import read_study
 
@@ -30,3 +31,33 @@ def test_every_stage_of_a_shipped_study_has_the_identity_that_it_had(name: str) 
     stages = parents_first(plan.targets().values())
     together = "".join(sorted(stage.identity for stage in stages))
     assert hashlib.sha256(together.encode()).hexdigest()[:16] == KNOWN[name]
+
+
+ONE_SAE = {"start", "sae", "dense_sae"}  # roles of stages that read a single one
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_an_sae_among_several_parents_is_named_by_its_role(name: str) -> None:
+    """A plain text would be passed over where a stage asks for its SAEs."""
+    plan = plan_study(read_study(name), resolve=False)
+    seen = 0
+    for stage in parents_first(plan.targets().values()):
+        for role, parent in stage.parents.items():
+            if parent.name == "sae" and role not in ONE_SAE:
+                assert isinstance(role, SaeRole)
+                config = parent.config
+                which = (role.sae.init_seed, role.sae.data_seed, role.sae.rotated)
+                assert which == (config["init_seed"], config["data_seed"], config["rotated"])
+                seen += 1
+    assert seen > 20
+
+
+def test_roles_are_the_texts_that_identities_have() -> None:
+    plain, turned = Sae(0, 0), Sae(0, 1, rotated=True, training="warm")
+    assert sae_role("dense", plain) == "dense-0-0"
+    assert sae_role("pruned", turned) == "pruned-0-1-rotated-warm"
+    assert sae_role("sae", plain, plain=True) == "sae-0"
+    roles = (sae_role("dense", turned), sae_role("own", plain), sae_role("dense", plain), "dense")
+    parents = {role: number for number, role in enumerate(roles)}
+    assert list(saes_among(parents, "dense").items()) == [(turned, 0), (plain, 2)]
+    assert saes_among(parents, "pruned") == {}

@@ -64,7 +64,7 @@ def test_a_gpu_goes_to_the_stages_that_compute_on_their_device_and_to_no_other(
     with alone_in(tmp_path / "out"):
         run_study(study, tmp_path / "out", device="cpu", quiet=True)
     assert made >= {stage.name for stage in all_stages(plan)}
-    assert asked == {name for name in made if STAGES[name].rate in ON_DEVICE}
+    assert asked == {name for name in made if STAGES[name].work_kind in ON_DEVICE}
     assert {"sae", "perplexity", "transfer", "causal", "persistence"} <= asked
     assert {"survival", "stability", "statistics", "fates"} <= made - asked
 
@@ -75,7 +75,7 @@ def test_every_stage_needs_its_threads_and_one_gpu_at_most(plan, gpu):
     for stage in all_stages(plan):
         need = needs[stage.identity]
         assert need.num_cpus == plan.study.threads_per_stage
-        assert need.num_gpus == int(gpu and STAGES[stage.name].rate in ON_DEVICE)
+        assert need.num_gpus == int(gpu and STAGES[stage.name].work_kind in ON_DEVICE)
         assert need.memory > 5e8  # a process with torch
 
 

@@ -14,6 +14,7 @@ import pytest
 from own_question import co_firing, on_the_page
 from prunelens.config import NEEDS, study_from_data
 from prunelens.errors import UserError
+from prunelens.report.explorer.collect import _others
 from prunelens.report.explorer.study import write_study_explorer
 from prunelens.report.questions import QUESTIONS as SECTIONS
 from prunelens.report.write import run_and_report
@@ -66,10 +67,14 @@ def test_it_is_in_plan_tables_latents_page_explorer_and_docs(
     tool = importlib.import_module("write_tables")
     assert "| `tables/co_firing.csv` | pruned run, seed | do latents fire where" in tool.listed()
 
+    names = ["persistence", "co_firing", "co_firing_shared_init", "mutual_shared_init", "mine"]
+    assert _others(pd.DataFrame(columns=names)) == ["co_firing", "co_firing_shared_init"]
+
     plan, store = open_study(out)  # and its number is what it says, counted one by one
     dense, pruned = plan.runs
     sae = TopKSAE.load(store.read(dense.saes[Sae(0, 0)]))
     both = pruned.stages["co_firing"].parents
+    assert both["common_change"] is pruned.stages["common_change"]  # which nobody else asked for
     normal, rows = co_firing_rows(store, both)
     fires = [sae.dense_latents(sae.encode((x - normal[0]) / normal[1])) > 0 for x in rows]
     latent = int(fires[0].sum(0).argmax())

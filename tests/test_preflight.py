@@ -28,9 +28,9 @@ from prunelens.prune.masks import save_masks
 from prunelens.sae import kernels
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.training import Training
-from prunelens.study.cost import Asked, forward_flops, training_flops
+from prunelens.study.cost import Costed, forward_flops, training_flops
 from prunelens.study.footprint import disk_use, memory_use
-from prunelens.study.kind import RATES as KINDS_OF_WORK
+from prunelens.study.kind import WORK_KINDS
 from prunelens.study.plan import plan_study
 from prunelens.study.preflight import calibrate as calibrate_module
 from prunelens.study.preflight import hours as hours_module
@@ -98,7 +98,7 @@ def counted(study, name):
 
 
 def cost(stage, shape, study):
-    return STAGES[stage.name].cost(Asked(stage.config, stage.parents, shape, study))
+    return STAGES[stage.name].cost(Costed(stage.config, stage.parents, shape, study))
 
 
 # --- operations ---------------------------------------------------------------------------------
@@ -222,12 +222,12 @@ def test_one_more_condition_adds_only_its_own_row(data):
 
 
 def test_hours_are_work_over_rate(study, monkeypatch):
-    speeds = {kind: 1e6 * (1 + n) for n, kind in enumerate(KINDS_OF_WORK)}
+    speeds = {kind: 1e6 * (1 + n) for n, kind in enumerate(WORK_KINDS)}
     rates = {kind: Rate(speed, 0.5) for kind, speed in speeds.items()}
     monkeypatch.setattr(hours_module, "calibrate", lambda *_args, **_options: rates)
     found = preflight(study, settings={"sae.steps": "24"}, device="cpu")
     for kind, speed in speeds.items():
-        names = [name for name, stage_kind in STAGES.items() if stage_kind.rate == kind]
+        names = [name for name, stage_kind in STAGES.items() if stage_kind.work_kind == kind]
         flops = sum(work.flops for name in names for work in counted(study, name))
         assert found.hours[kind] == pytest.approx(flops / speed / 3600)
     assert found.hours["total"] == pytest.approx(sum(row["hours"] for row in found.runs))
@@ -248,7 +248,7 @@ def test_an_absent_device_is_the_users_mistake(study):
 
 # --- schedule, checks and exit codes ------------------------------------------------------------
 
-RATES = {kind: 1e6 * (1 + n) for n, kind in enumerate(KINDS_OF_WORK)}
+RATES = {kind: 1e6 * (1 + n) for n, kind in enumerate(WORK_KINDS)}
 
 
 @pytest.fixture
@@ -419,7 +419,7 @@ def test_what_has_no_model_of_one_block_can_be_planned_without_times(tmp_path):
 def test_calibration_times_every_kind_and_leaves_threads_and_randomness_alone(study):
     threads, state = torch.get_num_threads(), torch.random.get_rng_state()
     rates = calibrate(study, study.models[0], device="cpu", seconds=0.5)
-    assert list(rates) == list(KINDS_OF_WORK)
+    assert list(rates) == list(WORK_KINDS)
     for rate in rates.values():
         assert 1e4 < rate.flops_per_second < 1e15
         assert 0 < rate.share_of_batch <= 1

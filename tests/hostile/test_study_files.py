@@ -260,7 +260,7 @@ def test_studies_that_are_valid_pass_the_whole_preflight_or_end_in_one_line(
                 laid_out(study)
 
     check()
-    assert reached >= 10  # of 27 to 41: hypothesis draws constants of whatever is imported by then
+    assert reached >= 20  # of 27 to 41: hypothesis draws constants of whatever is imported by then
 
 
 @pytest.mark.parametrize("change", [{"name": "9" * 400}, {"sae": {"expansion": "9" * 400}}])
@@ -288,7 +288,7 @@ def test_the_generated_files_are_of_all_kinds() -> None:
             kinds["study"] += 1
 
     count()
-    assert min(kinds.values()) >= 2, kinds
+    assert min(kinds.values()) >= 2, kinds  # 8 studies of 100, or fewer: see `reached` above
 
 
 # --- YAML that grows ------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 
 from prunelens.sae.topk import TopKSAE
-from prunelens.study.cost import Asked, Cost
+from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table, Told
 from prunelens.study.questions.paired import paired_activations
 from prunelens.study.work import Work
@@ -30,8 +30,8 @@ def _co_firing(work: Work) -> None:
     means.to_parquet(work.out / "means.parquet")
 
 
-def _cost(asked: Asked) -> Cost:
-    return Cost(asked.encoding(asked.eval_tokens * len(asked.saes("sae"))))
+def _cost(costed: Costed) -> Cost:
+    return Cost(costed.encoding(costed.eval_tokens * len(costed.saes("sae"))))
 
 
 def _by_latent(table: pd.DataFrame, seed: int, _seeds: object) -> pd.DataFrame:
@@ -44,7 +44,7 @@ CO_FIRING = Question(
     1,
     _co_firing,
     cost=_cost,
-    rate="SAE encoding",
+    work_kind="SAE encoding",
     asked=("co_firing",),
     of="pruned",
     parents=lambda run: run.paired(),

@@ -25,7 +25,7 @@ class Cost(NamedTuple):
     """Tokens on which an SAE is trained."""
 
 
-class Asked(NamedTuple):
+class Costed(NamedTuple):
     """A stage as its cost is reckoned from it."""
 
     config: Mapping[str, Any]

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import pandas as pd
 
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.cost import Asked, Cost
+from prunelens.study.cost import Cost, Costed
 from prunelens.study.work import Work
 
 if TYPE_CHECKING:
     from prunelens.study.layer_plan import LayerPlan
 
-Rate = Literal["language model", "SAE training", "SAE encoding", "matching"]
-RATES: tuple[Rate, ...] = get_args(Rate)
+WorkKind = Literal["language model", "SAE training", "SAE encoding", "matching"]
+WORK_KINDS: tuple[WorkKind, ...] = get_args(WorkKind)
 SPARSE = 4.0  # times as long as the language model's take operations on few latents (2 cores)
 LEAST_COST = 1e7
 CONDITION = ("run", "model", "layer", "method", "sparsity")  # whose rows they are
@@ -59,9 +59,9 @@ class StageKind:
     """Reads the parents' folders, writes its own files."""
     make_together: Callable[[Sequence[Work]], None] | None = None
     """In its place, where stages that read the same are best made in one go."""
-    cost: Callable[[Asked], Cost] = lambda _: Cost()
+    cost: Callable[[Costed], Cost] = lambda _: Cost()
     """From its config alone; none for what takes minutes at most."""
-    rate: Rate | None = None
+    work_kind: WorkKind | None = None
     """The kind of work whose rate it runs at; None: it is no work worth counting."""
     has_logits: bool = False
     """It holds the scores of a batch over the whole vocabulary."""
@@ -79,7 +79,7 @@ class StageKind:
 
     def progress_cost(self, cost: Cost) -> float:
         """Roughly in proportion to its seconds, for what a person sees of the progress."""
-        sparse = self.rate in ("SAE training", "SAE encoding")
+        sparse = self.work_kind in ("SAE training", "SAE encoding")
         return max(LEAST_COST, cost.flops * (SPARSE if sparse else 1.0))
 
 
@@ -101,13 +101,13 @@ class Question(StageKind):
     told: Mapping[str, Told] = field(default_factory=dict)
     """The columns of `by_latent` that the explorer shows, those of arms without the arm."""
     plan: Callable[[LayerPlan], Mapping[str, Stage]] | None = None
-    """Role -> stage, in the place of all four: of several stages, or on other conditions."""
+    """Role -> stage, in the place of `config` and `parents`: of several stages, or of none."""
 
     def planned(self, run: LayerPlan) -> Mapping[str, Stage]:
         """Role -> stage of one run; none where it is not asked."""
-        if self.plan:
-            return self.plan(run)
         is_asked = not self.asked or set(self.asked).intersection(run.study.questions)
         if not is_asked or (self.of == "pruned" and run.pruning is None):
             return {}
+        if self.plan:
+            return self.plan(run)
         return {self.name: run.stage(self.name, self.config(run), self.parents(run))}

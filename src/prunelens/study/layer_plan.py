@@ -76,8 +76,10 @@ class LayerPlan:
     def answer(self, name: str) -> Stage:
         """Of another question of this run; planned now where the study does not ask for it."""
         if name not in self.answers:
-            asked = next(question for question in QUESTIONS if question.name == name)
-            self.answers[name] = self.stage(name, asked.config(self), asked.parents(self))
+            (found,) = [question for question in QUESTIONS if question.name == name]
+            assert found.plan is None, f"{name} is planned for itself; look in `answers`"
+            assert self.pruning or found.of == "every", f"{name} is not asked of the dense run"
+            self.answers[name] = self.stage(name, found.config(self), found.parents(self))
         return self.answers[name]
 
     def compared(self, *, rotated: bool = True) -> dict[str, Stage]:

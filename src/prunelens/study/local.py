@@ -59,8 +59,10 @@ def processes(
     try:
         yield Processes(pool, workers, request, str(log_folder))
     except (KeyboardInterrupt, DiskError):
+        # What they were at can be made again. All that began since is ended, whoever began it:
+        # which of a process's children are the pool's is private.
         for process in set(multiprocessing.active_children()) - others:
-            process.terminate()  # what they were at can be made again
+            process.terminate()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

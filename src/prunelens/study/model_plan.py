@@ -20,7 +20,7 @@ from prunelens.corpus import fingerprint
 from prunelens.errors import UserError
 from prunelens.model import ModelShape, model_fingerprint, model_shape
 from prunelens.study.artifacts.store import Source, Stage
-from prunelens.study.cost import Asked
+from prunelens.study.cost import Costed
 from prunelens.study.stages import STAGES
 
 
@@ -73,8 +73,6 @@ def checkpoint_model(model: ModelConfig, condition: CheckpointConfig) -> ModelCo
 class ModelPlan:
     """The stages of one model."""
 
-    is_planted = False
-
     def __init__(self, study: StudyConfig, model: ModelConfig, sources: Sources) -> None:
         self.study, self.config, self._sources = study, model, sources
         self._shape = model_shape(model)
@@ -97,7 +95,7 @@ class ModelPlan:
         """A stage of this model; parents that are None are left out."""
         present = {role: parent for role, parent in parents.items() if parent is not None}
         kind = STAGES[name]
-        cost = kind.cost(Asked(config, present, self._shape, self.study))
+        cost = kind.cost(Costed(config, present, self._shape, self.study))
         return Stage(
             name,
             kind.version,

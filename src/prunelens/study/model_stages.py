@@ -27,7 +27,7 @@ from prunelens.model import LanguageModel, load_model, load_tokenizer
 from prunelens.perplexity import measure_perplexity
 from prunelens.prune.calibrate import input_norms
 from prunelens.study.conditions import load_condition, make_condition
-from prunelens.study.cost import Asked, Cost, forward_flops
+from prunelens.study.cost import Cost, Costed, forward_flops
 from prunelens.study.kind import StageKind
 from prunelens.study.work import Work, read_json, share_of_all, write_json
 
@@ -170,54 +170,59 @@ def _statistics(work: Work) -> None:
 # --- what they cost -----------------------------------------------------------------------------
 
 
-def _calibration_cost(asked: Asked) -> Cost:
-    tokens = asked.study.corpus.calibration_tokens
-    return Cost(asked.forward(tokens), tokens)
+def _calibration_cost(costed: Costed) -> Cost:
+    tokens = costed.study.corpus.calibration_tokens
+    return Cost(costed.forward(tokens), tokens)
 
 
-def _prune_cost(asked: Asked) -> Cost:
+def _prune_cost(costed: Costed) -> Cost:
     """With sequential calibration every block runs twice: unpruned for its inputs, then pruned.
 
     SparseGPT's products of inputs take about as much as a pass: a matrix's inputs are about as many
     as its outputs, and it has products where they have weights.
     """
-    pruning, shape = asked.config.get("pruning"), asked.shape
+    pruning, shape = costed.config.get("pruning"), costed.shape
     if pruning is None or pruning["calibration"] != "sequential":
         head = bool(pruning and pruning.get("lm_head")) * shape.d_model * shape.vocabulary_size
         return Cost(10.0 * (shape.linear_weights + head))  # scores, and counting; or a comparison
-    once = _calibration_cost(asked)
+    once = _calibration_cost(costed)
     products = once.flops if pruning["criterion"] == "sparsegpt" else 0.0
     return Cost(2 * once.flops + products, 2 * once.forward_tokens)
 
 
-def _perplexity_cost(asked: Asked) -> Cost:
+def _perplexity_cost(costed: Costed) -> Cost:
     """A text of its own is taken to be as long as the eval split."""
-    tokens = asked.config["max_tokens"] or asked.eval_tokens
-    longest = asked.shape.max_context_tokens
-    contexts = {min(c, longest) if longest else c for c in asked.config["context_tokens"]}
-    flops = sum(forward_flops(asked.shape, tokens, context_tokens=c, head=True) for c in contexts)
+    tokens = costed.config["max_tokens"] or costed.eval_tokens
+    longest = costed.shape.max_context_tokens
+    contexts = {min(c, longest) if longest else c for c in costed.config["context_tokens"]}
+    flops = sum(forward_flops(costed.shape, tokens, context_tokens=c, head=True) for c in contexts)
     return Cost(flops, tokens * len(contexts))
 
 
-def _activations_cost(asked: Asked) -> Cost:
-    tokens = asked.study.corpus.train_tokens + asked.eval_tokens
-    return Cost(asked.forward(tokens, blocks=asked.config["layer"] + 1), tokens)
+def _activations_cost(costed: Costed) -> Cost:
+    tokens = costed.study.corpus.train_tokens + costed.eval_tokens
+    return Cost(costed.forward(tokens, blocks=costed.config["layer"] + 1), tokens)
 
 
 MODEL_STAGES = (
     StageKind("corpus", 2, _corpus),
     StageKind("text", 1, _text),
-    StageKind("calibration", 2, _calibration, cost=_calibration_cost, rate="language model"),
-    StageKind("prune", 2, _prune, cost=_prune_cost, rate="language model"),
+    StageKind("calibration", 2, _calibration, cost=_calibration_cost, work_kind="language model"),
+    StageKind("prune", 2, _prune, cost=_prune_cost, work_kind="language model"),
     StageKind(
-        "perplexity", 3, _perplexity, cost=_perplexity_cost, rate="language model", has_logits=True
+        "perplexity",
+        3,
+        _perplexity,
+        cost=_perplexity_cost,
+        work_kind="language model",
+        has_logits=True,
     ),
     StageKind(
         "activations",
         1,
         make_together=_make_activations,
         cost=_activations_cost,
-        rate="language model",
+        work_kind="language model",
     ),
     StageKind("screening", 1, _screening),
     StageKind("statistics", 2, _statistics),

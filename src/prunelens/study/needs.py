@@ -86,7 +86,7 @@ def no_node(stage: Stage, need: Needs, nodes: Sequence[Needs]) -> UserError:
 
 def _gpus(stage: Stage, model: ModelConfig, most: int) -> int:
     """A model that is spread over GPUs takes those that it names, else all that a machine has."""
-    rate = STAGES[stage.name].rate
+    rate = STAGES[stage.name].work_kind
     if rate not in ON_DEVICE:
         return 0
     if rate != "language model" or model.device_map is None:
@@ -99,11 +99,11 @@ def _gpus(stage: Stage, model: ModelConfig, most: int) -> int:
 def _memory(stage: Stage, memory: Memory, *, on_gpu: bool) -> int:
     """On the CPU a model is there twice while it is loaded; on a GPU the machine passes it on."""
     kind = STAGES[stage.name]
-    if kind.rate is None:
+    if kind.work_kind is None:
         held = 0.0  # tables
     elif on_gpu:
         held = memory.model
-    elif kind.rate != "language model":
+    elif kind.work_kind != "language model":
         held = memory.sae_training  # more than what reads SAEs and compares them
     elif stage.name == "prune":
         held = max(2 * memory.model, memory.pruning)

@@ -14,7 +14,6 @@ class PlantedPlan(ModelPlan):
     """A ModelPlan without text and model; its prunings change the world's directions."""
 
     corpus: None  # type: ignore[assignment]
-    is_planted = True
 
     def __init__(self, study: StudyConfig, model: ModelConfig) -> None:
         self.study, self.config, self._shape = study, model, model_shape(model)

@@ -1,4 +1,4 @@
-"""The planted world's stages: its activations in the place of a model's, and the grades."""
+"""The planted world's stages: its activations in the place of a model's."""
 
 from __future__ import annotations
 

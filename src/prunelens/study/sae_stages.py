@@ -22,7 +22,7 @@ from prunelens.sae.quality import SaeQuality, evaluate_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.train import SaeRequest, TrainedSae, train_saes
 from prunelens.sae.training import StepLog
-from prunelens.study.cost import Asked, Cost, sae_size, training_flops
+from prunelens.study.cost import Cost, Costed, sae_size, training_flops
 from prunelens.study.kind import StageKind
 from prunelens.study.tracking import Tracker
 from prunelens.study.work import Work, read_json, write_json
@@ -209,11 +209,13 @@ def _sae_data(work: Work, split: str) -> Activations:
     )
 
 
-def _sae_cost(asked: Asked) -> Cost:
-    tokens = asked.config["steps"] * asked.config["batch_tokens"]
-    judged = round((EVALUATIONS + len(asked.config["checkpoints"])) * asked.eval_tokens)
-    training = training_flops(*sae_size(asked.shape, asked.study), tokens)
-    return Cost(training + asked.encoding(judged), 0, tokens)
+def _sae_cost(costed: Costed) -> Cost:
+    tokens = costed.config["steps"] * costed.config["batch_tokens"]
+    judged = round((EVALUATIONS + len(costed.config["checkpoints"])) * costed.eval_tokens)
+    training = training_flops(*sae_size(costed.shape, costed.study), tokens)
+    return Cost(training + costed.encoding(judged), 0, tokens)
 
 
-SAE_STAGES = (StageKind("sae", 4, make_together=_make_saes, cost=_sae_cost, rate="SAE training"),)
+SAE_STAGES = (
+    StageKind("sae", 4, make_together=_make_saes, cost=_sae_cost, work_kind="SAE training"),
+)

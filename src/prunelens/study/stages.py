@@ -40,10 +40,15 @@ STAGES: dict[str, StageKind] = {
 }
 
 
-def register(question: Question) -> None:
+def register(question: Question, *, needs: Sequence[str] = ()) -> None:
     """Ask one more question, of whoever names it among a study's `questions`.
 
-    For what lives outside this package; every process that works on the study has to do so.
+    For what lives outside this package, from Python: in a script that runs the study itself. The
+    command line and workers in other processes know nothing of it.
+
+    Args:
+        question: declared as those of prunelens are.
+        needs: the questions whose answers it is made from, which have to be asked as well.
     Raises: UserError where there is a stage of that name.
     """
     if question.name in STAGES:
@@ -51,7 +56,7 @@ def register(question: Question) -> None:
     QUESTIONS.append(question)
     STAGES[question.name] = question
     for name in question.asked:
-        NEEDS.setdefault(name, ())
+        NEEDS.setdefault(name, tuple(needs))
 
 
 def make_stage(

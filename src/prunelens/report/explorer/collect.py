@@ -7,6 +7,7 @@ Nothing is measured here. What is missing is left out, and a warning says so.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -145,12 +146,20 @@ def _condition(
         run.pruning.label,
         run.name,
         sparsity_of(run, source.store),
-        columns=columns_of(fates, dict.fromkeys((*CONDITION_COLUMNS, *told_columns()))),
+        columns=columns_of(fates, dict.fromkeys((*CONDITION_COLUMNS, *_others(fates)))),
         kept=_kept(source, fates, latents),
         match=match,
         matched_back=matched_back,
         own=own,
     )
+
+
+def _others(fates: pd.DataFrame) -> list[str]:
+    """What questions tell of latents beside CONDITION_COLUMNS; of those of an arm, any arm."""
+    of_arm = rf"_({'|'.join(ARMS)})$"
+    built_in = {re.sub(of_arm, "", name) for name in CONDITION_COLUMNS}
+    told = set(told_columns()) - built_in
+    return [key for key in fates if re.sub(of_arm, "", key) in told]
 
 
 def _kept(source: Source, fates: pd.DataFrame, latents: pd.DataFrame) -> np.ndarray:

@@ -37,7 +37,7 @@ QUESTIONS = [  # sections of the page in their order; append one of your own
 
 def figures() -> dict[str, FigureOf]:
     """All of them, by the names of their files."""
-    return dict(sorted(figure for question in QUESTIONS for figure in question.figures.items()))
+    return {name: question.figures[name] for question in QUESTIONS for name in question.figures}
 
 
 def overviews(tables: Tables) -> dict[str, pd.DataFrame]:

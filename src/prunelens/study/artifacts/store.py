@@ -59,7 +59,7 @@ class Stage:
     """One step of work: what goes into its identity, and what is only needed to do it."""
 
     name: str
-    """The kind of work, e.g. `sae`; names the function in `study.stages`."""
+    """The kind of work, e.g. `sae`: of a `StageKind` in `study.stages`."""
     version: int
     """Raised when the same config would give other numbers."""
     config: Mapping[str, Any]

@@ -30,7 +30,7 @@ from prunelens.study.cost import (
     sae_size,
     training_flops,
 )
-from prunelens.study.kind import RATES
+from prunelens.study.kind import WORK_KINDS
 
 REPEATS = 5  # of the full size, at most
 VOCABULARY = 128  # of the block that is timed; embeddings are looked up, not multiplied
@@ -50,7 +50,7 @@ class Rate(NamedTuple):
 def calibrate(
     study: StudyConfig, model: ModelConfig, *, device: str, seconds: float
 ) -> dict[str, Rate]:
-    """The rate of every kind of work in `RATES`, for one model of the study.
+    """The rate of every kind of work in `WORK_KINDS`, for one model of the study.
 
     Takes about `seconds` at most: each kind may use its share of what those before it left, but
     never less than the smallest piece takes; what is compiled for a training comes on top, once per
@@ -70,7 +70,7 @@ def calibrate(
             training.step, training.flops, training.sizes, 0.8 * _left(end)
         )
         rates["SAE encoding"] = _rate(training.encode, training.coding, training.sizes, _left(end))
-    return {kind: rates[kind] for kind in RATES}
+    return {kind: rates[kind] for kind in WORK_KINDS}
 
 
 def _left(end: float) -> float:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from prunelens.checkpoint import ModelShape
 from prunelens.config import StudyConfig
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.cost import Asked, Cost
-from prunelens.study.kind import RATES
+from prunelens.study.cost import Cost, Costed
+from prunelens.study.kind import WORK_KINDS
 from prunelens.study.matrix import Plan
 from prunelens.study.preflight.calibrate import Rate, calibrate
 from prunelens.study.preflight.simulate import Task, tasks_of
@@ -38,9 +38,9 @@ def given_rates(rates: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str,
 
 def hours_of(costs: Iterable[tuple[Stage, Cost]], rates: Rates) -> dict[str, float]:
     """Hours of some stages by kind of work; 0 without rates."""
-    hours: dict[str, float] = dict.fromkeys(RATES, 0.0)
+    hours: dict[str, float] = dict.fromkeys(WORK_KINDS, 0.0)
     for stage, cost in costs:
-        kind = STAGES[stage.name].rate
+        kind = STAGES[stage.name].work_kind
         if kind and rates:
             assert stage.source
             rate = rates[stage.source.model.label][kind].flops_per_second
@@ -57,7 +57,7 @@ def cost_of(stage: Stage, shapes: Mapping[str, ModelShape], study: StudyConfig) 
     model = stage.source.model
     if stage.name == "activations" and stage.config["layer"] < max(model.layers):
         return Cost()
-    return STAGES[stage.name].cost(Asked(stage.config, stage.parents, shapes[model.label], study))
+    return STAGES[stage.name].cost(Costed(stage.config, stage.parents, shapes[model.label], study))
 
 
 def study_tasks(plan: Plan, shapes: Mapping[str, ModelShape], rates: Rates) -> list[Task]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from prunelens.errors import UserError
-from prunelens.study.kind import RATES
+from prunelens.study.kind import WORK_KINDS
 from prunelens.study_file import parse_yaml, read_text
 
 
@@ -16,7 +16,7 @@ def read_rates(path: str | pathlib.Path, models: Iterable[str]) -> dict[str, dic
     """Model label -> kind of work -> operations a second (those of `study.cost`).
 
     Args:
-        path: YAML or JSON with one number for each kind of work in `RATES`, good for every
+        path: YAML or JSON with one number for each kind of work in `WORK_KINDS`, good for every
             model; or what `prunelens plan --json` printed on the device.
         models: the labels that rates are wanted for.
     Raises: UserError where the file is not that, or lacks a kind or a model.
@@ -46,7 +46,7 @@ def read_rates(path: str | pathlib.Path, models: Iterable[str]) -> dict[str, dic
 
 
 def _checked(given: Any, path: pathlib.Path) -> dict[str, float]:
-    kinds = list(RATES)
+    kinds = list(WORK_KINDS)
     if not isinstance(given, dict) or set(given) != set(kinds):
         names = ", ".join(map(str, given)) if isinstance(given, dict) else repr(given)
         raise UserError(

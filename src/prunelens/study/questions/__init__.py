@@ -1,6 +1,6 @@
-"""What is asked of every run: one file each.
+"""What is asked of every run; what several questions read is in `arms` and `paired`.
 
-They are answered in this order, and so stand their columns in `latents.parquet`.
+Questions are answered in this order, and so stand their columns in `latents.parquet`.
 """
 
 from prunelens.study.kind import Question

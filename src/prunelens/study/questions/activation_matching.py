@@ -21,7 +21,7 @@ from prunelens.analyses.fates import activation_by_latent
 from prunelens.analyses.noise import NullRows, Rows
 from prunelens.analyses.survival import Comparison
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.cost import Asked, Cost
+from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table, Told
 from prunelens.study.questions.arms import Compared, arms
 from prunelens.study.questions.paired import load_common_change, paired_activations, second_half
@@ -108,15 +108,15 @@ class _Renormalised(NamedTuple):
         return rows.mul_(scale.to(rows)).add_(shift.to(rows))
 
 
-def _activation_matching_cost(asked: Asked) -> Cost:
+def _activation_matching_cost(costed: Costed) -> Cost:
     """Every SAE reads half the eval split, plain ones of a pruned run also the null in its place;
     every pair multiplies k by k latents per token.
     """
-    dense, pruned = asked.saes("dense"), asked.saes("pruned")
-    tokens, saes = asked.eval_tokens // 2, len(dense + pruned)
+    dense, pruned = costed.saes("dense"), costed.saes("pruned")
+    tokens, saes = costed.eval_tokens // 2, len(dense + pruned)
     seeds = len(dense) if pruned else 0
-    pairs = 2.0 * tokens * asked.study.sae.k**2 * (saes * max(1, saes - 1) + seeds**2)
-    return Cost(asked.encoding(tokens * (saes + seeds)) + pairs)
+    pairs = 2.0 * tokens * costed.study.sae.k**2 * (saes * max(1, saes - 1) + seeds**2)
+    return Cost(costed.encoding(tokens * (saes + seeds)) + pairs)
 
 
 def _parents(run: LayerPlan) -> Mapping[str, Stage]:
@@ -136,7 +136,7 @@ ACTIVATION_MATCHING = Question(
     2,
     _activation_matching,
     cost=_activation_matching_cost,
-    rate="SAE encoding",
+    work_kind="SAE encoding",
     asked=("identity",),
     config=lambda run: run.taus(),
     parents=_parents,

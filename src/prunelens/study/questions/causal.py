@@ -14,7 +14,7 @@ from prunelens.analyses.causal_groups import SeedAblations, causal_summary, late
 from prunelens.corpus import spread_over_documents
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.cost import Asked, Cost
+from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table
 from prunelens.study.model_stages import (
     EVAL,
@@ -114,21 +114,21 @@ def _ablations(
     return found
 
 
-def _causal_cost(asked: Asked) -> Cost:
+def _causal_cost(costed: Costed) -> Cost:
     """Two protocols with every SAE, every latent of every group, through the blocks above."""
-    config, context = asked.config, asked.study.corpus.context_tokens
-    saes = asked.saes("dense") + asked.saes("pruned")
+    config, context = costed.config, costed.study.corpus.context_tokens
+    saes = costed.saes("dense") + costed.saes("pruned")
     ablations = 2 * len(saes) * ABLATION_GROUPS * config["group_size"]
     tokens = round(ABLATED_SHARE * config["prompts"] * context) * ablations
-    return Cost(asked.forward(tokens, blocks=asked.shape.num_blocks - config["layer"] - 1), tokens)
+    return Cost(
+        costed.forward(tokens, blocks=costed.shape.num_blocks - config["layer"] - 1), tokens
+    )
 
 
 def _plan(run: LayerPlan) -> Mapping[str, Stage]:
     """With the SAEs of every seed of the condition, each beside the dense one of that seed."""
-    wanted = run.study.causal.conditions
-    if "causal" not in run.study.questions or run.pruning is None:
-        return {}
-    if wanted is not None and run.pruning.label not in wanted:
+    wanted, pruning = run.study.causal.conditions, run.pruning
+    if pruning is None or (wanted is not None and pruning.label not in wanted):
         return {}
     config = {
         **run.place(),
@@ -145,8 +145,10 @@ CAUSAL = Question(
     2,
     _causal,
     cost=_causal_cost,
-    rate="language model",
+    work_kind="language model",
     has_logits=True,
+    asked=("causal",),
+    of="pruned",
     plan=_plan,
     tables=(
         Table(

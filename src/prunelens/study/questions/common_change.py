@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prunelens.analyses.noise import COLUMNS, KINDS, common_change_table, fit_common_change
-from prunelens.study.cost import Asked, Cost
+from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table
 from prunelens.study.questions.paired import paired_activations
 from prunelens.study.work import Work
@@ -21,9 +21,9 @@ def _common_change(work: Work) -> None:
     changes[work.config["kind"]].save(work.out / "change.safetensors")
 
 
-def _common_change_cost(asked: Asked) -> Cost:
+def _common_change_cost(costed: Costed) -> Cost:
     """Two products of every token's activations with each other, on half the eval split."""
-    return Cost(4.0 * (asked.eval_tokens // 2) * asked.shape.d_model**2)
+    return Cost(4.0 * (costed.eval_tokens // 2) * costed.shape.d_model**2)
 
 
 COMMON_CHANGE = Question(
@@ -31,7 +31,7 @@ COMMON_CHANGE = Question(
     1,
     _common_change,
     cost=_common_change_cost,
-    rate="SAE encoding",
+    work_kind="SAE encoding",
     asked=("persistence", "identity", "transfer"),
     of="pruned",
     config=lambda run: run.kind_of_change(),

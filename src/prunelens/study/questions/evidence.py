@@ -29,7 +29,7 @@ from prunelens.model import LanguageModel
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.cost import Asked, Cost, sae_size
+from prunelens.study.cost import Cost, Costed, sae_size
 from prunelens.study.kind import Question
 from prunelens.study.model_stages import EVAL, load_stage_model, load_windows
 from prunelens.study.questions.paired import paired_activations
@@ -175,19 +175,17 @@ def _texts(lm: LanguageModel, ids: list[int]) -> pd.DataFrame:
     return pd.DataFrame({"token_id": ids, "text": texts})
 
 
-def _evidence_cost(asked: Asked) -> Cost:
+def _evidence_cost(costed: Costed) -> Cost:
     """Every SAE reads the eval split; each of its directions is held against the vocabulary."""
-    d_model, num_latents, _ = sae_size(asked.shape, asked.study)
-    effects = 2.0 * num_latents * d_model * asked.shape.vocabulary_size
-    return Cost(asked.encoding(asked.eval_tokens * (1 + ("dense" in asked.parents))) + effects)
+    d_model, num_latents, _ = sae_size(costed.shape, costed.study)
+    effects = 2.0 * num_latents * d_model * costed.shape.vocabulary_size
+    return Cost(costed.encoding(costed.eval_tokens * (1 + ("dense" in costed.parents))) + effects)
 
 
 def _plan(run: LayerPlan) -> Mapping[str, Stage]:
     """Our SAE of the first seed, and each of others; what persists of the latter is measured under
     a common change of its own.
     """
-    if "evidence" not in run.study.questions:
-        return {}
     first = run.dense.seeds()[0]
     read = {"activations": run.activations, "screening": run.dense.screening}
     if isinstance(run.pruning, CheckpointConfig) and run.prune:
@@ -211,4 +209,12 @@ def _plan(run: LayerPlan) -> Mapping[str, Stage]:
     return stages
 
 
-EVIDENCE = Question("evidence", 2, _evidence, cost=_evidence_cost, rate="SAE encoding", plan=_plan)
+EVIDENCE = Question(
+    "evidence",
+    2,
+    _evidence,
+    cost=_evidence_cost,
+    work_kind="SAE encoding",
+    asked=("evidence",),
+    plan=_plan,
+)

@@ -35,12 +35,11 @@ def _fates(work: Work) -> None:
 
 def _plan(run: LayerPlan) -> Mapping[str, Stage]:
     """Of the dense run only what its control arms say by firing rate."""
-    readers = ("fragility", "predictor", "causal") if run.pruning else ("fragility",)
-    if not set(run.study.questions).intersection(readers):
+    if run.pruning is None and "fragility" not in run.study.questions:
         return {}
     answers = {name: run.answers[name] for name in ("survival", *OTHERS) if name in run.answers}
     seeds = [sae.init_seed for sae in run.seeds()]
     return {"fates": run.stage("fates", {"seeds": seeds}, answers | run.dense_saes("sae"))}
 
 
-FATES = Question("fates", 3, _fates, plan=_plan)
+FATES = Question("fates", 3, _fates, asked=("fragility", "predictor", "causal"), plan=_plan)

@@ -26,7 +26,7 @@ from prunelens.match import match_dictionaries
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.kind import Question, Table
-from prunelens.study.parents import sae_role, saes_among
+from prunelens.study.parents import sae_role
 from prunelens.study.planted_stages import load_world
 from prunelens.study.questions.arms import CONDITIONS
 from prunelens.study.sae_stages import decoders_by_step
@@ -105,7 +105,7 @@ def _plain_saes(work: Work) -> dict[tuple[str, int], pathlib.Path]:
 
 def _is_known(run: LayerPlan) -> bool:
     """Whether somebody knows the truth."""
-    return bool(run.pruning and run.model.is_planted and "fates" in run.answers)
+    return run.model.config.is_planted and "fates" in run.answers
 
 
 def _plan_grades(run: LayerPlan) -> Mapping[str, Stage]:
@@ -113,10 +113,9 @@ def _plan_grades(run: LayerPlan) -> Mapping[str, Stage]:
         return {}
     fates = run.answers["fates"]
     saes = {
-        sae_role(of, which, plain=True): sae
-        for of in CONDITIONS
-        for which, sae in saes_among(run.compared(), of).items()
-        if which.is_plain
+        sae_role(of, sae, plain=True): plan.saes[sae]
+        for of, plan in zip(CONDITIONS, (run.dense, run), strict=True)
+        for sae in run.seeds()
     }
     parents = {"world": run.prune, "fates": fates, **saes}
     return {"grades": run.stage("grades", {"seeds": fates.config["seeds"]}, parents)}
@@ -135,6 +134,7 @@ GRADES = Question(
     "grades",
     2,
     _grades,
+    of="pruned",
     tables=(
         Table(
             "selftest",
@@ -157,6 +157,7 @@ COVERAGE = Question(
     "coverage",
     1,
     _coverage,
+    of="pruned",
     tables=(
         Table(
             "coverage",

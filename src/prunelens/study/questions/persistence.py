@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prunelens.analyses.fates import persistence_by_latent
 from prunelens.analyses.persistence import DRAWS, persistence, persistence_summary
-from prunelens.study.cost import Asked, Cost
+from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table, Told
 from prunelens.study.questions.paired import by_dense_sae
 from prunelens.study.work import Work
@@ -14,10 +14,10 @@ def _persistence(work: Work) -> None:
     by_dense_sae(work, persistence, persistence_summary, "persistence.parquet")
 
 
-def _persistence_cost(asked: Asked) -> Cost:
+def _persistence_cost(costed: Costed) -> Cost:
     """Per SAE: dense and every draw of what is disturbed, on half the eval split."""
-    encodings = (1 + sum(DRAWS.values())) * len(asked.saes("sae"))
-    return Cost(asked.encoding(asked.eval_tokens // 2 * encodings))
+    encodings = (1 + sum(DRAWS.values())) * len(costed.saes("sae"))
+    return Cost(costed.encoding(costed.eval_tokens // 2 * encodings))
 
 
 PERSISTENCE = Question(
@@ -25,7 +25,7 @@ PERSISTENCE = Question(
     3,
     _persistence,
     cost=_persistence_cost,
-    rate="SAE encoding",
+    work_kind="SAE encoding",
     asked=("persistence",),
     of="pruned",
     parents=lambda run: run.paired(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prunelens.analyses.fates import scaling_by_latent
 from prunelens.analyses.scaling import SOURCES, latent_scaling, scaling_summary
-from prunelens.study.cost import Asked, Cost
+from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table, Told
 from prunelens.study.questions.paired import by_dense_sae
 from prunelens.study.work import Work
@@ -16,13 +16,13 @@ def _scaling(work: Work) -> None:
     by_dense_sae(work, latent_scaling, scaling_summary, "scaling.parquet")
 
 
-def _scaling_cost(asked: Asked) -> Cost:
+def _scaling_cost(costed: Costed) -> Cost:
     """Per SAE, on half the eval split: one encoding, and per step of the joint regression k sparse
     rows of every target, read twice.
     """
-    tokens = asked.eval_tokens // 2 * len(asked.saes("sae"))
-    each = 4.0 * asked.shape.d_model * asked.study.sae.k * len(SOURCES) * FIT_STEPS
-    return Cost(asked.encoding(tokens) + tokens * each)
+    tokens = costed.eval_tokens // 2 * len(costed.saes("sae"))
+    each = 4.0 * costed.shape.d_model * costed.study.sae.k * len(SOURCES) * FIT_STEPS
+    return Cost(costed.encoding(tokens) + tokens * each)
 
 
 SCALING = Question(
@@ -30,7 +30,7 @@ SCALING = Question(
     2,
     _scaling,
     cost=_scaling_cost,
-    rate="SAE encoding",
+    work_kind="SAE encoding",
     asked=("identity",),
     of="pruned",
     parents=lambda run: run.paired(),

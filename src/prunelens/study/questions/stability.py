@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prunelens.analyses.stability import seed_stability
 from prunelens.sae.topk import TopKSAE
-from prunelens.study.cost import Asked, Cost
+from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table
 from prunelens.study.work import Work
 
@@ -17,9 +17,9 @@ def _stability(work: Work) -> None:
     seed_stability(decoders, work.config["taus"]).to_parquet(work.out / "stability.parquet")
 
 
-def _stability_cost(asked: Asked) -> Cost:
-    seeds = len(asked.parents)
-    return Cost(asked.matching(seeds * (seeds - 1) // 2))
+def _stability_cost(costed: Costed) -> Cost:
+    seeds = len(costed.parents)
+    return Cost(costed.matching(seeds * (seeds - 1) // 2))
 
 
 STABILITY = Question(
@@ -27,7 +27,7 @@ STABILITY = Question(
     2,
     _stability,
     cost=_stability_cost,
-    rate="matching",
+    work_kind="matching",
     asked=("stability",),
     config=lambda run: run.taus(),
     parents=lambda run: run.readers(),

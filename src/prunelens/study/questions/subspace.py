@@ -5,7 +5,7 @@ from __future__ import annotations
 from prunelens.analyses.fates import subspace_by_latent
 from prunelens.analyses.subspace import subspace_overlaps
 from prunelens.analyses.survival import COORDINATES
-from prunelens.study.cost import Asked, Cost
+from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table
 from prunelens.study.questions.arms import arms, dictionary
 from prunelens.study.questions.survival import survival_cost
@@ -20,9 +20,9 @@ def _subspace(work: Work) -> None:
     means.to_parquet(work.out / "subspace.parquet")
 
 
-def _subspace_cost(asked: Asked) -> Cost:
+def _subspace_cost(costed: Costed) -> Cost:
     """Every arm's cosines again, in one system of coordinates."""
-    return Cost(survival_cost(asked).flops / len(COORDINATES))
+    return Cost(survival_cost(costed).flops / len(COORDINATES))
 
 
 SUBSPACE = Question(
@@ -30,7 +30,7 @@ SUBSPACE = Question(
     2,
     _subspace,
     cost=_subspace_cost,
-    rate="matching",
+    work_kind="matching",
     asked=("identity",),
     parents=lambda run: run.compared(),
     tables=(

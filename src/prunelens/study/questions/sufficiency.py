@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunelens.analyses.sufficiency import sufficiency, survival_by_step
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.cost import Asked, Cost
+from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table
 from prunelens.study.parents import Of, sae_role
 from prunelens.study.sae_stages import decoders_by_step
@@ -46,10 +46,10 @@ def _decoders_by_step(work: Work, of: Of) -> dict[int, dict[int, Tensor]]:
     return {sae.init_seed: decoders_by_step(folder) for sae, folder in plain.items()}
 
 
-def _sufficiency_cost(asked: Asked) -> Cost:
+def _sufficiency_cost(costed: Costed) -> Cost:
     """Every dense SAE against every pruned one at every checkpoint, where both are followed."""
-    steps = len(asked.study.sufficiency.checkpoints) + 1
-    return Cost(asked.matching(len(asked.saes("dense")) ** 2 * steps))
+    steps = len(costed.study.sufficiency.checkpoints) + 1
+    return Cost(costed.matching(len(costed.saes("dense")) ** 2 * steps))
 
 
 def _parents(run: LayerPlan) -> Mapping[str, Stage]:
@@ -67,7 +67,7 @@ SUFFICIENCY = Question(
     1,
     _sufficiency,
     cost=_sufficiency_cost,
-    rate="matching",
+    work_kind="matching",
     asked=("sufficiency",),
     config=lambda run: run.taus(),
     parents=_parents,

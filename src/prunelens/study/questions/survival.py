@@ -6,7 +6,7 @@ import pandas as pd
 
 from prunelens.analyses.fates import matches_by_latent
 from prunelens.analyses.survival import COORDINATES, corrected_survival, survival
-from prunelens.study.cost import Asked, Cost
+from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table, Told
 from prunelens.study.questions.arms import arms, dictionary
 from prunelens.study.work import Work
@@ -26,14 +26,14 @@ def _corrected(work: Work) -> None:
     corrected_survival(*tables).to_parquet(work.out / "corrected.parquet")
 
 
-def survival_cost(asked: Asked) -> Cost:
+def survival_cost(costed: Costed) -> Cost:
     """The arms of methods §7: a pruned run's own, or the dense run's ceilings, floor and chance."""
-    dense, pruned = asked.saes("dense"), asked.saes("pruned")
+    dense, pruned = costed.saes("dense"), costed.saes("pruned")
     seeds = sum(sae.is_plain for sae in dense)
     controls = sum(not sae.is_plain for sae in dense + pruned)
     pairs = seeds * (seeds - 1)
     comparisons = seeds + controls + pairs if pruned else controls + 2 * pairs
-    return Cost(asked.matching(comparisons * len(COORDINATES)))
+    return Cost(costed.matching(comparisons * len(COORDINATES)))
 
 
 SURVIVAL = Question(
@@ -41,7 +41,7 @@ SURVIVAL = Question(
     3,
     _survival,
     cost=survival_cost,
-    rate="matching",
+    work_kind="matching",
     asked=("survival",),
     config=lambda run: run.taus(),
     parents=lambda run: run.compared(),
@@ -74,7 +74,7 @@ CORRECTED = Question(
     asked=("survival",),
     of="pruned",
     parents=lambda run: {
-        "survival": run.answer("survival"),
+        "survival": run.answers["survival"],
         "controls": run.dense.answers["survival"],
     },
     tables=(

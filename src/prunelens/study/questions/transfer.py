@@ -20,7 +20,7 @@ from prunelens.sae.formats import GivenSae
 from prunelens.sae.own_folder import own_sae
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.cost import Asked, Cost
+from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table
 from prunelens.study.model_stages import (
     EVAL,
@@ -114,24 +114,22 @@ def _given_saes(work: Work) -> list[GivenSae]:
     return [load_given_sae(work.stage.source.pretrained, device=work.device)]
 
 
-def _transfer_cost(asked: Asked) -> Cost:
+def _transfer_cost(costed: Costed) -> Cost:
     """Activations for FVU and refit, then cross-entropies on four sets, the null's one of them.
 
     As many windows as there may be are counted: a pruned model's may be enough before.
     """
-    num_saes = max(1, len(asked.saes("sae")))  # one of others is no parent
-    below = asked.eval_tokens + asked.config["refit_tokens"]
-    whole = asked.config["ce_tokens"] * (5 + 8 * num_saes)
-    flops = asked.forward(below, blocks=asked.config["layer"] + 1)
-    flops += asked.forward(whole, head=True)
-    encoded = num_saes * (4 * below + 8 * asked.config["ce_tokens"])
-    return Cost(flops + asked.encoding(encoded), below + whole)
+    num_saes = max(1, len(costed.saes("sae")))  # one of others is no parent
+    below = costed.eval_tokens + costed.config["refit_tokens"]
+    whole = costed.config["ce_tokens"] * (5 + 8 * num_saes)
+    flops = costed.forward(below, blocks=costed.config["layer"] + 1)
+    flops += costed.forward(whole, head=True)
+    encoded = num_saes * (4 * below + 8 * costed.config["ce_tokens"])
+    return Cost(flops + costed.encoding(encoded), below + whole)
 
 
 def _plan(run: LayerPlan) -> Mapping[str, Stage]:
     """One stage for our own dense SAEs, one for each SAE of others."""
-    if "transfer" not in run.study.questions:
-        return {}
     shared = {"prune": run.prune, "statistics": run.dense.statistics}
     if run.pruning:
         shared["common_change"] = run.answer("common_change")
@@ -157,8 +155,9 @@ TRANSFER = Question(
     3,
     _transfer,
     cost=_transfer_cost,
-    rate="language model",
+    work_kind="language model",
     has_logits=True,
+    asked=("transfer",),
     tables=(
         Table(
             "transfer",
