@@ -219,7 +219,7 @@ def laid_out(study: StudyConfig, **_: object) -> None:
     """
     if needs_no_hub(study):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prunelens.study.preflight.text_checks, "check_splits", lambda *_: None)
+            patch.setattr(prunelens.study.preflight.text_checks, "_check_corpus", lambda *_: None)
             found = preflight(study, calibration_seconds=0)
         show_preflight(found, Console(file=io.StringIO(), width=140))
         json.dumps(found._asdict())
