@@ -131,6 +131,22 @@ def test_what_prunelens_did_not_put_there_stays(folder):
     assert leftovers(folder) == []
 
 
+def test_what_a_killed_prune_left_beside_its_out_is_found(tmp_path, monkeypatch):
+    """In a folder of the user's own, by names that are ours alone; no lock is left there."""
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / ".pruned.notes.tmp"
+    left = killed(tmp_path / ".pruned")
+    for path in (tmp_path / "pruned", mine, left):
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(bytes(1000))
+    assert why(tmp_path) == {left.name: KILLED}
+    (found,) = clean_study(tmp_path)
+    assert (found.path, found.num_bytes) == (left.name, 1000)
+    assert sorted(tmp_path.iterdir()) == [mine, tmp_path / "pruned"]
+    with pytest.raises(UserError, match=r"study\.yaml"):
+        leftovers(tmp_path)
+
+
 def test_a_label_cannot_write_to_the_terminal(folder):
     made = folder / "artifacts/sae" / ("3" * 64)
     made.mkdir()

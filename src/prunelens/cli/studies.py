@@ -225,7 +225,7 @@ def clean(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what of a study's artifacts the study does not need, or free it."""
+    """Show what a study does not need, and what killed commands left; or free it."""
     import pandas as pd
 
     from prunelens.study.clean import clean_study, leftovers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import re
@@ -44,13 +45,17 @@ class Leftover(NamedTuple):
 def leftovers(out: pathlib.Path) -> list[Leftover]:
     """What of the study folder `out` can be freed; nothing is changed.
 
+    Of another folder, in which `prune` or `export` were to write: what killed processes left.
+
     What is set aside or half-written, checkpoints that no training goes on from, activation stores
     that nothing missing reads, and, once the study has ended, artifacts that `study.yaml` does not
     ask for: those of settings or versions that it had before.
 
-    Raises: UserError where `out` is no study's folder, or its artifacts are elsewhere, where other
-        studies may need them.
+    Raises: UserError where `out` is no study's folder and nothing is left in it, or the study's
+        artifacts are elsewhere, where other studies may need them.
     """
+    if not _is_study(out) and (half := sorted(left_beside(out))):
+        return [Leftover(path.name, "", KILLED, int(bytes_written(path))) for path in half]
     refuse_links_out(out)
     if (place := remembered_place(out)) not in (None, str((out / "artifacts").absolute())):
         raise UserError(
@@ -70,11 +75,15 @@ def clean_study(out: pathlib.Path) -> list[Leftover]:
 
     Raises: UserError as `leftovers`, and where another process works in the folder.
     """
-    with alone_in(out):
+    with alone_in(out) if _is_study(out) else contextlib.nullcontext():
         found = leftovers(out)
         for leftover in found:
             remove(out / leftover.path)
     return found
+
+
+def _is_study(out: pathlib.Path) -> bool:
+    return (out / "study.yaml").exists()
 
 
 def _unneeded(plan: Plan, store: Store) -> Iterator[tuple[pathlib.Path, str]]:
