@@ -79,6 +79,7 @@ from prunelens.study_file import read_study
             {"models": [{"name": "a/one"}, {"name": "a/x"}, {"name": "./b/x/"}]},
             "models.2.short_name: 'x' is what models.1 is called as well",
         ),
+        ({"perplexity": {"context_tokens": [256, 1]}}, "perplexity.context_tokens.1: "),
         ({"models": [{"name": "/"}]}, "name: '' gives no name for tables; give a short_name"),
         ([1, 2], "must be a mapping"),
     ],

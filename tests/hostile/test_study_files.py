@@ -16,6 +16,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 
@@ -25,6 +26,7 @@ from prunelens.cli import main
 from prunelens.cli.plan_view import show_preflight
 from prunelens.config import StudyConfig, study_from_data
 from prunelens.console import Console
+from prunelens.corpus import LookedAt
 from prunelens.errors import UserError
 from prunelens.study.preflight.preview import preflight
 from prunelens.study_file import (
@@ -219,7 +221,8 @@ def laid_out(study: StudyConfig, **_: object) -> None:
     """
     if needs_no_hub(study):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prunelens.study.preflight.text_checks, "_check_corpus", lambda *_: None)
+            seen = LookedAt(eval_tokens=10_000, highest_id=torch.tensor(0), bos_token=None)
+            patch.setattr(prunelens.study.preflight.text_checks, "check_splits", lambda *_: seen)
             found = preflight(study, calibration_seconds=0)
         show_preflight(found, Console(file=io.StringIO(), width=140))
         json.dumps(found._asdict())

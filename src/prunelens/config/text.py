@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -55,7 +55,9 @@ class PerplexityConfig(Frozen):
 
     corpus: CorpusConfig | None = None
     """Text to score, whole and joined with blank lines; null: the study's own eval split."""
-    context_tokens: tuple[int, ...] = Field((256, 2048), min_length=1, max_length=100)
+    context_tokens: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (256, 2048), min_length=1, max_length=100
+    )
     """Window lengths; one above the model's maximum is cut to it."""
     max_tokens: int | None = Field(None, gt=0)
     """Score at most so many tokens, in windows drawn evenly over the text; null: all."""

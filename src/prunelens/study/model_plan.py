@@ -178,11 +178,6 @@ class ModelPlan:
         """The SAEs of others for this layer."""
         return [sae for sae in self.config.pretrained if sae.layer == layer]
 
-    @property
-    def shape(self) -> ModelShape:
-        """Width, depth and vocabulary."""
-        return self._shape
-
     def content(self, given: PretrainedSaeConfig | None) -> dict[str, Any] | None:
         """What an SAE of others is in identities."""
         if given is None:
