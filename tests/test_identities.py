@@ -20,8 +20,11 @@ KNOWN = {
     "paper-a3": "46044f9fe30ab212",
     "paper-b1": "1a87fd76f60a972e",
     "paper-c1": "057208eee34f826b",
-    "selftest": "292fbc8df5285792",
+    "selftest": "0e725515380c5b8e",
 }
+
+
+LATER = {"labels", "planted_labels", "probes", "probe_grades"}  # than these numbers
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -29,7 +32,7 @@ def test_every_stage_of_a_shipped_study_has_the_identity_that_it_had(name: str) 
     """Names stand for models and texts, whose content differs from machine to machine."""
     plan = plan_study(read_study(name), resolve=False)
     stages = parents_first(plan.targets().values())
-    together = "".join(sorted(stage.identity for stage in stages))
+    together = "".join(sorted(s.identity for s in stages if s.name not in LATER))
     assert hashlib.sha256(together.encode()).hexdigest()[:16] == KNOWN[name]
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 D_MODEL = 64
@@ -158,21 +159,17 @@ def world_activations(
     `noise_seed` is of each condition's own noise. Every document (the last may be cut off) has
     rates of its own, so its tokens resemble each other.
     """
-    tokens, noise = _generator("tokens", tokens_seed), _generator("noise", noise_seed)
-    rates = world.firing_rates
-    signal_variance = float((rates * (1 + 1 / ACTIVATION_SHAPE - rates)).sum())
+    noise = _generator("noise", noise_seed)
+    signal_variance = float(
+        (world.firing_rates * (1 + 1 / ACTIVATION_SHAPE - world.firing_rates)).sum()
+    )
     common, own = (
         math.sqrt(share * signal_variance / len(world.gains))
         for share in (NOISE_SHARE, float(world.own_noise))
     )
     parts = []
-    for document in document_of(num_tokens).split(64 * DOCUMENT_TOKENS):
-        document -= int(document[0])
-        bursts = torch.randn(int(document[-1]) + 1, len(rates), generator=tokens)
-        often = (rates * (BURSTS * bursts - BURSTS**2 / 2).exp()).clamp(max=MOST_OFTEN)
-        size = (len(document), len(rates))
-        fires = torch.rand(size, generator=tokens) < often[document]
-        strength = torch.zeros(2, *size)
+    for fires, tokens in _fires(world, num_tokens, tokens_seed):
+        strength = torch.zeros(2, *fires.shape)
         token, direction = fires.nonzero(as_tuple=True)
         half = torch.randint(2, token.shape, generator=tokens)
         strength[half, token, direction] = _gamma(len(token), tokens) * world.scales[direction]
@@ -180,6 +177,32 @@ def world_activations(
         x += common * torch.randn(x.shape, generator=tokens)
         parts.append(x * world.gains + own * torch.randn(x.shape, generator=noise))
     return torch.cat(parts)
+
+
+def firings(
+    world: World, num_tokens: int, *, tokens_seed: int
+) -> Bool[Tensor, "tokens directions"]:
+    """On which tokens of `world_activations` each direction fires."""
+    parts = []
+    for fires, tokens in _fires(world, num_tokens, tokens_seed):
+        count = int(fires.sum())  # what is drawn there between two sets of documents
+        torch.randint(2, (count,), generator=tokens)
+        _gamma(count, tokens)
+        torch.randn(len(fires), len(world.gains), generator=tokens)
+        parts.append(fires)
+    return torch.cat(parts)
+
+
+def _fires(
+    world: World, num_tokens: int, tokens_seed: int
+) -> Iterator[tuple[Bool[Tensor, "tokens directions"], torch.Generator]]:
+    """Of some documents at a time, and what else their tokens are drawn from."""
+    rates, tokens = world.firing_rates, _generator("tokens", tokens_seed)
+    for document in document_of(num_tokens).split(64 * DOCUMENT_TOKENS):
+        document -= int(document[0])
+        bursts = torch.randn(int(document[-1]) + 1, len(rates), generator=tokens)
+        often = (rates * (BURSTS * bursts - BURSTS**2 / 2).exp()).clamp(max=MOST_OFTEN)
+        yield torch.rand(len(document), len(rates), generator=tokens) < often[document], tokens
 
 
 def document_of(num_tokens: int) -> Int[Tensor, " tokens"]:

@@ -70,6 +70,21 @@ def every_document(config: CorpusConfig, *, most: int = sys.maxsize) -> Iterator
     return _READERS[config.source](config, most)
 
 
+def labelled_rows(config: CorpusConfig, field: str) -> Iterator[tuple[str, str, Any]]:
+    """Of every row of JSONL, Parquet or the hub where it is, its text, and what a field holds.
+
+    Raises: UserError where the corpus has no rows, or a row no such field.
+    """
+    for where, row in _rows(config, field):
+        text = _text_of(row, config.text_field, where)
+        try:
+            yield where, text, _value(row, field)
+        except KeyError:
+            raise UserError(
+                f"probes.concepts: {where} has no field {field!r}; name the one with its labels"
+            ) from None
+
+
 def fingerprint(config: CorpusConfig) -> str:
     """What stands for the text in artifact identities: a content hash, or the hub's commit.
 
@@ -188,13 +203,16 @@ def _read_files(config: CorpusConfig, most: int) -> Iterator[Document]:
 
 
 def _read_hub(config: CorpusConfig, most: int) -> Iterator[Document]:
+    for number, text in enumerate(_row_texts(_hub_rows(config), config, most)):
+        yield Document(f"{config.dataset}:{number}", text)
+
+
+def _hub_rows(config: CorpusConfig) -> Iterator[tuple[str, Any]]:
     assert config.dataset is not None  # CorpusConfig sees to it
     rows = hub.dataset_rows(
         config.dataset, subset=config.subset, split=config.split, revision=config.revision
     )
-    named_rows = ((f"row {n} of {config.dataset}", row) for n, row in enumerate(rows, start=1))
-    for number, text in enumerate(_row_texts(named_rows, config, most)):
-        yield Document(f"{config.dataset}:{number}", text)
+    return ((f"row {n} of {config.dataset}", row) for n, row in enumerate(rows, start=1))
 
 
 def _read_tokens(config: CorpusConfig, most: int) -> Iterator[Document]:
@@ -207,6 +225,28 @@ _READERS: dict[str, Callable[[CorpusConfig, int], Iterator[Document]]] = {
     "hub": _read_hub,
     "tokens": _read_tokens,
 }
+
+
+def _rows(config: CorpusConfig, field: str) -> Iterator[tuple[str, Any]]:
+    if config.source == "hub":
+        yield from _hub_rows(config)
+    paths = matching_files(config) if config.source == "files" else []
+    for path in paths:
+        name = path.name.lower()
+        if name.endswith(".parquet"):
+            yield from _parquet_rows(path, config.text_field, field)
+        elif name.endswith((".jsonl", ".jsonl.gz")):
+            yield from _jsonl_rows(path)
+        else:
+            raise UserError(
+                f"probes.concepts: {path.name} has no rows with a field {field!r}; give JSONL or"
+                " Parquet"
+            )
+    if config.source not in ("hub", "files"):
+        raise UserError(
+            f"probes.concepts: corpus.source {config.source!r} has no rows with a field {field!r};"
+            " use 'python', or give a probes.corpus of files"
+        )
 
 
 def _lines(path: pathlib.Path, most: int) -> Iterator[str]:
@@ -313,8 +353,8 @@ def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
             )
         if line.strip():
             try:
-                # Numbers are not read, and int() refuses those of more than 4,300 digits.
-                yield where, json.loads(line, parse_int=len)
+                # int() refuses numbers of more than 4,300 digits.
+                yield where, json.loads(line, parse_int=lambda digits: int(digits[:20]))
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"corpus.paths: {where} is not JSON ({error.msg}); mend it"
@@ -325,19 +365,21 @@ def _jsonl_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
                 ) from None
 
 
-def _parquet_rows(path: pathlib.Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: pathlib.Path, *fields: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow.parquet
     from pyarrow.lib import ArrowException
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             leaves = [file.schema.column(n).path for n in range(len(file.schema))]
-            if field not in (*file.schema_arrow.names, *leaves):
-                raise UserError(
-                    f"corpus.text_field: {path.name} has no field {field!r}; it has"
-                    f" {', '.join(leaves[:_FIELDS_TOLD])}"
-                )
-            batches = file.iter_batches(1024, columns=[field])
+            for field in fields:
+                named_by = "corpus.text_field" if field == fields[0] else "probes.concepts"
+                if field not in (*file.schema_arrow.names, *leaves):
+                    raise UserError(
+                        f"{named_by}: {path.name} has no field {field!r}; it has"
+                        f" {', '.join(leaves[:_FIELDS_TOLD])}"
+                    )
+            batches = file.iter_batches(1024, columns=list(fields))
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from ((f"row {n} of {path.name}", row) for n, row in enumerate(rows, start=1))
     except MemoryError:  # which Arrow's is, too

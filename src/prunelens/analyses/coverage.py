@@ -193,24 +193,25 @@ def _row(world: str, kind: str, name: str, part: pd.DataFrame) -> dict[str, obje
     """One row of the table; a share without a mark is what it is."""
     known = part["is_so"].dropna()
     hits, count = int(known.sum()), len(known)
-    low, high = _share_between(hits, count)
+    low, high = share_between(hits, count)
     row: dict[str, object] = {"world": world, "kind": kind, "name": name}
     row |= {"truth": part["truth"].mean(), "measured": hits / count if count else math.nan}
     row |= {"low": low, "high": high, "num_sets": len(part), "num_undefined": len(part) - count}
     if kind == "interval":
         mark = f"holds the truth in {COVERS[0]:.0%} to {COVERS[1]:.0%}"
-        return row | _verdict(mark, count > 0 and high >= COVERS[0] and low <= COVERS[1])
+        return row | verdict_columns(mark, count > 0 and high >= COVERS[0] and low <= COVERS[1])
     _, claim, verdict = name.split(" ")
     if world == "none" or verdict in WRONG[int(claim)]:
-        return row | _verdict(f"wrong in at most {MOST_WRONG:.0%}", low <= MOST_WRONG)
+        return row | verdict_columns(f"wrong in at most {MOST_WRONG:.0%}", low <= MOST_WRONG)
     return row
 
 
-def _verdict(mark: str, reached: bool) -> dict[str, object]:
+def verdict_columns(mark: str, reached: bool) -> dict[str, object]:
+    """mark, passed and reason."""
     return {"mark": mark, "passed": reached, "reason": "" if reached else f"misses: {mark}"}
 
 
-def _share_between(hits: int, count: int) -> tuple[float, float]:
+def share_between(hits: int, count: int) -> tuple[float, float]:
     """Clopper and Pearson's interval of a share, 99 %."""
     from scipy.special import betaincinv
 

@@ -156,10 +156,15 @@ class NullRows:
         pruned: Rows,
         change: CommonChange,
         tokens: Int[Tensor, " tokens"],
+        *,
+        seed: int = NULL_SEED,
     ) -> None:
-        """`tokens`: the rows that may be asked for; each gets the remainder of another of them."""
+        """`tokens`: the rows that may be asked for; each gets the remainder of another of them.
+
+        `seed`: of the draw, beside that of the change; another one gives the noise control.
+        """
         self._dense, self._pruned, self._change = dense, pruned, change
-        generator = torch.Generator().manual_seed(int(change.seed) + NULL_SEED)
+        generator = torch.Generator().manual_seed(int(change.seed) + seed)
         self._partner = torch.full((int(tokens.max()) + 1,), -1)
         self._partner[tokens] = tokens[other_token(len(tokens), generator)]
 

@@ -24,7 +24,9 @@ from prunelens.analyses.statistics import (
     difference,
     interval_over_windows,
     jackknife_over_seeds,
+    jackknifed,
     mean_over,
+    pooled_auc,
     rank_correlation,
     ratio_of_means,
 )
@@ -43,6 +45,8 @@ TEXT = 60  # windows, each of which resembles the one before
 KL_SPREAD = 0.8  # deviation of the log of what ablating a latent does, as measured
 BY_DOCUMENT, BY_LATENT_AND_DOCUMENT, BY_SEED = 0.3, 0.5, 0.2  # and of the log of its parts
 LOSSES = 0.4  # deviation of the log of a document's mean loss
+TOKENS = 200  # with a concept, and as many without
+AUC_HALF_APART = 0.6369  # of scores half a deviation apart: Phi(0.5 / sqrt(2 + 0.2**2))
 AUC_APART = 0.7581  # of scores one deviation apart, give or take 0.2: Phi(1 / sqrt(2 + 0.2**2))
 
 
@@ -88,6 +92,26 @@ def _auc(generator: np.random.Generator, *, within: bool, less: bool = False) ->
     other = generator.normal(0, 1, 800) if less else None
     found = clustered_auc(y, scores, clusters, less=other)
     return (found.within if within else found.pooled), AUC_APART - (0.5 if less else 0.0)
+
+
+def _auc_over_documents(generator: np.random.Generator, *, share: bool) -> Drawn:
+    """Two probes of one concept on documents that have it seldom or often and read well or badly;
+    the AUC of the second, or its share of what the first has above chance."""
+    frequent = generator.dirichlet(np.full(GROUPS, 2.0))
+    documents = generator.choice(GROUPS, (2, TOKENS), p=frequent).ravel()
+    y = np.arange(2 * TOKENS) < TOKENS
+    common = generator.normal(0, 0.7, 2 * TOKENS)
+    replicates = []
+    for apart, spread in ((1.0, 0.2), (0.5, 0.2)):
+        own = generator.normal(0, np.sqrt(1 - 0.7**2), 2 * TOKENS)
+        read = generator.normal(apart, spread, GROUPS)[documents]
+        replicates.append(pooled_auc(y, common + own + np.where(y, read, 0.0), documents))
+    first, second = replicates
+    if not share:
+        return jackknifed(float(second[0]), second[1:], "documents", scale="logit"), AUC_HALF_APART
+    left = (second - 0.5) / (first - 0.5)
+    truth = (AUC_HALF_APART - 0.5) / (AUC_APART - 0.5)
+    return jackknifed(float(left[0]), left[1:], "documents"), truth
 
 
 def _rank_correlation(num_seeds: int, rho: float, *, shared: bool) -> Draw:
@@ -198,6 +222,8 @@ SYNTHETIC: dict[str, Draw] = {
     "AUC over 4 conditions": functools.partial(_auc, within=False),
     "AUC within 4 conditions": functools.partial(_auc, within=True),
     "AUC within 4 conditions, less another": functools.partial(_auc, within=True, less=True),
+    "AUC over documents": functools.partial(_auc_over_documents, share=False),
+    "share of an AUC above chance": functools.partial(_auc_over_documents, share=True),
     "rank correlation 0, 1 seed": _rank_correlation(1, 0.0, shared=True),
     "rank correlation 0.5, 1 seed": _rank_correlation(1, 0.5, shared=True),
     "rank correlation 0.5, 3 seeds of the same features": _rank_correlation(3, 0.5, shared=True),

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from prunelens.config.frozen import Frozen
+from prunelens.config.text import CorpusConfig
 
 
 class ActivationConfig(Frozen):
@@ -136,3 +137,17 @@ class EvidenceConfig(Frozen):
     """Tokens shown before and after the one where the latent fires."""
     effects: int = Field(10, ge=1)
     """Tokens shown that a latent's direction promotes most, and as many that it suppresses."""
+
+
+class ProbesConfig(Frozen):
+    """Which tokens have which concepts, for probes that need no SAE."""
+
+    concepts: str | None = Field(None, min_length=1, max_length=1000)
+    """`python`: what Python's own tokenizer and parser say of its source; or the field of the
+    text's rows that holds them, `{"concept": [[start, end]]}` in characters or one value for the
+    whole document; null: `python` where the text is the standard library, else no probes."""
+    tokens: int = Field(500, ge=10)
+    """Tokens with a concept, at most, that a probe is fitted on, and as many that it is measured
+    on; and as many without."""
+    corpus: CorpusConfig | None = None
+    """The labelled text, in which the eval documents are found again; null: the study's own."""

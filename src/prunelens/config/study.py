@@ -13,6 +13,7 @@ from prunelens.config.features import (
     ActivationConfig,
     CausalConfig,
     EvidenceConfig,
+    ProbesConfig,
     SaeConfig,
     SufficiencyConfig,
     TransferConfig,
@@ -35,6 +36,7 @@ NEEDS: dict[str, tuple[str, ...]] = {  # question -> the ones whose answers it i
     "predictor": ("survival", "persistence"),
     "causal": ("survival", "persistence"),
     "evidence": (),
+    "probes": (),
 }
 
 
@@ -99,10 +101,12 @@ class StudyConfig(Frozen):
     """RQ5's sizes."""
     evidence: EvidenceConfig = EvidenceConfig()
     """What the explorer shows of each latent."""
+    probes: ProbesConfig = ProbesConfig()
+    """Which concepts are probed."""
     questions: tuple[Question, ...] = tuple(NEEDS)
     """What is asked: RQ1, RQ2, same-dictionary persistence, other measures of identity, SAEs that
-    start from the dense ones, whether all were trained enough, RQ3, RQ4, its predictor, RQ5, and
-    the text on which each latent fires."""
+    start from the dense ones, whether all were trained enough, RQ3, RQ4, its predictor, RQ5, the
+    text on which each latent fires, and probes of concepts where there are labels."""
     threads_per_stage: int = Field(2, ge=1)
     """CPU threads of each stage; part of every identity, because reductions depend on it."""
     keep_activations: bool = False
@@ -179,6 +183,17 @@ class StudyConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _probes_have_labels(self) -> Self:
+        """Who does not name the questions gets probes where there are labels."""
+        named = "questions" in self.model_fields_set and "probes" in self.questions
+        if named and self.concepts is None and not self.models[0].is_planted:
+            raise ValueError(
+                "questions: 'probes' needs labels; name in probes.concepts the field of the text's"
+                " rows that holds them, or give 'python'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_planted_world_stands_alone(self) -> Self:
         planted = [model.is_planted for model in self.models]
         planted += [pruning.criterion == PLANTED for pruning in self.prunings]
@@ -194,6 +209,12 @@ class StudyConfig(Frozen):
                 " leave it out"
             )
         return self
+
+    @property
+    def concepts(self) -> str | None:
+        """What labels the text, as `probes.concepts`; None: nothing does."""
+        text = self.probes.corpus or self.corpus
+        return self.probes.concepts or ("python" if text.source == "stdlib" else None)
 
     def followed(self) -> Condition | None:
         """The pruned condition whose SAEs are followed while they are trained."""

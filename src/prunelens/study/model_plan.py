@@ -169,6 +169,15 @@ class ModelPlan:
             together=json.dumps([shared, read], sort_keys=True),
         )
 
+    def labels(self) -> Stage | None:
+        """Which tokens of eval have which concepts; None where nobody says."""
+        if self.study.concepts is None:
+            return None
+        skip = self.study.activations.skip_first
+        config = {"concepts": self.study.concepts, "skip_first": skip}
+        text = self.study.probes.corpus or self.study.corpus
+        return self._tokenised("labels", text, config, self.corpus)
+
     @property
     def label(self) -> str:
         """The model's short name."""
@@ -185,7 +194,14 @@ class ModelPlan:
         content = given.model_dump(mode="json", include={"release", "sae_id", "nominal_l0"})
         return {**content, "content": self._sources.sae(given)}
 
-    def _tokenised(self, name: str, corpus: CorpusConfig) -> Stage:
+    def _tokenised(
+        self,
+        name: str,
+        corpus: CorpusConfig,
+        config: Mapping[str, Any] | None = None,
+        tokens: Stage | None = None,
+    ) -> Stage:
+        """A stage that reads text; `tokens`: the windows that it is about."""
         # `text` says which commit it is, also where the study names none.
         content = corpus.model_copy(update={"revision": None}).model_dump(
             mode="json", exclude={"paths"}
@@ -196,8 +212,9 @@ class ModelPlan:
                 "corpus": content,
                 "text": self._sources.text(corpus),
                 "tokenizer": self.weights["weights"],
+                **(config or {}),
             },
-            {},
+            {"corpus": tokens},
             label=f"{corpus.source} for {self.config.label}",
             corpus=corpus,
         )

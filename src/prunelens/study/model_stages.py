@@ -20,6 +20,7 @@ from prunelens.activations import (
     statistics,
     usable_rows,
 )
+from prunelens.concepts import label_tokens, labelled_documents
 from prunelens.config import ActivationConfig
 from prunelens.corpus import TokenSplits, joined_stream, split_documents, split_tokens, windows
 from prunelens.finite import not_finite
@@ -46,6 +47,26 @@ def _text(work: Work) -> None:
     stream, bos = joined_stream(work.stage.source.corpus, load_tokenizer(work.stage.source.model))
     save_file({"stream": stream.contiguous()}, work.out / "stream.safetensors")
     write_json(work.out / "tokens.json", {"bos_token": bos})
+
+
+def _labels(work: Work) -> None:
+    """Of every row of an activation store of eval its concepts."""
+    source, folder = work.stage.source, work.parents["corpus"]
+    assert source and source.corpus
+    splits, context = _load_splits(folder), read_json(folder / "tokens.json")["context_tokens"]
+    stream = torch.cat([splits.eval_first, splits.eval_second])
+    starts = [splits.eval_first_starts, splits.eval_second_starts + len(splits.eval_first)]
+    labels = label_tokens(
+        stream,
+        torch.cat(starts),
+        labelled_documents(source.corpus, work.config["concepts"]),
+        load_tokenizer(source.model),
+        bos_token=splits.bos_token,
+    )
+    has_bos = splits.bos_token is not None
+    places = torch.arange(len(stream)).view(-1, context - has_bos)
+    places = torch.nn.functional.pad(places, (int(has_bos), 0), value=-1)
+    labels.at(places[:, work.config["skip_first"] :].flatten().numpy()).save(work.out)
 
 
 def _calibration(work: Work) -> None:
@@ -207,6 +228,7 @@ def _activations_cost(costed: Costed) -> Cost:
 MODEL_STAGES = (
     StageKind("corpus", 2, _corpus),
     StageKind("text", 1, _text),
+    StageKind("labels", 1, _labels),
     StageKind("calibration", 2, _calibration, cost=_calibration_cost, work_kind="language model"),
     StageKind("prune", 2, _prune, cost=_prune_cost, work_kind="language model"),
     StageKind(

@@ -42,6 +42,15 @@ class PlantedPlan(ModelPlan):
     def perplexity(self, _pruned: Stage | None, _label: str) -> None:
         """There is no text."""
 
+    def labels(self) -> Stage:
+        """Which planted directions fire."""
+        return self.stage(
+            "planted_labels",
+            {"eval_tokens": self.study.corpus.eval_tokens},
+            {},
+            label=self.config.label,
+        )
+
     def activations(self, layer: int, pruned: Stage | None, label: str) -> Stage:
         """Activations of the world; the corpus says how many."""
         config = {

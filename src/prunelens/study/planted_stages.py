@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pathlib
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
 from prunelens import planted
+from prunelens.concepts import Labels
 from prunelens.study.kind import StageKind
 from prunelens.study.work import Work, write_json
 
 TOKEN_SEEDS = {"train": 1, "eval": 2}  # the same for every condition: its tokens are paired
+NUM_CONCEPTS = 64
+CONCEPT = "direction"  # and its number: what a concept is called
 PRUNED_NOISE = 1000  # added to a noise seed under pruning: the noise is each condition's own
 
 
@@ -45,6 +49,18 @@ def _activations(work: Work) -> None:
     save_file({"documents": documents.int()}, work.out / "eval_documents.safetensors")
 
 
+def _labels(work: Work) -> None:
+    """A concept is a direction: some of them, from rare to frequent."""
+    world = planted.dense_world()
+    by_rate = world.firing_rates.argsort()
+    chosen = by_rate[torch.linspace(0, len(by_rate) - 1, NUM_CONCEPTS).round().long()].sort().values
+    fires = planted.firings(world, work.config["eval_tokens"], tokens_seed=TOKEN_SEEDS["eval"])[
+        :, chosen
+    ]
+    names = [f"{CONCEPT} {number}" for number in chosen.tolist()]
+    Labels(names, fires.T.numpy(), np.ones(len(fires), dtype=bool)).save(work.out)
+
+
 def load_world(folder: pathlib.Path) -> planted.World:
     """The world that a stage `planted_world` has made."""
     return planted.World(**load_file(folder / "world.safetensors"))
@@ -53,4 +69,5 @@ def load_world(folder: pathlib.Path) -> planted.World:
 PLANTED_STAGES = (
     StageKind("planted_world", 2, _world),
     StageKind("planted_activations", 3, _activations),
+    StageKind("planted_labels", 1, _labels),
 )

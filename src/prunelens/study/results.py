@@ -133,13 +133,26 @@ def _transfer(plan: Plan, store: Store) -> _Rows:
             yield run, pd.DataFrame([{"sae": "pretrained", "reason": reason}])
 
 
-def _from_artifact(role: str, file: str) -> Callable[[Plan, Store], _Rows]:
+def _from_artifacts(table: str) -> Callable[[Plan, Store], _Rows]:
+    """The rows of every question that has some for a table."""
+
     def rows(plan: Plan, store: Store) -> _Rows:
-        for run, folder in _folders(plan, store, role):
-            if (folder / file).is_file():  # not every run of a stage has every part
-                yield run, pd.read_parquet(folder / file)
+        for role, each in _asked():
+            if each.name == table:
+                yield from _from_artifact(plan, store, role, each.file)
 
     return rows
+
+
+def _from_artifact(plan: Plan, store: Store, role: str, file: str) -> _Rows:
+    for run, folder in _folders(plan, store, role):
+        if (folder / file).is_file():  # not every run of a stage has every part
+            yield run, pd.read_parquet(folder / file)
+
+
+def _asked() -> Iterator[tuple[str, Table]]:
+    """Every table of a question, and who has rows of it."""
+    return ((question.name, table) for question in QUESTIONS for table in question.tables)
 
 
 def _latents(plan: Plan, store: Store) -> _Rows:
@@ -187,11 +200,13 @@ def _predictor(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
 def _builders() -> dict[str, Callable[[Plan, Store], _Rows]]:
     return {
         "perplexity": _perplexity,
-        "perplexity_windows": _from_artifact("perplexity", "windows.parquet"),
+        "perplexity_windows": lambda plan, store: _from_artifact(
+            plan, store, "perplexity", "windows.parquet"
+        ),
         "sae_quality": _sae_quality,
         "sae_training": _sae_training,
         "latents": _latents,
-        **{table.name: _from_artifact(q.name, table.file) for q in QUESTIONS for table in q.tables},
+        **{table.name: _from_artifacts(table.name) for _, table in _asked()},
         "transfer": _transfer,
     }
 

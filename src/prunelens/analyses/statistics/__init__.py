@@ -27,6 +27,7 @@ from prunelens.analyses.statistics.prediction import (
     LogisticFit,
     clustered_auc,
     fit_logistic,
+    pooled_auc,
 )
 from prunelens.analyses.statistics.ranks import (
     ExactTest,
@@ -57,6 +58,7 @@ __all__ = [
     "jackknifed",
     "mean_over",
     "no_estimate",
+    "pooled_auc",
     "rank_correlation",
     "ratio_of_means",
     "t_quantile",

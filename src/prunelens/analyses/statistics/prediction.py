@@ -71,10 +71,8 @@ def clustered_auc(
     if less is not None:
         wins = wins - _pairs_won(y, less, clusters)[0]
     count = len(positives)
-    weights = np.vstack([np.ones(count), 1 - np.eye(count)])  # the first row: the data themselves
+    pooled, weights = _pooled(wins, positives, negatives), _left_out(count)
     with np.errstate(invalid="ignore"):
-        pooled = np.einsum("dp,pn,dn->d", weights, wins, weights, optimize=True)
-        pooled /= (weights @ positives) * (weights @ negatives)
         within = (weights @ np.diag(wins)) / (weights @ (positives * negatives))
     reason = "every condition has one class only" if np.isnan(within[0]) else ""
     if count < FEWEST_CLUSTERS:
@@ -85,6 +83,27 @@ def clustered_auc(
         for v in (pooled, within)
     )
     return Auc(of_pooled, of_within, reason)
+
+
+def pooled_auc(
+    y: Bool[np.ndarray, " rows"],
+    scores: Float[np.ndarray, " rows"],
+    clusters: Int[np.ndarray, " rows"],
+) -> Float[np.ndarray, " replicates"]:
+    """The AUC, and then without each cluster in turn; NaN where one class only is left."""
+    return _pooled(*_pairs_won(y, scores, clusters))
+
+
+def _pooled(wins: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
+    weights = _left_out(len(positives))
+    with np.errstate(invalid="ignore"):
+        pooled = np.einsum("dp,pn,dn->d", weights, wins, weights, optimize=True)
+        return np.asarray(pooled / ((weights @ positives) * (weights @ negatives)))
+
+
+def _left_out(count: int) -> np.ndarray:
+    """Weights of the clusters in the data themselves, and then without each."""
+    return np.vstack([np.ones(count), 1 - np.eye(count)])
 
 
 def _not_identified(features: pd.DataFrame, y: np.ndarray) -> str:
@@ -133,9 +152,9 @@ def _pairs_won(
     cluster = np.unique(clusters, return_inverse=True)[1]
     num = int(cluster.max()) + 1
     positives, negatives = (np.bincount(cluster[rows], minlength=num) for rows in (y, ~y))
-    wins = np.empty((num, num))
-    for n in range(num):
-        equal = np.bincount(codes[~y & (cluster == n)], minlength=int(codes.max()) + 1)
-        beaten = np.cumsum(equal) - equal / 2
-        wins[:, n] = np.bincount(cluster[y], weights=beaten[codes[y]], minlength=num)
+    values = int(codes.max()) + 1
+    equal = np.bincount(cluster[~y] * values + codes[~y], minlength=num * values)
+    equal = equal.reshape(num, values)
+    beaten = (np.cumsum(equal, axis=1) - equal / 2)[:, codes[y]]
+    wins = (np.arange(num)[:, None] == cluster[y]).astype(float) @ beaten.T
     return wins, positives.astype(float), negatives.astype(float)

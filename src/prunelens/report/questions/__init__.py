@@ -11,6 +11,7 @@ from prunelens.report.questions.fragility import FRAGILITY
 from prunelens.report.questions.identity import IDENTITY
 from prunelens.report.questions.perplexity import PERPLEXITY
 from prunelens.report.questions.predictor import PREDICTOR
+from prunelens.report.questions.probes import PROBES
 from prunelens.report.questions.quality import QUALITY
 from prunelens.report.questions.question import FigureOf
 from prunelens.report.questions.selftest import SELFTEST
@@ -26,6 +27,7 @@ QUESTIONS = [  # sections of the page in their order; append one of your own
     STABILITY,
     SURVIVAL,
     IDENTITY,
+    PROBES,
     TRANSFER,
     FRAGILITY,
     PREDICTOR,

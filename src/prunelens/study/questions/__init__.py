@@ -12,6 +12,7 @@ from prunelens.study.questions.fates import FATES
 from prunelens.study.questions.fragility import FRAGILITY
 from prunelens.study.questions.grades import COVERAGE, GRADES
 from prunelens.study.questions.persistence import PERSISTENCE
+from prunelens.study.questions.probes import PROBE_GRADES, PROBES
 from prunelens.study.questions.scaling import SCALING
 from prunelens.study.questions.sinks import SINKS
 from prunelens.study.questions.stability import STABILITY
@@ -38,4 +39,6 @@ QUESTIONS: list[Question] = [
     CAUSAL,
     GRADES,
     COVERAGE,
+    PROBES,
+    PROBE_GRADES,
 ]

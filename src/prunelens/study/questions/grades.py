@@ -153,20 +153,19 @@ GRADES = Question(
     ),
     plan=_plan_grades,
 )
+COVERAGE_TABLE = Table(
+    "coverage",
+    "world, interval or verdict",
+    "how often 95 % intervals hold the truth and verdicts are wrong (likewise)",
+    "coverage.parquet",
+    " ".join(COVERAGE_COLUMNS),
+    leading=("run",),
+)
 COVERAGE = Question(
     "coverage",
-    1,
+    2,
     _coverage,
     of="pruned",
-    tables=(
-        Table(
-            "coverage",
-            "world, interval or verdict",
-            "how often 95 % intervals hold the truth and verdicts are wrong (likewise)",
-            "coverage.parquet",
-            " ".join(COVERAGE_COLUMNS),
-            leading=("run",),
-        ),
-    ),
+    tables=(COVERAGE_TABLE,),
     plan=_plan_coverage,
 )

@@ -34,14 +34,20 @@ def paired_activations(
     work: Work, dense: str = "dense", pruned: str = "pruned", *, raw: bool = False
 ) -> Paired:
     """The activations of eval of two parents, with the dense statistics or raw."""
-    kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
+    kept, documents = load_documents(work, dense)
     known = None if raw else work.parents["statistics"] / "statistics.safetensors"
     statistics = Statistics.load(known) if known else None
     x, y = eval_rows(work, (dense, pruned), kept, statistics)
     second = second_half(work, kept, store=dense)
-    documents = load_file(work.parents[dense] / "eval_documents.safetensors")["documents"]
     first = torch.arange(len(kept) - len(second))
-    return Paired(x, y, first, second, document_groups(documents[kept[second]]))
+    return Paired(x, y, first, second, document_groups(documents[second]))
+
+
+def load_documents(work: Work, store: str = "dense") -> tuple[Tensor, Tensor]:
+    """Which rows of eval count, and the document of each of them."""
+    kept = load_file(work.parents["screening"] / "kept.safetensors")["eval"]
+    documents = load_file(work.parents[store] / "eval_documents.safetensors")["documents"]
+    return kept, documents[kept]
 
 
 def eval_rows(

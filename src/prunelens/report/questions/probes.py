@@ -1,0 +1,101 @@
+"""Concept probes on the page."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from prunelens.analyses.probes import GONE, KEPT, READS
+from prunelens.report.panels.panel import Panel, Points, Site, Tables, conditions, rows_of
+from prunelens.report.questions.by_run import KEYS
+from prunelens.report.questions.question import FigureOf, Question
+
+VERDICTS = ("kept", "moved", "blurred", "gone", "undecided")
+SAE = ("reads", "partly", "cannot")
+
+
+def _panels(tables: Tables, site: Site) -> list[Panel]:
+    """What is left of each concept, by how frequent it is; and how well the dense SAE reads it."""
+    rows = rows_of(tables, "concepts", site)
+    if len(rows):
+        rows = rows[rows["auc_dense"] >= READS]
+        rows = rows.assign(log_frequency=np.log10(rows["frequency"].astype(float)))
+    left, read = [], []
+    pruned = rows[rows["source"] == "pruned"] if len(rows) else rows
+    for name, colour, marker, part in conditions(pruned):
+        part = part.sort_values("log_frequency")
+        x = part["log_frequency"].tolist()
+        left.append(
+            Points(name, x, part["left"].tolist(), colour=colour, marker=marker, line="none")
+        )
+        refit = part["left_refit"].tolist()
+        label = f"{name}, probe refitted"
+        left.append(Points(label, x, refit, colour=colour, marker=marker, line="none", hollow=True))
+    if len(pruned):
+        first = pruned[pruned["run"] == pruned["run"].iloc[0]].sort_values("log_frequency")
+        x = first["log_frequency"].tolist()
+        limits = (first["sae_reads_low"].tolist(), first["sae_reads_high"].tolist())
+        read.append(
+            Points("five best latents", x, first["sae_reads"].tolist(), *limits, line="none")
+        )
+    names = ("concept frequency (log10 of the share of tokens)", "share of the dense AUC above 0.5")
+    return [
+        Panel("controlled", "What pruning leaves of a concept", *names, left),
+        Panel(
+            "check",
+            "What the dense SAE reads of it before pruning",
+            names[0],
+            "share of the probe's AUC above 0.5",
+            read,
+        ),
+    ]
+
+
+def _made(tables: Tables) -> dict[str, pd.DataFrame]:
+    """Per run and source how many concepts get each verdict."""
+    concepts = tables.get("concepts", pd.DataFrame())
+    if not len(concepts):
+        return {}
+    by = [*KEYS, "source"]
+    counted = concepts.groupby(by, sort=False)
+    made = counted["verdict"].value_counts().unstack(fill_value=0)
+    made = made.reindex(columns=VERDICTS, fill_value=0)
+    sae = counted["sae"].value_counts().unstack(fill_value=0).reindex(columns=SAE, fill_value=0)
+    made = made.join(sae.add_prefix("SAE "))
+    harmed = concepts[concepts["beyond_noise_high"] < 0].groupby(by, sort=False).size()
+    made["harmed beyond noise"] = harmed.reindex(made.index).fillna(0).astype(int)
+    made = made.reset_index()
+    rare = tables.get("concept_rarity", pd.DataFrame())
+    if len(rare):
+        names = {"rho": "rho with frequency", "low": "rho_low", "high": "rho_high"}
+        columns = rare[["run", "source", *names]].rename(columns=names)
+        made = made.merge(columns, on=["run", "source"], how="left")
+    return {"concepts by run": made}
+
+
+PROBES = Question(
+    "probes",
+    "Are concepts still there? Probes without a dictionary",
+    "A latent may be lost because the model no longer represents what it stood for, or because the"
+    " SAE no longer reads it. A probe of the activations tells the two apart.",
+    "Not asked: every answer of the paper is about the latents of an SAE.",
+    "Labels say which tokens have a concept. A logistic probe is fitted on dense activations and"
+    " read on pruned ones (left), and fitted again there (left_refit), on other documents than it"
+    f" is measured on. kept: the dense probe keeps at least {KEPT:.0%} of its AUC above one half;"
+    f" moved: only the refitted one does; gone: the refitted one keeps less than {GONE:.0%};"
+    " blurred: something between; undecided: the interval over documents says none of these."
+    " beyond_noise: what the dense probe loses beyond what noise of equal size takes. SAE: how much"
+    " of what the probe reads on dense activations the five best latents read. What the probe reads"
+    " and they do not, this SAE cannot show, pruned or not. rho: rank correlation of a concept's"
+    " frequency with beyond_noise, above 0 where the rare ones are harmed more. Of the null, noise"
+    " in the place of pruning's doing, nothing may be said.",
+    figures={"fig10_probes": FigureOf(_panels, ("concepts",), "Figure 10: concepts, by probes")},
+    tables={"concepts by run": "Verdicts on concepts, counted"},
+    more={
+        "concepts": "Every concept",
+        "concept_rarity": "Do rare concepts fare worse?",
+        "probes": "Every probe and the best latents of every seed",
+    },
+    needs=("concepts",),
+    made=_made,
+)
