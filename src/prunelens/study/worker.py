@@ -18,6 +18,8 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any
 
+import psutil
+
 from prunelens.config import StudyConfig, study_from_data
 from prunelens.errors import UserError
 from prunelens.study.artifacts.address import open_store
@@ -161,11 +163,11 @@ def _start_fork_server() -> None:
 
 def _end_fork_server() -> None:
     """At once: while it imports it would not hear that it is needed no more."""
-    server: Any = forkserver._forkserver  # it has no public way to end
-    if server._forkserver_pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(server._forkserver_pid, signal.SIGKILL)
-        server._stop()  # reaps it and removes its socket
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ends meanwhile
+            if any("multiprocessing.forkserver" in word for word in child.cmdline()):
+                child.kill()
+                os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # multiprocessing reaps it
 
 
 def stages_of(facts: dict[str, Any]) -> dict[str, Stage]:
