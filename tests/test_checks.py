@@ -168,7 +168,7 @@ def test_free_disk_and_memory_against_need(data, tmp_path, monkeypatch):
     study = study_from_data(data)
     plan = plan_study(study)
     shapes = {"tiny-llama": model_shape(study.models[0])}
-    disk = disk_use(study, shapes, list(parents_first(plan.targets().values())), 2)
+    disk = disk_use(study, shapes, list(parents_first(plan.targets().values())))
     for free, level in ((2 * disk.peak, "ok"), (disk.peak, "warning"), (disk.peak / 2, "error")):
         usage = types.SimpleNamespace(free=free)
         monkeypatch.setattr(room.shutil, "disk_usage", lambda _place, usage=usage: usage)

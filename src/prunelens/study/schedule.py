@@ -21,6 +21,7 @@ from prunelens.study.executor import Executor, Failures, Here, NodeLostError, Wo
 from prunelens.study.matrix import STORES, Plan, Run
 from prunelens.study.progress import StudyProgress
 from prunelens.study.shared_folder import wait_until_there
+from prunelens.study.stages import STAGES
 from prunelens.study.worker import read_share
 
 DIED = (
@@ -222,7 +223,7 @@ class _Scheduler:
         first = next((stage for stage in self._missing() if self._is_due(stage)), None)
         if first is None:
             return []
-        if not first.together or self._crashed or (alone and first.name == "sae"):
+        if not first.together or self._crashed or (alone and STAGES[first.name].one_each):
             return [first]
         key = (first.name, first.together)
         alike = [stage for stage in self._missing() if (stage.name, stage.together) == key]

@@ -7,7 +7,7 @@ are in the operations of `study.cost`.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from prunelens.config import ModelConfig, StudyConfig
 from prunelens.errors import UserError
 from prunelens.match import match_dictionaries
 from prunelens.model import LanguageModel, as_language_model, forward_tokens, run_to_site
+from prunelens.prune.selection import threads_of_torch
 from prunelens.sae.training import Training
 from prunelens.study.cost import (
     encoding_flops,
@@ -59,17 +60,18 @@ def calibrate(
     Raises: UserError as `model_shape`.
     """
     end = time.perf_counter() + seconds
-    with _threads(study.threads_per_stage), torch.no_grad():
+    with threads_of_torch(study.threads_per_stage), torch.no_grad():
         rates = {"matching": _matching_rate(study, model, _left(end) / 6)}
         rates["language model"] = _forward_rate(study, model, device, _left(end) / 3)
         before = time.perf_counter()
-        training = _Trainings(study, model, device)
-        training.step(training.sizes[0])  # compiles what it needs
+        training, size = _Trainings(study, model, device), sae_size(model_shape(model), study)
+        sizes = sorted({max(1, study.sae.batch_tokens // part) for part in (16, 4, 1)})
+        training.step(sizes[0])  # compiles what it needs
         end += time.perf_counter() - before
-        rates["SAE training"] = _rate(
-            training.step, training.flops, training.sizes, 0.8 * _left(end)
-        )
-        rates["SAE encoding"] = _rate(training.encode, training.coding, training.sizes, _left(end))
+        flops = functools.partial(training_flops, *size)
+        rates["SAE training"] = _rate(training.step, flops, sizes, 0.8 * _left(end))
+        flops = functools.partial(encoding_flops, *size)
+        rates["SAE encoding"] = _rate(training.encode, flops, sizes, _left(end))
     return {kind: rates[kind] for kind in WORK_KINDS}
 
 
@@ -126,9 +128,8 @@ def _forward_rate(study: StudyConfig, model: ModelConfig, device: str, budget: f
     lm = _one_block(model, device)
     shape = model_shape(model)
     most = max(1, forward_tokens(lm.device.type) // context)
-    generator = torch.Generator().manual_seed(0)
     tokens: Int[Tensor, "windows context"] = torch.randint(
-        VOCABULARY, (most, context), generator=generator
+        VOCABULARY, (most, context), generator=torch.Generator().manual_seed(0)
     )
 
     def forward(windows: int) -> None:
@@ -168,23 +169,21 @@ def _one_block(model: ModelConfig, device: str) -> LanguageModel:
 
 
 class _Trainings:
-    """SAE trainings on random activations, one for each size of batch."""
+    """SAE trainings on random activations, one for each size of batch, and what they trained."""
 
     def __init__(self, study: StudyConfig, model: ModelConfig, device: str) -> None:
-        self._study, self._size = study, sae_size(model_shape(model), study)
-        most = study.sae.batch_tokens
-        self.sizes = sorted({max(1, most // 16), max(1, most // 4), most})
-        self._data = _RandomRows(self._size[0], most, study.activations.storage, device)
+        width, storage = model_shape(model).d_model, study.activations.storage
+        self._sae = study.sae
+        self._data = _RandomRows(width, study.sae.batch_tokens, storage, device)
         self._training: Training | None = None
 
     def step(self, tokens: int) -> None:
         """One step on so many tokens."""
         if self._training is None or self._training.config.batch_tokens != tokens:
             self._training = None  # free the last one first
-            sae = self._study.sae
             # As many tokens in all as the study trains on: by that the kernels are chosen.
-            steps = sae.steps * sae.batch_tokens // tokens
-            config = sae.model_copy(update={"batch_tokens": tokens, "steps": steps})
+            steps = self._sae.steps * self._sae.batch_tokens // tokens
+            config = self._sae.model_copy(update={"batch_tokens": tokens, "steps": steps})
             self._training = Training(self._data, config, init_seed=0, data_seed=0)
         self._training.advance(self._training.next_batch())
         _finish(self._data.device)
@@ -194,14 +193,6 @@ class _Trainings:
         assert self._training, "encoding is timed after training"
         self._training.sae(self._data.rows(torch.arange(tokens)))
         _finish(self._data.device)
-
-    def flops(self, tokens: int) -> float:
-        """Of one step."""
-        return training_flops(*self._size, tokens)
-
-    def coding(self, tokens: int) -> float:
-        """Of one encoding."""
-        return encoding_flops(*self._size, tokens)
 
 
 class _RandomRows:
@@ -237,16 +228,6 @@ def _matching_rate(study: StudyConfig, model: ModelConfig, budget: float) -> Rat
         return matching_flops(d_model, latents, 1)
 
     return _rate(match, flops, sorted({max(1, most // 4), most}), budget)
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _finish(device: str) -> None:
