@@ -27,7 +27,6 @@ from prunelens.prune.record import (
     PerplexityRecord,
     PruningRecord,
     TextRecord,
-    hub_dataset,
 )
 from prunelens.prune.stored import MASKS, apply_pruning
 from prunelens.sae.hub_folder import HubFolder, SaeSource, write_hub_folder
@@ -286,7 +285,8 @@ class _Facts:
         scored = self.plan.study.perplexity.corpus
         text = f"{self.plan.study.corpus.source} eval"
         if scored is not None:
-            text = hub_dataset(scored) or ("files" if scored.source == "hub" else scored.source)
+            kind = "files" if scored.source == "hub" else scored.source
+            text = TextRecord(scored, "").dataset or kind
         return tuple(
             PerplexityRecord(text, int(width), float(before[width]), float(after[width]))
             for width in before.index.intersection(after.index)
