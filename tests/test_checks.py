@@ -26,7 +26,7 @@ from prunelens.study.footprint import disk_use, memory_use
 from prunelens.study.matrix import parents_first
 from prunelens.study.plan import plan_study
 from prunelens.study.preflight import checks as checks_module
-from prunelens.study.preflight import hours, room
+from prunelens.study.preflight import preview, room
 from prunelens.study.preflight.access import _listed, access_checks, repositories
 from prunelens.study.preflight.before import cheap_checks, refuse_hopeless
 from prunelens.study.preflight.checks import study_checks
@@ -550,7 +550,7 @@ def test_a_site_that_gives_no_vector_per_token_is_refused_from_shapes(tmp_path, 
 
 
 def test_what_cannot_be_run_is_planned_without_timing_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(hours, "calibrate", None)
+    monkeypatch.setattr(preview, "calibrate", None)
     study, _ = of_kind(tmp_path, "mixtral", {"num_local_experts": 2})
     planned = preflight(study)
     errors = [check["what"] for check in planned.checks if check["level"] == "error"]

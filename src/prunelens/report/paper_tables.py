@@ -21,8 +21,9 @@ from prunelens.report.panels.panel import Tables, at_tau, of_first_seed
 from prunelens.report.panels.transfer import OWN
 from prunelens.report.published import beside_published, condition_of
 from prunelens.report.tables import write_if_changed
+from prunelens.study.kind import CONDITION
 
-SITE = ["run", "model", "layer", "method", "sparsity"]
+SITE = list(CONDITION)
 PAIR = [*SITE, "ablated_in"]
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from prunelens.analyses.predictor import predict_survival
 from prunelens.errors import UserError
+from prunelens.match import TAU
 from prunelens.study.artifacts.store import Store
 from prunelens.study.conclude import predictor_stage
 from prunelens.study.folder import open_study
@@ -20,7 +21,6 @@ from prunelens.study.work import read_json
 
 log = logging.getLogger(__name__)
 
-TAU = 0.7  # of shared_init
 TARGETS = {"persistence": "firing_rate_first_half", "shared_init": "firing_rate"}  # and its rate
 
 

@@ -6,7 +6,6 @@ any is not there.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +24,7 @@ from prunelens.study.matrix import Plan, Run
 from prunelens.study.parents import Sae
 from prunelens.study.questions import QUESTIONS
 from prunelens.study.questions.predictor import PREDICTOR
+from prunelens.study.work import read_json
 
 ALL_RUNS = "all"  # the run of rows that are about the whole study
 _Rows = Iterator[tuple[Run, pd.DataFrame]]
@@ -52,15 +52,10 @@ def study_results(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
 
 def method_columns(run: Run) -> dict[str, Any]:
     """method, scope, pattern, sparsity as tables name them."""
-    if run.pruning is None:
+    if (pruning := run.pruning) is None:
         return {"method": "dense", "scope": "", "pattern": "", "sparsity": 0.0}
-    pruning = run.pruning
-    return {
-        "method": pruning.criterion,
-        "scope": pruning.scope,
-        "pattern": pruning.pattern,
-        "sparsity": pruning.sparsity,
-    }
+    own = {name: getattr(pruning, name) for name in ("scope", "pattern", "sparsity")}
+    return {"method": pruning.criterion, **own}
 
 
 def with_run(run: Run, table: pd.DataFrame, store: Store | None = None) -> pd.DataFrame:
@@ -81,7 +76,7 @@ def sparsity_of(run: Run, store: Store) -> float:
     stage = run.stages["prune"]
     if not store.has(stage):
         return run.pruning.sparsity
-    return float(_json(store.read(stage) / FACTS)["achieved_sparsity"])
+    return float(read_json(store.read(stage) / FACTS)["achieved_sparsity"])
 
 
 def _perplexity(plan: Plan, store: Store) -> _Rows:
@@ -90,7 +85,7 @@ def _perplexity(plan: Plan, store: Store) -> _Rows:
     for run, folder in _folders(plan, store, "perplexity"):
         achieved = 0.0
         if run.pruning:
-            achieved = _json(store.read(run.stages["prune"]) / FACTS)["achieved_sparsity"]
+            achieved = read_json(store.read(run.stages["prune"]) / FACTS)["achieved_sparsity"]
         rows = pd.read_parquet(folder / "perplexity.parquet")
         yield run, rows.assign(corpus=name, achieved_sparsity=achieved)
 
@@ -98,10 +93,10 @@ def _perplexity(plan: Plan, store: Store) -> _Rows:
 def _sae_quality(plan: Plan, store: Store) -> _Rows:
     for run, sae, folder in _sae_folders(plan, store):
         if sae.is_plain:
-            numbers = _json(folder / "quality.json")
+            numbers = read_json(folder / "quality.json")
             numbers |= {"seed": sae.init_seed, "steps": plan.study.sae.steps}
             if store.has(run.stages["statistics"]):
-                spread = _json(store.read(run.stages["statistics"]) / "variance.json")
+                spread = read_json(store.read(run.stages["statistics"]) / "variance.json")
                 numbers["participation_ratio"] = spread["participation_ratio"]
             yield run, pd.DataFrame([numbers])
 
@@ -116,7 +111,7 @@ def _sae_training(plan: Plan, store: Store) -> _Rows:
             "folder": f"artifacts/{folder.relative_to(store.root).as_posix()}",
             "steps": run.saes[sae].config["steps"],
         }
-        yield run, pd.DataFrame([{**_json(folder / "quality.json"), **which}])
+        yield run, pd.DataFrame([{**read_json(folder / "quality.json"), **which}])
 
 
 def _transfer(plan: Plan, store: Store) -> _Rows:
@@ -255,7 +250,3 @@ def _sae_folders(plan: Plan, store: Store) -> Iterator[tuple[Run, Sae, pathlib.P
         for sae, stage in run.saes.items():
             if store.has(stage):
                 yield run, sae, store.read(stage)
-
-
-def _json(path: pathlib.Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

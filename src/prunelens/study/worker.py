@@ -25,6 +25,7 @@ from prunelens.errors import UserError
 from prunelens.study.artifacts.address import open_store
 from prunelens.study.artifacts.disk import processes_told
 from prunelens.study.artifacts.store import Stage, Store
+from prunelens.study.matrix import parents_first
 from prunelens.study.plan import plan_study
 from prunelens.study.shared_folder import wait_until_there
 from prunelens.study.stages import failure_of, try_stages
@@ -177,17 +178,8 @@ def stages_of(facts: dict[str, Any]) -> dict[str, Stage]:
 
 @functools.lru_cache(maxsize=2)
 def _stages(study: str) -> dict[str, Stage]:
-    found: dict[str, Stage] = {}
-
-    def add(stage: Stage) -> None:
-        if stage.identity not in found:
-            found[stage.identity] = stage
-            for parent in stage.parents.values():
-                add(parent)
-
-    for target in plan_study(study_from_data(json.loads(study))).targets().values():
-        add(target)
-    return found
+    targets = plan_study(study_from_data(json.loads(study))).targets()
+    return {stage.identity: stage for stage in parents_first(targets.values())}
 
 
 class _share_writer:  # noqa: N801 (a function with a memory)

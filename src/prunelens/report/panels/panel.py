@@ -8,9 +8,10 @@ from typing import Literal, NamedTuple
 
 import pandas as pd
 
+from prunelens.match import TAU
 from prunelens.report.published import beside_published, condition_of
 
-PRIMARY_TAU = 0.7
+PRIMARY_TAU = TAU
 Tables = dict[str, pd.DataFrame]
 Protocol = Literal["paper", "controlled", "check"]  # check: of the measurement itself
 Line = Literal["solid", "dashed", "dotted", "none"]
