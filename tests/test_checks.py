@@ -717,10 +717,10 @@ def test_every_repository_is_asked_for_once():
     names = [(r.name, r.kind, r.field) for r in repositories(study)]
     assert names == [
         ("a/model", "model", "models.name"),
-        ("b/saes", "model", "models.pretrained.release"),
         ("e/pruned", "model", "prunings.checkpoint"),
         ("c/text", "dataset", "corpus.dataset"),
         ("d/text", "dataset", "perplexity.corpus.dataset"),
+        ("b/saes", "model", "models.pretrained.release"),
     ]
 
 

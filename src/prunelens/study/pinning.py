@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from prunelens import hub
@@ -43,10 +43,10 @@ def pinned(study: StudyConfig, out: pathlib.Path) -> StudyConfig:
         out: the study's folder, which need not be there.
     Raises: UserError where the hub refuses, or is out of reach and there is nothing in the cache.
     """
-    if not any(_open_places(study)):
+    if all(revision is not None for _, revision in hub_places(study)):
         return study
     known = _commits(_recorded(out / "study.yaml"))
-    named = _commits(_places(study))  # another entry's, where a repository is listed twice
+    named = _commits(hub_places(study))  # another entry's, where a repository is listed twice
     used: dict[str, str] = {}
 
     def commit(place: Place) -> str:
@@ -57,7 +57,7 @@ def pinned(study: StudyConfig, out: pathlib.Path) -> StudyConfig:
         (used[name],) = left
         return used[name]
 
-    result = _with_revisions(study, commit)
+    result = _walk(study, lambda place, revision: revision or commit(place))
     if used:
         names = ", ".join(f"{name}@{revision[:12]}" for name, revision in used.items())
         log.warning(
@@ -69,11 +69,11 @@ def pinned(study: StudyConfig, out: pathlib.Path) -> StudyConfig:
 
 
 def _recorded(path: pathlib.Path) -> list[tuple[Place, str | None]]:
-    """`_places` of a folder's study.yaml; none where it is missing or damaged, which is told."""
+    """`hub_places` of a folder's study.yaml; none where it is missing or damaged, which is told."""
     if not path.is_file():
         return []
     try:
-        return _places(study_from_data(parse_yaml(read_text(path), where=str(path))))
+        return hub_places(study_from_data(parse_yaml(read_text(path), where=str(path))))
     except UserError as error:
         log.warning("%s; commits are asked for anew", error)
         return []
@@ -88,19 +88,11 @@ def _commits(places: Iterable[tuple[Place, str | None]]) -> dict[Place, set[str]
     return found
 
 
-def _open_places(study: StudyConfig) -> Iterator[Place]:
-    return (place for place, revision in _places(study) if revision is None)
-
-
-def _places(study: StudyConfig) -> list[tuple[Place, str | None]]:
+def hub_places(study: StudyConfig) -> list[tuple[Place, str | None]]:
     """Everything on the hub that has a revision, and that revision."""
     found: list[tuple[Place, str | None]] = []
     _walk(study, lambda place, revision: found.append((place, revision)))
     return found
-
-
-def _with_revisions(study: StudyConfig, commit: Callable[[Place], str]) -> StudyConfig:
-    return _walk(study, lambda place, revision: commit(place) if revision is None else revision)
 
 
 def _walk(study: StudyConfig, revise: Callable[[Place, str | None], Any]) -> StudyConfig:
@@ -112,10 +104,10 @@ def _walk(study: StudyConfig, revise: Callable[[Place, str | None], Any]) -> Stu
         place: Place = ("models.name", config.name, "model")
         return config.model_copy(update={"revision": revise(place, config.revision)})
 
-    def text(config: CorpusConfig) -> CorpusConfig:
+    def text(config: CorpusConfig, field: str) -> CorpusConfig:
         if config.source != "hub" or pathlib.Path(config.dataset or "").is_dir():
             return config
-        place: Place = ("corpus.dataset", config.dataset or "", "dataset")
+        place: Place = (f"{field}.dataset", config.dataset or "", "dataset")
         return config.model_copy(update={"revision": revise(place, config.revision)})
 
     def entry(config: Any) -> Any:
@@ -124,15 +116,12 @@ def _walk(study: StudyConfig, revise: Callable[[Place, str | None], Any]) -> Stu
         place: Place = ("prunings.checkpoint", config.checkpoint, "model")
         return config.model_copy(update={"revision": revise(place, config.revision)})
 
-    scored = study.perplexity.corpus
-    perplexity = study.perplexity
-    if scored is not None:
-        perplexity = perplexity.model_copy(update={"corpus": text(scored)})
-    return study.model_copy(
-        update={
-            "models": tuple(map(model, study.models)),
-            "corpus": text(study.corpus),
-            "perplexity": perplexity,
-            "prunings": tuple(map(entry, study.prunings)),
-        }
-    )
+    update: dict[str, Any] = {
+        "models": tuple(map(model, study.models)),
+        "prunings": tuple(map(entry, study.prunings)),
+        "corpus": text(study.corpus, "corpus"),
+    }
+    if (scored := study.perplexity.corpus) is not None:
+        scored = text(scored, "perplexity.corpus")
+        update["perplexity"] = study.perplexity.model_copy(update={"corpus": scored})
+    return study.model_copy(update=update)

@@ -131,9 +131,7 @@ class Source(NamedTuple):
 
     def _folder(self, run: Run, role: str) -> pathlib.Path | None:
         """The folder of one of the run's artifacts, once verified."""
-        if role not in run.stages or not self.store.has(run.stages[role]):
-            return None
-        return self.store.read(run.stages[role])
+        return self.store.found(run.stages.get(role))
 
 
 def _mean_kl(kl: pd.DataFrame | None) -> pd.Series | None:

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prunelens.checkpoint import is_local
 from prunelens.config import CheckpointConfig, StudyConfig
 from prunelens.model import model_shape
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Cost
 from prunelens.study.footprint import Disk, Memory
 from prunelens.study.matrix import Run, parents_first
+from prunelens.study.pinning import hub_places
 from prunelens.study.plan import plan_study
 from prunelens.study.preflight.access import access_checks
 from prunelens.study.preflight.before import cheap_checks
@@ -95,7 +95,7 @@ def preflight(
     Raises: UserError as `plan_study`, or for an absent device.
     """
     device = resolve_device(device)
-    plan = plan_study(study, resolve=not _is_on_the_hub(study))
+    plan = plan_study(study, resolve=not hub_places(study))
     shapes = {model.label: model_shape(model) for model in study.models}
     folder = out or pathlib.Path("runs") / study.name
     room = cheap_checks(plan, shapes, folder / "artifacts", device)
@@ -236,13 +236,3 @@ def _notes(
                     f"{kind} of {model} was timed on {rate.share_of_batch:.0%} of a batch and"
                     " extrapolated: within a factor of two or so"
                 )
-
-
-def _is_on_the_hub(study: StudyConfig) -> bool:
-    """Whether a model or a text would have to be looked up."""
-    texts = [study.corpus, study.perplexity.corpus]
-    names = [model.name for model in study.models]
-    names += [c.checkpoint for c in study.conditions() if isinstance(c, CheckpointConfig)]
-    return any(text is not None and text.source == "hub" for text in texts) or not all(
-        map(is_local, names)
-    )
