@@ -45,12 +45,8 @@ def packed(values: Array | None) -> Json | None:
 
 def column(each: Column) -> Json:
     """A column with its words and its values."""
-    return {
-        "key": each.key,
-        "label": each.label,
-        "help": each.help,
-        "values": packed(each.values),
-    }
+    words = {"key": each.key, "label": each.label, "help": each.help}
+    return {**words, "values": packed(each.values)}
 
 
 def kept_codes(kept: Array) -> Array:
