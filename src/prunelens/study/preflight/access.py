@@ -6,25 +6,11 @@ import importlib.util
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from prunelens import hub
 from prunelens.config import StudyConfig
-from prunelens.study.pinning import hub_places
+from prunelens.study.pinning import Repository, repositories_of
 from prunelens.study.preflight.finding import Finding
-
-
-class Repository(NamedTuple):
-    """What a study names on the hub."""
-
-    name: str
-    """Its id."""
-    field: str
-    """The study's field that names it."""
-    kind: hub.Kind
-    """A model (SAEs too) or a data set."""
-    revision: str | None
-    """As the study has it."""
 
 
 def access_checks(study: StudyConfig) -> Iterator[Finding]:
@@ -56,8 +42,7 @@ def access_checks(study: StudyConfig) -> Iterator[Finding]:
 
 def repositories(study: StudyConfig) -> list[Repository]:
     """Everything on the hub that a study names, each once."""
-    places = hub_places(study)
-    found = [Repository(name, field, kind, version) for (field, name, kind), version in places]
+    found = repositories_of(study)
     releases = [s.release for model in study.models for s in model.pretrained if s.release]
     names = filter(None, map(_repository_of, dict.fromkeys(releases)))
     found += [Repository(name, "models.pretrained.release", "model", None) for name in names]

@@ -19,7 +19,7 @@ from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Cost
 from prunelens.study.footprint import Disk, Memory
 from prunelens.study.matrix import Run, parents_first
-from prunelens.study.pinning import hub_places
+from prunelens.study.pinning import repositories_of
 from prunelens.study.plan import plan_study
 from prunelens.study.preflight.access import access_checks
 from prunelens.study.preflight.before import cheap_checks
@@ -95,7 +95,7 @@ def preflight(
     Raises: UserError as `plan_study`, or for an absent device.
     """
     device = resolve_device(device)
-    plan = plan_study(study, resolve=not hub_places(study))
+    plan = plan_study(study, resolve=not repositories_of(study))
     shapes = {model.label: model_shape(model) for model in study.models}
     folder = out or pathlib.Path("runs") / study.name
     room = cheap_checks(plan, shapes, folder / "artifacts", device)
