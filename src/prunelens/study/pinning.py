@@ -81,7 +81,7 @@ def pinned(study: StudyConfig, out: pathlib.Path) -> StudyConfig:
 
 
 def _recorded(path: pathlib.Path) -> list[Repository]:
-    """`repositories_of` a folder's study.yaml; none where it is missing or damaged, which is told."""
+    """Those of a folder's study.yaml; none where it is missing or damaged, which is told."""
     if not path.is_file():
         return []
     try:

@@ -47,7 +47,7 @@ def cheap_checks(
     memory = memory_use(study, shapes, device, num_saes=saes_at_once(stages))
     findings = [
         *study_checks(plan, shapes),
-        *(disk_checks(disk, artifacts, downloads=disk.downloads) if artifacts else ()),
+        *(disk_checks(disk, artifacts) if artifacts else ()),
         *(memory_checks(memory, study, device) if here else ()),
     ]
     return CheapChecks(findings, disk, memory)
