@@ -20,12 +20,12 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from typing import Any, Self
 
 from prunelens.errors import UserError
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.executor import Failures, NodeLostError, WorkerDiedError
+from prunelens.study.executor import Failures, NodeLostError
 from prunelens.study.matrix import Plan
 from prunelens.study.needs import Needs, borne_by, needs_of, no_node, node_needs
 from prunelens.study.node import carry_out, failures_of, order_of
@@ -128,7 +128,7 @@ class Tasks:
             told.set_exception(NodeLostError())
         else:
             log.warning("a Ray task ended without an answer: %s", _one_line(error))
-            told.set_exception(WorkerDiedError())
+            told.set_exception(BrokenExecutor())
 
     def _give_up_stranded(self, done: threading.Event) -> None:
         since: dict[Any, float] = {}

@@ -11,13 +11,13 @@ import collections
 import concurrent.futures
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from prunelens.errors import UserError
 from prunelens.study.artifacts.store import Stage, Store
-from prunelens.study.executor import Executor, Failures, Here, NodeLostError, WorkerDiedError
+from prunelens.study.executor import Executor, Failures, Here, NodeLostError
 from prunelens.study.matrix import STORES, Plan, Run, parents_first
 from prunelens.study.progress import StudyProgress
 from prunelens.study.shared_folder import wait_until_there
@@ -151,7 +151,7 @@ class _Scheduler:
             done = concurrent.futures.wait(
                 self._futures(), POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
             ).done
-            died = {f for f in done if isinstance(f.exception(), WorkerDiedError)}
+            died = {f for f in done if isinstance(f.exception(), BrokenExecutor)}
             for stage, future in list(self._running.values()):
                 if future in done - died:
                     self._settle(stage, future.result()[stage.identity])
