@@ -26,7 +26,7 @@ from prunelens.study.footprint import disk_use, memory_use
 from prunelens.study.matrix import parents_first
 from prunelens.study.plan import plan_study
 from prunelens.study.preflight import checks as checks_module
-from prunelens.study.preflight import hours, room
+from prunelens.study.preflight import preview, room
 from prunelens.study.preflight.access import _listed, access_checks, repositories
 from prunelens.study.preflight.before import cheap_checks, refuse_hopeless
 from prunelens.study.preflight.checks import study_checks
@@ -168,7 +168,7 @@ def test_free_disk_and_memory_against_need(data, tmp_path, monkeypatch):
     study = study_from_data(data)
     plan = plan_study(study)
     shapes = {"tiny-llama": model_shape(study.models[0])}
-    disk = disk_use(study, shapes, list(parents_first(plan.targets().values())), 2)
+    disk = disk_use(study, shapes, list(parents_first(plan.targets().values())))
     for free, level in ((2 * disk.peak, "ok"), (disk.peak, "warning"), (disk.peak / 2, "error")):
         usage = types.SimpleNamespace(free=free)
         monkeypatch.setattr(room.shutil, "disk_usage", lambda _place, usage=usage: usage)
@@ -550,7 +550,7 @@ def test_a_site_that_gives_no_vector_per_token_is_refused_from_shapes(tmp_path, 
 
 
 def test_what_cannot_be_run_is_planned_without_timing_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(hours, "calibrate", None)
+    monkeypatch.setattr(preview, "calibrate", None)
     study, _ = of_kind(tmp_path, "mixtral", {"num_local_experts": 2})
     planned = preflight(study)
     errors = [check["what"] for check in planned.checks if check["level"] == "error"]
@@ -717,10 +717,10 @@ def test_every_repository_is_asked_for_once():
     names = [(r.name, r.kind, r.field) for r in repositories(study)]
     assert names == [
         ("a/model", "model", "models.name"),
-        ("b/saes", "model", "models.pretrained.release"),
         ("e/pruned", "model", "prunings.checkpoint"),
         ("c/text", "dataset", "corpus.dataset"),
         ("d/text", "dataset", "perplexity.corpus.dataset"),
+        ("b/saes", "model", "models.pretrained.release"),
     ]
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import fake_hub
 from prunelens.activations import Statistics
-from prunelens.cards import Sharing, card, code, escaped, grid
+from prunelens.cards import Sharing, _templates, escaped
 from prunelens.cli import main
 from prunelens.config import (
     CorpusConfig,
@@ -39,7 +39,9 @@ from prunelens.prune import (
     save_checkpoint,
     save_masks,
 )
-from prunelens.prune.card import data_sets, model_in_words, text_in_words
+from prunelens.prune.apply import MatrixSparsity
+from prunelens.prune.card import checkpoint_card, data_sets
+from prunelens.prune.record import PerplexityRecord
 from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.alone import alone_in
@@ -135,34 +137,38 @@ def loaded(folder):
 # ---- cards ----
 
 
+def a_pruning(model, **more):
+    """A record of half of one matrix."""
+    pruning = PruningConfig(criterion="magnitude", scope="global", sparsity=0.5)
+    matrix = MatrixSparsity("model.layers.0.mlp.down_proj", 8, 4, 0.5)
+    return PruningRecord(model, pruning, (matrix,), "abc", **more)
+
+
 def test_front_matter_is_what_the_hub_reads():
-    text = card(
-        ["# Title"],
-        sharing=Sharing("apache-2.0", "me/mine"),
-        library="saelens",
-        tags=["pruning"],
-        base_models=["google/gemma-3-1b-pt"],
-        datasets=["HuggingFaceFW/fineweb-edu"],
-    )
-    data = ModelCard(text).data
-    assert data.to_dict() == {
+    model = ModelRecord("google/gemma-3-1b-pt", "hub", "f00", "float32")
+    text = TextRecord(CorpusConfig(source="hub", dataset="HuggingFaceFW/fineweb-edu"), "f00")
+    shown = checkpoint_card(a_pruning(model, calibration=text), Sharing("apache-2.0", "me/mine"))
+    assert ModelCard(shown).data.to_dict() == {
         "base_model": "google/gemma-3-1b-pt",
         "datasets": ["HuggingFaceFW/fineweb-edu"],
-        "library_name": "saelens",
+        "library_name": "transformers",
         "license": "apache-2.0",
-        "tags": ["prunelens", "pruning"],
+        "pipeline_tag": "text-generation",
+        "tags": ["prunelens", "pruning", "sparsity", "magnitude"],
     }
-    assert ModelCard(text).text.strip() == "# Title"
+    title = "# google/gemma-3-1b-pt, pruned: magnitude-global-0.50\n"
+    assert ModelCard(shown).text.strip().startswith(title)
 
 
 def test_names_are_only_text():
     """As a Markdown reader sees them: GitHub's dialect, the hub's."""
     markdown_it = pytest.importorskip("markdown_it")
     reader = markdown_it.MarkdownIt("commonmark", {"html": True}).enable("table")
-    shown = reader.render(grid(["name", "other"], [[escaped(HOSTILE), "1"]]))
-    cell = re.search(r"<td>(.*?)</td>", shown, re.S)[1]
-    assert not re.search(r"<(?!/?t)", shown) and "\n" not in cell
-    assert shown.count("<td>") == 2
+    perplexity = (PerplexityRecord(HOSTILE, 512, 2.0, 3.0),)
+    record = a_pruning(ModelRecord(HOSTILE, "folder", "abc", "float32"), perplexity=perplexity)
+    shown = reader.render(ModelCard(checkpoint_card(record, Sharing(base_model=HOSTILE))).text)
+    assert not re.search("<(?!/?(h1|h2|p|pre|code|table|thead|tbody|tr|th|td)\\b)", shown)
+    cell = re.search(r"<td>([^<]*)</td>\s*<td>512</td>", shown)[1]
     assert cell.replace("&lt;", "<").replace("&gt;", ">") == (
         "<script>alert(1)</script>|`x`*b*[a](http://evil.example) # not a heading�"
     )
@@ -172,9 +178,10 @@ def test_names_are_only_text():
     assert escaped("_a_ a_b") == r"\_a\_ a_b" and escaped("@me") == "&#64;me"
 
 
-def test_a_block_of_code_cannot_be_left():
+@pytest.mark.parametrize("dtype", ["```", "x\ny"])
+def test_a_block_of_code_cannot_be_left(dtype):
     with pytest.raises(AssertionError):
-        code("x = 1", "```", "# out")
+        checkpoint_card(a_pruning(ModelRecord("a", "folder", "abc", dtype)), Sharing())
 
 
 @pytest.mark.parametrize("name", ["", "Apache 2.0", "mit\ntags: [x]", "<b>", "-mit"])
@@ -190,27 +197,33 @@ def test_a_repository_in_a_cards_code_is_one(name):
         Sharing(repository=name)
 
 
+def in_words(record, sharing=None):
+    """A model, or a text, as cards tell of it."""
+    parts = _templates().get_template("parts.md.j2").module
+    return str(
+        parts.text(record) if isinstance(record, TextRecord) else parts.model(record, sharing)
+    )
+
+
 def test_where_a_model_and_a_text_come_from():
     sharing = Sharing(base_model="google/gemma-3-1b-pt")
     local = ModelRecord.of(ModelConfig(name="/secret/place/gemma"), "abc")
-    assert "secret" not in model_in_words(local, sharing)
-    assert "of google/gemma-3-1b-pt, as its exporter says" in model_in_words(local, sharing)
+    assert "secret" not in in_words(local, sharing)
+    assert "of google/gemma-3-1b-pt, as its exporter says" in in_words(local, sharing)
     hub_model = ModelRecord.of(ModelConfig(name="google/gemma-3-1b-pt", short_name="g"), "f00")
-    assert model_in_words(hub_model, Sharing()) == "google/gemma-3-1b-pt (commit f00)"
+    assert in_words(hub_model, Sharing()) == "google/gemma-3-1b-pt (commit f00)"
     bundled = ModelRecord.of(ModelConfig(name="bundled"), "abc")
-    assert bundled.origin == "shipped" and "ships with prunelens" in model_in_words(
-        bundled, Sharing()
-    )
+    assert bundled.origin == "shipped" and "ships with prunelens" in in_words(bundled, Sharing())
     corpus = CorpusConfig(source="files", paths=("/secret/place/a.txt",))
     text = TextRecord(corpus, "abc")
-    assert "secret" not in json.dumps(text.as_json()) + text_in_words(text)
+    assert "secret" not in json.dumps(text.as_json()) + in_words(text)
     corpus = CorpusConfig(source="hub", dataset="a/b", subset="<c>", split="d")
-    assert text_in_words(TextRecord(corpus, "f00")) == (
+    assert in_words(TextRecord(corpus, "f00")) == (
         "data set a/b, subset &lt;c&gt;, split d, revision f00"
     )
     assert data_sets(TextRecord(corpus, "f00"), text, None) == ["a/b"]
     own = TextRecord(CorpusConfig(source="hub", dataset="/secret/place/rows"), "abc")
-    assert "secret" not in json.dumps(own.as_json()) + text_in_words(own)
+    assert "secret" not in json.dumps(own.as_json()) + in_words(own)
     assert data_sets(own) == []  # the hub would refuse a card with it
 
 

@@ -115,7 +115,7 @@ def test_everything_on_the_hub_is_pinned_and_found_again(data, tmp_path, monkeyp
     assert sorted(asked) == [
         ("me/model", "models.name", "model", None),
         ("me/pruned", "prunings.checkpoint", "model", None),
-        ("me/scored", "corpus.dataset", "dataset", None),
+        ("me/scored", "perplexity.corpus.dataset", "dataset", None),
         ("me/text", "corpus.dataset", "dataset", None),
     ]
     assert first.perplexity.corpus.revision == first.prunings[0].revision == FIRST

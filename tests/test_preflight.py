@@ -33,7 +33,7 @@ from prunelens.study.footprint import disk_use, memory_use
 from prunelens.study.kind import WORK_KINDS
 from prunelens.study.plan import plan_study
 from prunelens.study.preflight import calibrate as calibrate_module
-from prunelens.study.preflight import hours as hours_module
+from prunelens.study.preflight import preview as preview_module
 from prunelens.study.preflight.calibrate import Rate, calibrate
 from prunelens.study.preflight.preview import preflight
 from prunelens.study.stages import STAGES
@@ -224,7 +224,7 @@ def test_one_more_condition_adds_only_its_own_row(data):
 def test_hours_are_work_over_rate(study, monkeypatch):
     speeds = {kind: 1e6 * (1 + n) for n, kind in enumerate(WORK_KINDS)}
     rates = {kind: Rate(speed, 0.5) for kind, speed in speeds.items()}
-    monkeypatch.setattr(hours_module, "calibrate", lambda *_args, **_options: rates)
+    monkeypatch.setattr(preview_module, "calibrate", lambda *_args, **_options: rates)
     found = preflight(study, settings={"sae.steps": "24"}, device="cpu")
     for kind, speed in speeds.items():
         names = [name for name, stage_kind in STAGES.items() if stage_kind.work_kind == kind]
@@ -300,7 +300,7 @@ def test_an_error_in_a_check_ends_with_exit_code_2(data, checkpoint_folder, tmp_
 
 def test_a_plan_that_may_load_models_sees_a_random_one(study, monkeypatch):
     rates = {kind: Rate(1e9, 1.0) for kind in RATES}
-    monkeypatch.setattr(hours_module, "calibrate", lambda *_args, **_options: rates)
+    monkeypatch.setattr(preview_module, "calibrate", lambda *_args, **_options: rates)
     (check,) = [c for c in preflight(study, device="cpu").checks if c["check"] == "perplexity"]
     assert check["level"] == "error"
 
@@ -339,7 +339,7 @@ def test_disk_is_what_the_files_take(data, tmp_path):
     study = study_from_data(data)
     shape = shape_of(study)
     stages = all_stages(plan_study(study))
-    disk = disk_use(study, {"tiny": shape}, stages, 3)
+    disk = disk_use(study, {"tiny": shape}, stages)
     sae = TopKSAE.initialise(16, 512, 4, init_seed=0)
     sae.save(tmp_path / "sae")
     saes = sum(stage.name == "sae" for stage in stages)
@@ -358,7 +358,7 @@ def test_disk_is_what_the_files_take(data, tmp_path):
     assert disk.kept == disk.saes + disk.masks + disk.contexts
     assert disk.downloads == 0
     kept = study.model_copy(update={"keep_activations": True})
-    assert disk_use(kept, {"tiny": shape}, stages, 3).stores == 4 * disk.store
+    assert disk_use(kept, {"tiny": shape}, stages).stores == 4 * disk.store
 
 
 def _training(d_model, expansion):

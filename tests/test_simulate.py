@@ -1,5 +1,6 @@
 """The simulated schedule against bounds, an exhaustive optimum and a slow simulation."""
 
+import importlib
 import itertools
 import math
 import pathlib
@@ -11,8 +12,7 @@ from prunelens.config import study_from_data
 from prunelens.errors import UserError
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.plan import plan_study
-from prunelens.study.preflight.rates import read_rates
-from prunelens.study.preflight.simulate import Task, side_by_side, simulate, tasks_of
+from prunelens.study.preflight.hours import Task, read_rates, simulate, tasks_of
 from tiny_study import tiny_study, write_text
 
 
@@ -138,9 +138,10 @@ def test_nothing_to_do():
     assert math.isnan(simulate([Task("a", 0, ())], 2).idle_share)
 
 
-def test_studies_side_by_side_do_not_wait_for_each_other():
+def test_studies_side_by_side_do_not_wait_for_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[1] / "tools"))
     chain = [Task("a", 1, ()), Task("b", 1, (0,))]
-    both = side_by_side([chain, chain])
+    both = importlib.import_module("write_scaling").side_by_side([chain, chain])
     assert [task.parents for task in both] == [(), (0,), (), (2,)]
     assert simulate(both, 2).makespan_hours == 2
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver
 
 import psutil
 import pytest
@@ -19,12 +18,24 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked o
 @linux
 @pytest.mark.parametrize("at_once", [True, False])
 def test_the_process_that_workers_are_forked_from_ends_with_its_block(at_once):
-    """Also where it is still importing, and where it was never needed."""
+    """Also where it is still importing, and where it was never needed; and another one follows."""
     with fork_server("cpu", at_once=at_once):
-        server = forkserver._forkserver._forkserver_pid
-        assert (server is not None) == at_once
-        assert server is None or psutil.pid_exists(server)
-    assert server is None or not psutil.pid_exists(server)
+        servers = _fork_servers()
+        assert len(servers) == at_once
+    assert not _fork_servers()
+    if at_once:
+        context = worker_context("cpu")
+        with fork_server("cpu", at_once=False):
+            process = context.Process(target=os.getpid)
+            process.start()
+            process.join()
+            assert process.exitcode == 0 and not set(_fork_servers()) & set(servers)
+
+
+def _fork_servers():
+    """Those of this process that run."""
+    children = [c for c in psutil.Process().children() if c.status() != psutil.STATUS_ZOMBIE]
+    return [c for c in children if any("forkserver" in word for word in c.cmdline())]
 
 
 def test_no_worker_for_a_gpu_is_forked():
@@ -56,6 +67,10 @@ def test_a_worker_ends_when_what_started_it_is_killed(method, tmp_path):
         worker = psutil.Process(int(process.stdout.readline()))
         os.kill(process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 50
-    while worker.is_running() and worker.status() != "zombie" and time.monotonic() < deadline:
+    while (
+        worker.is_running()
+        and worker.status() != psutil.STATUS_ZOMBIE
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
-    assert not worker.is_running() or worker.status() == "zombie"
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE

@@ -8,12 +8,11 @@ What stands between `<!-- scaling: begin -->` and `<!-- scaling: end -->` is wri
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from prunelens.model import model_shape
 from prunelens.study.plan import plan_study
-from prunelens.study.preflight.hours import given_rates, study_tasks
-from prunelens.study.preflight.simulate import Schedule, Task, side_by_side, simulate
+from prunelens.study.preflight.hours import Schedule, Task, simulate, study_tasks
 from prunelens.study_file import read_study
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "scaling.md"
@@ -54,8 +53,17 @@ def tables() -> str:
 def _tasks(name: str) -> list[Task]:
     study = read_study(name)
     shapes = {model.label: model_shape(model) for model in study.models}
-    rates = given_rates({model.label: RATES for model in study.models})
+    rates = {model.label: RATES for model in study.models}
     return study_tasks(plan_study(study, resolve=False), shapes, rates)
+
+
+def side_by_side(studies: Iterable[Sequence[Task]]) -> list[Task]:
+    """The tasks of several studies that share workers and nothing else, one study after another."""
+    tasks: list[Task] = []
+    for study in studies:
+        start = len(tasks)
+        tasks += [t._replace(parents=tuple(start + parent for parent in t.parents)) for t in study]
+    return tasks
 
 
 def _by_workers(schedules: list[Schedule]) -> Iterator[str]:

@@ -23,7 +23,9 @@ The public API on one page; importing it loads nothing heavy, names load on firs
 
 from __future__ import annotations
 
+import ast
 import importlib
+import pathlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -105,138 +107,16 @@ if TYPE_CHECKING:
     from prunelens.study_file import read_study
     from prunelens.upper_blocks import UpperBlocks
 
-_HOMES = {
-    "prunelens.activations": (
-        "Activations",
-        "Statistics",
-        "capture",
-        "capture_sites",
-        "statistics",
-        "usable_rows",
-    ),
-    "prunelens.analyses.activation_matching": (
-        "activation_matching",
-        "latent_series",
-    ),
-    "prunelens.analyses.causal": ("ablate",),
-    "prunelens.analyses.causal_groups": (
-        "SeedAblations",
-        "causal_summary",
-        "latent_groups",
-    ),
-    "prunelens.analyses.claims": ("judge_claims",),
-    "prunelens.analyses.evidence": ("collect_contexts", "read_contexts"),
-    "prunelens.analyses.fates": ("latent_fates",),
-    "prunelens.analyses.fragility": (
-        "fragility_tests",
-        "quintiles",
-    ),
-    "prunelens.analyses.grades": ("grades",),
-    "prunelens.analyses.persistence": (
-        "persistence",
-        "persistence_summary",
-    ),
-    "prunelens.analyses.predictor": (
-        "fit_predictor",
-        "predict_survival",
-    ),
-    "prunelens.analyses.scaling": (
-        "latent_scaling",
-        "scaling_summary",
-    ),
-    "prunelens.analyses.stability": ("seed_stability",),
-    "prunelens.analyses.subspace": ("subspace_overlaps",),
-    "prunelens.analyses.sufficiency": (
-        "sufficiency",
-        "survival_by_step",
-    ),
-    "prunelens.analyses.survival": (
-        "corrected_survival",
-        "survival",
-    ),
-    "prunelens.analyses.token_effects": ("token_effects",),
-    "prunelens.analyses.transfer": (
-        "transfer",
-        "transfer_verdicts",
-    ),
-    "prunelens.cards": ("Sharing",),
-    "prunelens.config": (
-        "ActivationConfig",
-        "CausalConfig",
-        "CorpusConfig",
-        "EvidenceConfig",
-        "ModelConfig",
-        "PretrainedSaeConfig",
-        "PruningConfig",
-        "SaeConfig",
-        "StudyConfig",
-        "SufficiencyConfig",
-        "TransferConfig",
-        "study_from_data",
-    ),
-    "prunelens.corpus": (
-        "split_tokens",
-        "windows",
-    ),
-    "prunelens.errors": ("UserError",),
-    "prunelens.hub": ("push_folder",),
-    "prunelens.match": (
-        "match_dictionaries",
-        "match_rates",
-    ),
-    "prunelens.model": (
-        "LanguageModel",
-        "load_model",
-        "replace_at_site",
-        "run_to_site",
-        "run_to_sites",
-    ),
-    "prunelens.paper": ("published",),
-    "prunelens.perplexity": ("measure_perplexity",),
-    "prunelens.planted": (
-        "dense_world",
-        "pruned_world",
-        "world_activations",
-    ),
-    "prunelens.prune.apply": (
-        "apply_masks",
-        "prune_model",
-    ),
-    "prunelens.prune.calibrate": ("input_norms",),
-    "prunelens.prune.checkpoint": ("save_checkpoint",),
-    "prunelens.report.explorer.study": ("view_study", "write_study_explorer"),
-    "prunelens.prune.masks": ("masks_sha256",),
-    "prunelens.report.selftest": ("run_selftest",),
-    "prunelens.report.write": (
-        "run_and_report",
-        "write_report",
-    ),
-    "prunelens.sae.export": ("export_sae",),
-    "prunelens.sae.formats": ("GivenSae",),
-    "prunelens.sae.own_folder": ("own_sae",),
-    "prunelens.sae.pretrained": ("load_given_sae",),
-    "prunelens.sae.quality": ("evaluate_sae",),
-    "prunelens.sae.topk": ("TopKSAE",),
-    "prunelens.sae.train": (
-        "SaeRequest",
-        "train_sae",
-        "train_saes",
-    ),
-    "prunelens.study.exports": (
-        "export_checkpoint",
-        "export_hub",
-    ),
-    "prunelens.study.clean": ("clean_study", "leftovers"),
-    "prunelens.study.plan": ("plan_study",),
-    "prunelens.study.contexts": ("study_contexts",),
-    "prunelens.study.predict": ("predict_latents",),
-    "prunelens.study.preflight.preview": ("preflight",),
-    "prunelens.study.single": ("transfer_sae",),
-    "prunelens.study_file": ("read_study",),
-    "prunelens.upper_blocks": ("UpperBlocks",),
-}
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
+def _home_of() -> dict[str, str]:
+    """Public name -> its module: the imports above, which only type checkers carry out."""
+    tree = ast.parse(pathlib.Path(__file__).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    found = {alias.name: node.module or "" for node in imports for alias in node.names}
+    return {name: module for name, module in found.items() if module.startswith("prunelens.")}
+
+
+_HOME_OF = _home_of()
 __all__ = sorted(_HOME_OF)
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
 
 from prunelens.errors import UserError
 from prunelens.hub import is_hub_id, is_repository
@@ -54,7 +59,8 @@ class Sharing:
 
 
 def card(
-    body: Sequence[str],
+    template: str,
+    facts: Mapping[str, Any],
     *,
     sharing: Sharing,
     library: str,
@@ -63,10 +69,11 @@ def card(
     datasets: Sequence[str] = (),
     pipeline: str | None = None,
 ) -> str:
-    """A card: front matter by huggingface_hub, then the paragraphs of `body`.
+    """A card: front matter by huggingface_hub, then a template of `data/cards`.
 
     Args:
-        body: Markdown, one paragraph, heading, table or block of code each.
+        template: the file's name without its ending.
+        facts: what it tells; any text among them shows as it is (see `escaped`).
         sharing: license and repository.
         library: what the hub takes for the library that loads it.
         tags: by which the hub finds it.
@@ -76,14 +83,35 @@ def card(
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
-        base_model=_one_or_several(base_models),
+        base_model=base_models[0] if len(base_models) == 1 else list(base_models) or None,
         datasets=list(datasets) or None,
         library_name=library,
         license=sharing.license,
         pipeline_tag=pipeline,
         tags=["prunelens", *tags],
     )
-    return "\n\n".join([f"---\n{data.to_yaml()}\n---", *body]) + "\n"
+    return f"---\n{data.to_yaml()}\n---\n\n{part(template, sharing=sharing, **facts)}\n"
+
+
+def part(template: str, **facts: Any) -> Markup:
+    """Markdown of a template of `data/cards`."""
+    return Markup(_templates().get_template(f"{template}.md.j2").render(facts).strip("\n"))
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    """Whatever is put into a template is a name, unless it went through the filter `code`."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("prunelens", "data/cards"),
+        autoescape=True,  # of what is Markdown already, nothing is escaped again
+        finalize=lambda value: value if isinstance(value, Markup) else Markup(escaped(value)),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["code"] = _code
+    environment.globals |= {"version": version, "unknown": UNKNOWN, "record_file": RECORD_FILE}
+    return environment
 
 
 def escaped(text: object) -> str:
@@ -93,39 +121,15 @@ def escaped(text: object) -> str:
     return _LINKS.sub(lambda found: found[0].replace(":", "&#58;").replace(".", "&#46;"), shown)
 
 
-def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; cells are Markdown: names in them have gone through `escaped`."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    assert all(len(line) == len(columns) for line in lines), columns
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def pairs(rows: Mapping[str, str]) -> str:
-    """A table of two columns: what, and its value."""
-    return grid(["", ""], list(rows.items()))
-
-
-def code(*lines: str) -> str:
-    """A block of Python; the lines hold no name that is not checked."""
-    assert not any("`" in line for line in lines), lines
-    return "\n".join(["```python", *lines, "```"])
-
-
-def license_line(sharing: Sharing) -> str:
-    """What is said of the license in words."""
-    if sharing.license:
-        return f"License: {sharing.license}."
-    return "License: not stated; ask who shares this. The base model's terms apply as well."
-
-
 def version() -> str:
     """The installed prunelens."""
     return importlib.metadata.version("prunelens")
 
 
-def share(value: float) -> str:
-    """A fraction to four digits; `not known` where it is NaN."""
-    return UNKNOWN if value != value else f"{value:.4f}"
+def _code(text: str) -> Markup:
+    """As it is, for code; it holds no name that is not checked."""
+    assert not re.search(r"[`\n]", text), text
+    return Markup(text)
 
 
 def _visible(letter: str) -> str:
@@ -134,9 +138,3 @@ def _visible(letter: str) -> str:
     if kind in ("Cc", "Zl", "Zp"):
         return " "
     return "�" if kind in ("Cf", "Cs", "Co", "Cn") else letter
-
-
-def _one_or_several(names: Sequence[str]) -> str | list[str] | None:
-    if not names:
-        return None
-    return names[0] if len(names) == 1 else list(names)

@@ -200,15 +200,22 @@ def model_shape(config: ModelConfig) -> ModelShape:
     model = meta_model(config)
     text = model.config.get_text_config()
     text.allow_global_per_layer_attribute_access = True  # of Gemma 4, whose layers differ
-    inputs = _linear_inputs(model)
+    layers = _linear_layers(model)
+    inputs = [
+        layer.in_features
+        if isinstance(layer, nn.Linear)
+        else layer.get_parameter("weight").shape[0]
+        for layer in layers
+    ]
     try:
+        heads = getattr(text, "num_attention_heads", None) or 0  # without attention
         return ModelShape(
             text.hidden_size,
             num_blocks(text) or 0,
             text.vocab_size,
             longest_context(text),
-            _attention_width(text),
-            _linear_weights(model),
+            heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)),
+            sum(layer.get_parameter("weight").numel() for layer in layers),
             sum(parameter.numel() for parameter in model.parameters()),
             sum(size**2 for size in inputs),
             max(inputs, default=0),
@@ -251,12 +258,6 @@ def longest_context(text: PreTrainedConfig) -> int | None:
     return next((each for each in found if isinstance(each, int) and each > 0), None)
 
 
-def _attention_width(text: PreTrainedConfig) -> int:
-    """Of all query heads together; 0 without attention."""
-    heads = getattr(text, "num_attention_heads", None) or 0
-    return heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
-
-
 def text_config(config: ModelConfig) -> PreTrainedConfig:
     """The config of the language model (of a multi-modal one: its text part).
 
@@ -292,21 +293,6 @@ def _is_cached(config: ModelConfig) -> bool:
 
     found = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
     return isinstance(found, str)
-
-
-def _linear_weights(model: PreTrainedModel) -> int:
-    """Weights of all linear layers but the output embedding."""
-    return sum(module.get_parameter("weight").numel() for module in _linear_layers(model))
-
-
-def _linear_inputs(model: PreTrainedModel) -> list[int]:
-    """How many inputs each of those layers has."""
-    return [
-        module.in_features
-        if isinstance(module, nn.Linear)
-        else module.get_parameter("weight").shape[0]
-        for module in _linear_layers(model)
-    ]
 
 
 def _linear_layers(model: PreTrainedModel) -> list[nn.Module]:

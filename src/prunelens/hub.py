@@ -47,11 +47,7 @@ def snapshot(
                 name, repo_type=kind, revision=revision, allow_patterns=list(patterns)
             )
         )
-    except HFValidationError:
-        raise UserError(
-            f"{field}: {name!r} is neither an existing folder nor a hub id; check the spelling"
-        ) from None
-    except (HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
+    except (HFValidationError, HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
         raise UserError(_problem(error, name, field=field, kind=kind, revision=revision)) from None
     return pathlib.Path(folder)
 
@@ -97,11 +93,12 @@ def access(name: str, *, field: str, kind: Kind, revision: str | None, ask: bool
         api.auth_check(name, repo_type=kind)
         if revision is not None:
             api.repo_info(name, repo_type=kind, revision=revision)
-    except HFValidationError:
-        return Access(
-            "refused", f"{field}: {name!r} is neither a folder nor a hub id; check the spelling"
-        )
-    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (
+        HFValidationError,
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    ) as error:
         return Access("refused", _problem(error, name, field=field, kind=kind, revision=revision))
     except (HTTPError, ConnectionError) as error:
         return Access("unknown", type(error).__name__)
@@ -147,12 +144,9 @@ def dataset_rows(
     from huggingface_hub.errors import HTTPError
     from pyarrow.lib import ArrowException
 
-    local = pathlib.Path(dataset).is_dir()
-    where = (
-        None
-        if local
-        else commit(dataset, field="corpus.dataset", kind="dataset", revision=revision)
-    )
+    where, field = None, "corpus.dataset"
+    if not pathlib.Path(dataset).is_dir():
+        where = commit(dataset, field=field, kind="dataset", revision=revision)
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises as well
     try:
@@ -160,28 +154,22 @@ def dataset_rows(
             dataset, name=subset, split=split, revision=where, streaming=True
         )
     except datasets.exceptions.DatasetNotFoundError as error:
-        gated = "gated" in str(error)
-        raise UserError(
-            _gated(dataset, "corpus.dataset")
-            if gated
-            else _first_line(
-                "corpus.dataset", dataset, error, "give a hub id or a folder of data files"
-            )
-        ) from None
+        if "gated" in str(error):
+            raise UserError(_gated(dataset, field)) from None
+        fix = "give a hub id or a folder of data files"
+        raise UserError(_first_line(field, dataset, error, fix)) from None
     except MemoryError:  # which Arrow's is, too
         raise
     except (ArrowException, UnicodeError, EOFError, zlib.error) as error:
         fix = "mend the files, or give them as corpus.paths of source 'files'"
-        raise UserError(_first_line("corpus.dataset", dataset, error, fix)) from None
+        raise UserError(_first_line(field, dataset, error, fix)) from None
     except ValueError as error:
-        field, value = ("subset", subset) if "BuilderConfig" in str(error) else ("split", split)
-        raise UserError(
-            _first_line(f"corpus.{field}", value, error, "give one of those that it has")
-        ) from None
+        part, value = ("subset", subset) if "BuilderConfig" in str(error) else ("split", split)
+        fix = "give one of those that it has"
+        raise UserError(_first_line(f"corpus.{part}", value, error, fix)) from None
     except (OSError, HTTPError, RuntimeError) as error:
-        raise UserError(
-            _first_line("corpus.dataset", dataset, error, "check it and the connection")
-        ) from None
+        fix = "check it and the connection"
+        raise UserError(_first_line(field, dataset, error, fix)) from None
     finally:
         datasets.logging.set_verbosity(verbosity)
 
@@ -299,25 +287,21 @@ def _refusal(error: Exception, repository: str) -> str:
     response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
     status = None if response is None else response.status_code
     if status == 401:
-        return (
-            f"--push: {repository!r}: the hub does not accept your token; run `hf auth login` again"
-        )
+        why = "the hub does not accept your token; run `hf auth login` again"
+        return f"--push: {repository!r}: {why}"
     if status in (403, 404):
-        return (
-            f"--push: {repository!r}: you may not write there; check the name, and that your token"
-            " may write"
-        )
-    if status is not None:
-        return _first_line("--push", repository, error, "mend that and push again", "uploaded")
-    return _first_line(
-        "--push", repository, error, "check the connection and push again", "uploaded"
-    )
+        why = "you may not write there; check the name, and that your token may write"
+        return f"--push: {repository!r}: {why}"
+    what = "check the connection" if status is None else "mend that"
+    return _first_line("--push", repository, error, f"{what} and push again", "uploaded")
 
 
 def _problem(error: Exception, name: str, *, field: str, kind: Kind, revision: str | None) -> str:
     """Which of the hub's failures this is, with the fix."""
     from huggingface_hub import errors
 
+    if isinstance(error, errors.HFValidationError):
+        return f"{field}: {name!r} is neither an existing folder nor a hub id; check the spelling"
     if isinstance(error, errors.GatedRepoError):
         return _gated(name, field)
     if isinstance(error, errors.RepositoryNotFoundError):

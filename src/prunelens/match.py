@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+TAU = 0.7  # the paper's threshold, where a number is told at one
 BLOCK_ROWS = 2048  # rows of A whose similarities to all of B are held at a time
 TILE_ROWS = 16  # of them, looked at in one go: with 10,000 columns, 0.6 MB
 MAX_PAIRS = 1_500_000  # candidate pairs of the greedy matching held at a time (75 bytes each)

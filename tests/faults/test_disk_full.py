@@ -132,7 +132,7 @@ def test_a_full_disk_while_results_are_written(finished, tmp_path, monkeypatch, 
 
     with pytest.MonkeyPatch.context() as patch:
         if place == "tables":
-            patch.setattr(tables, "write_if_changed", fail)
+            patch.setattr(tables, "replacing", fail)
         elif place == "latents.parquet":
             patch.setattr(pd.DataFrame, "to_parquet", fail)
         else:

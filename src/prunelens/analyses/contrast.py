@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import pandas as pd
 
 from prunelens.analyses.statistics import Estimate, jackknife_over_seeds, mean_over
+from prunelens.match import TAU
 
 Found = TypeVar("Found")
 Side = Literal["above", "below", "within"]
 Tables = Mapping[str, pd.DataFrame]
-TAU = 0.7
 SITE = ["model", "layer"]
 QUESTIONS = {  # by table
     "fragility_by_seed": "fragility",

@@ -14,7 +14,6 @@ import pandas as pd
 
 from prunelens.analyses.contrast import (
     SITE,
-    TAU,
     Contrast,
     NotMeasuredError,
     Tables,
@@ -41,6 +40,7 @@ from prunelens.analyses.statistics import (
     no_estimate,
 )
 from prunelens.analyses.verdict import CE_MARGIN, FVU_FACTOR
+from prunelens.match import TAU
 
 CONTROLLED = "relative_shuffled"
 QUINTILES = ("Q1", "Q2", "Q3", "Q4", "Q5")

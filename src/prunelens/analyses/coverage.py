@@ -25,6 +25,7 @@ from prunelens.analyses.predictor import fit_predictor
 from prunelens.analyses.simulation import simulated_fates
 from prunelens.analyses.statistics import Estimate
 from prunelens.analyses.synthetic import SYNTHETIC
+from prunelens.match import TAU
 
 COVERS = (0.92, 0.98)  # what counts as 95 %
 MOST_WRONG = 0.05  # share of sets in which a verdict may be reached that is wrong
@@ -177,7 +178,7 @@ def _with_run(table: pd.DataFrame, condition: str, *, model: str = "simulated") 
 def _agreeing_dictionaries(number: int) -> dict[str, pd.DataFrame]:
     """The part of claim 6 that reads no activations, such that the other part decides it."""
     values = np.random.default_rng(number).normal(0.1, 0.01, 3)
-    arm = {"arm": "ceiling_cross", "coordinates": "normalised", "tau": 0.7, "mnn": values}
+    arm = {"arm": "ceiling_cross", "coordinates": "normalised", "tau": TAU, "mnn": values}
     arm |= {"model": "simulated", "layer": 0, "run": "simulated/L0/dense"}
     rates = pd.DataFrame({**arm, "init_a": [0, 1, 2], "init_b": [1, 2, 0]})
     chance = rates.assign(arm="chance", mnn=0.0)

@@ -115,7 +115,7 @@ def persistence_by_latent(persistence: pd.DataFrame, seed: int) -> pd.DataFrame:
     columns["silenced"] = by_source["pruned"]["silenced"]
     for noise in NOISES:
         above, below = by_source["pruned"], by_source[f"noise_{noise}"]
-        arrays = [_stacked(part["without"]) for part in (above, below)]
+        arrays = [np.stack(part["without"].to_numpy()) for part in (above, below)]
         relative = relative_to_noise(
             above["correlation"].to_numpy(), below["correlation"].to_numpy()
         )
@@ -160,7 +160,3 @@ def _persistence_beside(persistence: pd.DataFrame, seed: int) -> pd.DataFrame:
         if source == "noise_shuffled":
             columns[f"{name}_draws"] = part["draws"]
     return pd.DataFrame(columns)
-
-
-def _stacked(arrays: pd.Series) -> np.ndarray:
-    return np.stack(arrays.to_numpy())

@@ -44,13 +44,7 @@ CONTRASTED = ("persistence", "relative_isotropic", "relative_shuffled")
 GROUPS = ("Q1", "Q2", "Q3", "Q4", "Q5", "all", "Q1 - Q5")
 NUM_QUINTILES = 5
 SMALLEST_P = 2 / 120  # rho = +-1: two of the 5! orders
-FAMILY = [
-    "model",
-    "layer",
-    "measure",
-    "source",
-    "tau",
-]  # Holm adjusts over the conditions within one
+FAMILY = ["model", "layer", "measure", "source", "tau"]  # Holm adjusts over conditions within one
 
 
 def quintiles(fates: pd.DataFrame, taus: Sequence[float]) -> pd.DataFrame:

@@ -23,9 +23,8 @@ from prunelens.analyses.fragility import fragility_contrasts
 from prunelens.analyses.measures import FIRST_HALF, LatentMeasure, latent_measures
 from prunelens.analyses.persistence import relative_to_noise
 from prunelens.analyses.statistics import Estimate, RankSample, rank_correlation
-from prunelens.match import unit_rows
+from prunelens.match import TAU, unit_rows
 
-TAU = 0.7
 AUC_MARK = 0.95
 FALSE_SURVIVAL_MARK = 0.5
 RHO_MARK = 0.1  # |rate_rho - truth_rho|; an interval alone gets wider the less is measured

@@ -21,7 +21,6 @@ from jaxtyping import Bool, Float, Int
 
 from prunelens.analyses.fragility import NUM_QUINTILES
 from prunelens.analyses.statistics import (
-    Estimate,
     LogisticFit,
     clustered_auc,
     fit_logistic,
@@ -101,16 +100,8 @@ def fit_predictor(rows: pd.DataFrame, taus: Sequence[float]) -> PredictorResult:
                 table.append(row)
                 if not reason and source == "pruned":
                     curves.append(_calibration(data.y, scores).assign(**key))
-    columns = [
-        "target",
-        "tau",
-        "evaluation",
-        "features",
-        "bin",
-        "predicted",
-        "observed",
-        "num_rows",
-    ]
+    columns = ["target", "tau", "evaluation", "features", "bin"]
+    columns += ["predicted", "observed", "num_rows"]
     calibration = pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(columns=columns)
     return PredictorResult(pd.DataFrame(table, columns=_COLUMNS), calibration[columns], models)
 
@@ -155,11 +146,10 @@ def predict_survival(
     )
 
 
-_TAILS = ("", "_low", "_high", "_error", "_df", "_least", "_most")
 _ESTIMATED = ("auc", "auc_within", "gain", "coef_log_rate", "coef_sparsity")
 _COLUMNS = [
     *("target", "tau", "evaluation", "features", "source"),
-    *(f"{name}{tail}" for name in _ESTIMATED for tail in _TAILS),
+    *(column for name in _ESTIMATED for column in no_estimate(np.nan, "").columns(name)),
     *("accuracy", "base_rate", "standardised_log_rate", "standardised_sparsity"),
     *("num_rows", "num_conditions", "reason"),
 ]
@@ -269,7 +259,7 @@ def _scores(data: _Data, predicted: Float[np.ndarray, " rows"], reason: str) -> 
     if reason:
         return row | {"reason": reason}
     auc = clustered_auc(data.y, predicted, data.condition)
-    row |= _estimated("auc", auc.pooled) | _estimated("auc_within", auc.within)
+    row |= auc.pooled.columns("auc") | auc.within.columns("auc_within")
     return row | {"accuracy": float(((predicted >= 0.5) == data.y).mean()), "reason": auc.reason}
 
 
@@ -280,14 +270,8 @@ def _by_stated_sign(data: _Data) -> dict:
     rare, near = -data.x["log_rate"].to_numpy(), data.x["init_retention"].to_numpy()
     found = clustered_auc(data.y, rare, data.condition)
     beyond = clustered_auc(data.y, rare, data.condition, less=near)
-    row |= _estimated("auc_within", found.within) | _estimated("gain", beyond.within)
+    row |= found.within.columns("auc_within") | beyond.within.columns("gain")
     return row | {"num_conditions": data.num_conditions, "reason": found.reason}
-
-
-def _estimated(name: str, found: Estimate) -> dict[str, float]:
-    """The columns of one estimate."""
-    numbers = (found.value, found.low, found.high, found.error, found.df, found.least, found.most)
-    return {f"{name}{tail}": number for tail, number in zip(_TAILS, numbers, strict=True)}
 
 
 def _clustered_fit(data: _Data) -> _ClusteredFit:
@@ -314,7 +298,7 @@ def _coefficients(fit: _ClusteredFit, data: _Data, reason: str) -> dict:
         found = no_estimate(value, fit.reason)
         if fit.without is not None:
             found = jackknifed(value, fit.without[:, i], "conditions", fewest=FEWEST_CONDITIONS)
-        row |= _estimated(f"coef_{name}", found)
+        row |= found.columns(f"coef_{name}")
         row[f"standardised_{name}"] = value * float(data.x[name].std(ddof=0))
     return row
 

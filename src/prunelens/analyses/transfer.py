@@ -29,7 +29,6 @@ from prunelens.analyses.verdict import (
     LIMITS,
     TRANSFER_RULE,
     Recovery,
-    columns_of,
     transfer_verdicts,
 )
 from prunelens.config import Site
@@ -244,10 +243,8 @@ class _ReadSet(NamedTuple):
                 "ce_model": model,
                 "ce_mean_ablated": mean_ablated,
                 "ce_sae": with_sae,
-                **columns_of(estimates),
-                "threshold_factor": (
-                    math.nan if sae.threshold is None else variant.threshold_scale
-                ),
+                **{k: v for name, e in estimates.items() for k, v in e.columns(name).items()},
+                "threshold_factor": math.nan if sae.threshold is None else variant.threshold_scale,
                 "nominal_l0": sae.nominal_l0,
                 "num_tokens": int(self.sums.num_tokens[self.place_in_reading]),
                 "verdict": "",

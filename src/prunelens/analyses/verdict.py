@@ -26,7 +26,6 @@ TRANSFER_RULE = (
 )
 NULL_AGREES = "noise of equal size is judged the same"
 GROUPS = "groups of documents"
-_PARTS = ("error", "df", "least", "most")
 
 
 class Limit(NamedTuple):
@@ -104,15 +103,6 @@ def drop_estimate(recovery: Recovery, dense: Recovery) -> Estimate:
     """
     drops = dense.shares() - recovery.shares()
     return jackknifed(float(drops[0]), drops[1:], GROUPS)
-
-
-def columns_of(estimates: dict[str, Estimate]) -> dict[str, float]:
-    """As in tables: each value under its name, what else is known of it with a tail."""
-    columns: dict[str, float] = {}
-    for name, found in estimates.items():
-        columns |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-        columns |= {f"{name}_{part}": getattr(found, part) for part in _PARTS}
-    return columns
 
 
 def transfer_verdicts(rows: pd.DataFrame) -> pd.DataFrame:

@@ -99,10 +99,9 @@ def single_step(
         raise UserError(
             f"--criterion: {criterion!r} is none of {', '.join(USUAL_SCOPES)}; give one of them"
         )
-    models: dict[str, Any] = {"name": model, "site": site}
-    if dtype is not None:
-        models["dtype"] = dtype
     usual = USUAL_SCOPES[criterion] if pattern == "unstructured" else "row"
+    layers = None if layer is None else [layer]
+    models = {"name": model, "site": site, "dtype": dtype, "layers": layers}
     pruning = {
         "criterion": criterion,
         "scope": scope or usual,
@@ -110,16 +109,12 @@ def single_step(
         "random_seed": random_seed,
         "lm_head": lm_head,
         "sparsities": [sparsity],
+        "calibration": calibration,
     }
-    if calibration is not None:
-        pruning["calibration"] = calibration
-    if layer is not None:
-        models["layers"] = [layer]
     data: dict[str, Any] = {
-        "models": [models],
-        "prunings": [pruning],
-        "corpus": dict(corpus or {}),
-    }
+        name: [{field: value for field, value in given.items() if value is not None}]
+        for name, given in (("models", models), ("prunings", pruning))
+    } | {"corpus": dict(corpus or {})}
     study = study_from_data(with_settings(data, parsed(settings)))
     [pruned] = study.conditions()
     if not isinstance(pruned, PruningConfig):

@@ -10,56 +10,54 @@ from rich.table import Table
 from prunelens.console import Console
 from prunelens.study.preflight.preview import Preflight
 
-_LEVELS = ["error", "warning", "ok"]
-_STYLES = {"error": "bold red", "warning": "yellow", "ok": "dim"}
+_STYLES = {"error": "bold red", "warning": "yellow", "ok": "dim"}  # in this order
 WIDE = 110  # letters, below which the matrix leaves columns out
 
 
 def show_preflight(found: Preflight, console: Console) -> None:
     """Print the matrix as a table, then totals, needs and hours as lines, then the checks."""
-    columns = ["SAEs", "controls", "stages", "shared", "forward", "trained on", "FLOPs", "hours"]
-    left_out = {"stages", "shared", "FLOPs"} if console.width < WIDE else set()
-    if found.hours is None:
-        left_out.add("hours")
-    shown = [name for name in columns if name not in left_out]
-    table = Table("run", *shown)
-    table.columns[0].no_wrap = True
     totals = {"run": "total", **found.totals, "shared": "", "hours": None}
     if found.hours:
         totals["hours"] = found.hours["total"]
-    for row in [*found.runs, totals]:
-        cells = dict(zip(columns, _cells(row), strict=True))
-        table.add_row(row["run"], *(cells[name] for name in shown))
+    rows = [_cells(row) for row in [*found.runs, totals]]
+    left_out = {"stages", "shared", "FLOPs"} if console.width < WIDE else set()
+    if found.hours is None:
+        left_out.add("hours")
+    shown = [name for name in rows[0] if name not in left_out]
+    table = Table(*shown)
+    table.columns[0].no_wrap = True
+    for row in rows:
+        table.add_row(*(row[name] for name in shown))
     console.print(table)
     for line in _lines(found):
         console.print(line, highlight=False, markup=False)
     if found.schedule:
-        console.print(_schedule(found))
-        console.print(_chain(found), highlight=False, markup=False)
-    for check in sorted(found.checks, key=lambda check: _LEVELS.index(check["level"])):
+        schedule = Table("workers", "hours", "critical path", "idle")
+        for row in found.schedule:
+            idle = "-" if row["idle_share"] is None else f"{row['idle_share']:.0%}"
+            hours = (f"{row[name]:.2f}" for name in ("makespan_hours", "critical_path_hours"))
+            schedule.add_row(str(row["workers"]), *hours, idle)
+        console.print(schedule)
+        chain = "critical path: " + " > ".join(found.schedule[0]["chain"])
+        console.print(chain, highlight=False, markup=False)
+    for check in sorted(found.checks, key=lambda check: list(_STYLES).index(check["level"])):
         fix = f"; {check['fix']}" if check["fix"] else ""
         line = f"{check['level']} ({check['check']}): {check['what']}{fix}"
         console.print(line, style=_STYLES[check["level"]], highlight=False, markup=False)
 
 
-def _schedule(found: Preflight) -> Table:
-    """One row for each number of workers."""
-    table = Table("workers", "hours", "critical path", "idle")
-    for row in found.schedule:
-        idle = "-" if row["idle_share"] is None else f"{row['idle_share']:.0%}"
-        hours = (f"{row[name]:.2f}" for name in ("makespan_hours", "critical_path_hours"))
-        table.add_row(str(row["workers"]), *hours, idle)
-    return table
-
-
-def _chain(found: Preflight) -> str:
-    return "critical path: " + " > ".join(found.schedule[0]["chain"])
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    counts = [str(row[name]) for name in ("saes", "control_saes", "stages", "shared")]
-    tokens = [_short(row[name]) for name in ("forward_tokens", "sae_tokens")]
-    return [*counts, *tokens, f"{row['flops']:.2e}", f"{row['hours'] or 0:.2f}"]
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "run": row["run"],
+        "SAEs": str(row["saes"]),
+        "controls": str(row["control_saes"]),
+        "stages": str(row["stages"]),
+        "shared": str(row["shared"]),
+        "forward": _short(row["forward_tokens"]),
+        "trained on": _short(row["sae_tokens"]),
+        "FLOPs": f"{row['flops']:.2e}",
+        "hours": f"{row['hours'] or 0:.2f}",
+    }
 
 
 def _lines(found: Preflight) -> Iterator[str]:

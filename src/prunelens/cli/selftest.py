@@ -94,10 +94,8 @@ def _grades_table(rows: pd.DataFrame, title: str) -> Table:
     """One world; what no mark covers has a dash."""
     from prunelens.report.selftest import row_name
 
-    table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, collapse_padding=True)
-    table.add_column("measure", no_wrap=True)
-    for name in (*NUMBERS, "rho with firing\nrate [95 %]", "true\nrho"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = (*NUMBERS, "rho with firing\nrate [95 %]", "true\nrho")
+    table = _table(title, ("measure",), numbers)
     table.add_column("mark", max_width=31)
     table.add_column("result", no_wrap=True)
     for row in rows.to_dict("records"):
@@ -115,11 +113,8 @@ def _grades_table(rows: pd.DataFrame, title: str) -> Table:
 def _nulls_table(rows: pd.DataFrame) -> Table:
     """What is found where nothing is."""
     title = "Where nothing is (noise in the place of what pruning did), what is found?"
-    table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, collapse_padding=True)
-    for name in ("world", "measure", "of", "what"):
-        table.add_column(name, no_wrap=True)
-    for name in ("value [95 %]", "should\nbe", "says\nnothing"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ("value [95 %]", "should\nbe", "says\nnothing")
+    table = _table(title, ("world", "measure", "of", "what"), numbers)
     table.add_column("result", no_wrap=True)
     for row in rows.to_dict("records"):
         table.add_row(
@@ -135,11 +130,9 @@ def _nulls_table(rows: pd.DataFrame) -> Table:
 def _coverage_table(rows: pd.DataFrame) -> Table:
     """How often intervals hold the truth, and verdicts are reached."""
     title = "Simulated: how often do 95 % intervals hold the truth, and are verdicts reached?"
-    table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, collapse_padding=True)
-    table.add_column("world", no_wrap=True)
-    table.add_column("interval or verdict")  # the longest name takes two lines
-    for name in ("truth", "measured", "sets", "of these\nundefined"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ("truth", "measured", "sets", "of these\nundefined")
+    table = _table(title, ("world", "interval or verdict"), numbers)
+    table.columns[1].no_wrap = False  # the longest name takes two lines
     table.add_column("mark", no_wrap=True)
     table.add_column("result", no_wrap=True)
     for row in rows.to_dict("records"):
@@ -149,6 +142,15 @@ def _coverage_table(rows: pd.DataFrame) -> Table:
         table.add_row(
             row["world"], row["name"], truth, measured, *counts, row["mark"] or "-", _verdict(row)
         )
+    return table
+
+
+def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD, collapse_padding=True)
+    for name in words:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

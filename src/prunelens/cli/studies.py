@@ -119,8 +119,8 @@ def plan(
     Nothing runs. Exit code 2 where a check found an error.
     """
     from prunelens.cli.plan_view import show_preflight
+    from prunelens.study.preflight.hours import read_rates
     from prunelens.study.preflight.preview import CALIBRATION_SECONDS, preflight
-    from prunelens.study.preflight.rates import read_rates
 
     config = read_study(study, parsed(settings))
     numbers_of_workers = workers_to_simulate(workers)

@@ -48,17 +48,16 @@ class TextRecord:
     content: str
     """What `corpus.fingerprint` gives: a hub data set's commit, else a SHA-256."""
 
+    @property
+    def dataset(self) -> str | None:
+        """The hub's data set; None for other texts, a folder of one's own too."""
+        name = self.corpus.dataset if self.corpus.source == "hub" else None
+        return None if name is None or is_local(name) else name
+
     def as_json(self) -> dict[str, Any]:
         """Without the paths, which are the machine's own."""
         corpus = self.corpus.model_dump(mode="json", exclude={"paths"})
-        return {**corpus, "dataset": hub_dataset(self.corpus), "content": self.content}
-
-
-def hub_dataset(corpus: CorpusConfig) -> str | None:
-    """The hub's data set that a text is from; None for other texts, a folder of one's own too."""
-    if corpus.source != "hub" or corpus.dataset is None or is_local(corpus.dataset):
-        return None
-    return corpus.dataset
+        return {**corpus, "dataset": self.dataset, "content": self.content}
 
 
 class PerplexityRecord(NamedTuple):

@@ -256,20 +256,19 @@ def _in_threads(
         return
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(items), 2 * threads):
-            with _one_thread_of_torch():
+            # A block is small, and counting it or taking its partition runs in one thread anyway:
+            # to share out every operation on it as well takes many times as long where other work
+            # keeps cores busy.
+            with threads_of_torch(1):
                 results = list(pool.map(function, items[start : start + 2 * threads]))
             yield from results
 
 
 @contextlib.contextmanager
-def _one_thread_of_torch() -> Iterator[None]:
-    """Meanwhile every operation of torch runs in the thread that asks for it.
-
-    A block is small, and counting it or taking its partition runs in one thread anyway; to share
-    out every operation on it as well takes many times as long where other work keeps cores busy.
-    """
+def threads_of_torch(number: int) -> Iterator[None]:
+    """Meanwhile operations of torch are shared out among so many threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(number)
     try:
         yield
     finally:

@@ -106,7 +106,7 @@ def page(out: pathlib.Path, tables: Tables, runs: pd.DataFrame, study: StudyConf
         models=[model.label for model in study.models],
         claims=_claims(tables),
         verdicts=VERDICTS,
-        sections=[section for section in sections if _says_something(section)],
+        sections=[each for each in sections if each.groups or each.tables or each.more],
         untrained=not_enough(tables),
         sinks=sinks_found(tables),
         failed=_records(runs[runs["status"] == "failed"]) if len(runs) else [],
@@ -182,10 +182,6 @@ def _shown(name: str, table: pd.DataFrame, caption: str, assumed: str) -> Shown:
         table = table.drop(columns="run")
     file = None if " " in name else _file(name)
     return shown(table, caption, drop=drop, file=file, assumed=assumed)
-
-
-def _says_something(section: Section) -> bool:
-    return bool(section.groups or section.tables or section.more)
 
 
 def _claims(tables: Tables) -> list[dict[str, Any]]:

@@ -14,15 +14,15 @@ import pandas as pd
 
 from prunelens.analyses.verdict import LIMITS
 from prunelens.config import StudyConfig
-from prunelens.csv_table import as_csv
 from prunelens.paper import published
 from prunelens.report.panels.causal import published_pairs
 from prunelens.report.panels.panel import Tables, at_tau, of_first_seed
 from prunelens.report.panels.transfer import OWN
 from prunelens.report.published import beside_published, condition_of
-from prunelens.report.tables import write_if_changed
+from prunelens.report.tables import write_csvs
+from prunelens.study.kind import CONDITION
 
-SITE = ["run", "model", "layer", "method", "sparsity"]
+SITE = list(CONDITION)
 PAIR = [*SITE, "ablated_in"]
 
 
@@ -33,15 +33,8 @@ def write_paper_tables(
 
     Returns them by name. One without rows is not written, and one from an earlier run is removed.
     """
-    folder = out / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
     made = paper_tables(tables, study)
-    for name in (*_BUILDERS, MATRIX, DEPTH):
-        path = folder / f"{name}.csv"
-        if name in made:
-            write_if_changed(path, as_csv(made[name]).encode())
-        else:
-            path.unlink(missing_ok=True)
+    write_csvs(made, (*_BUILDERS, MATRIX, DEPTH), out)
     return made
 
 

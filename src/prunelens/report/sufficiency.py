@@ -9,9 +9,9 @@ import pandas as pd
 from prunelens.analyses.sufficiency import FALL_LIMIT, NOT_ENOUGH, RETENTION_LIMIT, sufficiency
 from prunelens.report.panels.panel import Site, Tables
 from prunelens.report.published import condition_of
+from prunelens.study.kind import CONDITION
 
 TAINTS = "Pruned runs are compared with these dense dictionaries, so this taints every one of them."
-RUN = ["run", "model", "layer", "method", "sparsity"]
 VERDICTS = {True: "trained enough", False: "not trained enough", None: "cannot be said"}
 
 
@@ -45,9 +45,9 @@ def training_verdicts(tables: Tables) -> pd.DataFrame:
         return pd.DataFrame()
     plain = trained[_is_plain(trained)].rename(columns={"init_seed": "seed", "steps": "step"})
     rows = []
-    for names, part in plain.groupby(RUN, sort=False):
+    for names, part in plain.groupby(list(CONDITION), sort=False):
         found = sufficiency(part)
-        rows.append({**dict(zip(RUN, names, strict=True)), **found._asdict()})
+        rows.append({**dict(zip(CONDITION, names, strict=True)), **found._asdict()})
     return pd.DataFrame(rows)
 
 

@@ -8,10 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from prunelens.console import Console
+from prunelens.match import TAU
 from prunelens.report.sinks import sinks_found
 from prunelens.report.sufficiency import known_of_the_others, not_enough
-
-PRIMARY_TAU = 0.7
 
 
 def summary(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> RenderableType:
@@ -38,7 +37,7 @@ def print_summary(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> None:
 
 
 def _table(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> Table:
-    table = Table(title=f"What pruning did to the features (tau {PRIMARY_TAU})", title_style="bold")
+    table = Table(title=f"What pruning did to the features (tau {TAU})", title_style="bold")
     table.add_column("run", no_wrap=True)
     for name in (
         "per-\nplexity",
@@ -77,7 +76,7 @@ def _cells(tables: dict[str, pd.DataFrame], run: str) -> list[str]:
     rows = {name: part[part["run"] == run] for name, part in tables.items()}
     for name in ("stability", "survival", "survival_corrected"):
         if name in rows:
-            rows[name] = rows[name][rows[name]["tau"] == PRIMARY_TAU]
+            rows[name] = rows[name][rows[name]["tau"] == TAU]
     empty = pd.DataFrame()
 
     def mean(name: str, column: str, digits: int = 3, **where: str) -> str:
@@ -120,7 +119,7 @@ def _notes(tables: dict[str, pd.DataFrame]) -> list[str]:
     notes = []
     if "survival" in tables:
         rates = tables["survival"]
-        rates = rates[(rates["tau"] == PRIMARY_TAU) & (rates["coordinates"] == "normalised")]
+        rates = rates[(rates["tau"] == TAU) & (rates["coordinates"] == "normalised")]
         arms = rates.groupby("arm")["mnn"].mean()
         notes.append(
             "survival (paper) shares its start of training with the dense SAE. With that start it"

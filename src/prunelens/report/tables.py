@@ -6,6 +6,7 @@ Columns are stable; docs/tables.md says what each means.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterable
 
 import pandas as pd
 
@@ -20,15 +21,9 @@ def write_tables(results: dict[str, pd.DataFrame], out: pathlib.Path) -> dict[st
 
     A table without results is not written, and one from an earlier run is removed.
     """
-    (out / "tables").mkdir(parents=True, exist_ok=True)
-    tables = {}
-    for name, columns in table_columns().items():
-        path = out / "tables" / f"{name}.csv"
-        if name in results:
-            tables[name] = results[name].reindex(columns=columns)
-            write_if_changed(path, as_csv(tables[name]).encode())
-        else:
-            path.unlink(missing_ok=True)
+    wanted = table_columns()
+    tables = {n: results[n].reindex(columns=wanted[n]) for n in wanted if n in results}
+    write_csvs(tables, wanted, out)
     if "latents" in results:
         leading = [*CONDITION, "scope", "pattern"]
         rest = [name for name in results["latents"] if name not in leading]
@@ -37,9 +32,18 @@ def write_tables(results: dict[str, pd.DataFrame], out: pathlib.Path) -> dict[st
     return tables
 
 
-def write_if_changed(path: pathlib.Path, content: bytes) -> None:
-    """Replace a file whole; one that has that content is not touched, so its time is its age."""
-    if path.is_file() and path.read_bytes() == content:
-        return
-    with replacing(path) as file:
-        file.write_bytes(content)
+def write_csvs(tables: dict[str, pd.DataFrame], names: Iterable[str], out: pathlib.Path) -> None:
+    """Write `tables/<name>.csv` of each name that has a table; of the others remove it.
+
+    A file is replaced whole; one that has that content is not touched, so its time is its age.
+    """
+    (out / "tables").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        path = out / "tables" / f"{name}.csv"
+        if name not in tables:
+            path.unlink(missing_ok=True)
+            continue
+        content = as_csv(tables[name]).encode()
+        if not path.is_file() or path.read_bytes() != content:
+            with replacing(path) as file:
+                file.write_bytes(content)

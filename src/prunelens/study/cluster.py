@@ -7,6 +7,7 @@ back. Artifacts go through the store, which every node has to see: a shared fold
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import pathlib
@@ -19,12 +20,12 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from typing import Any, Self
 
 from prunelens.errors import UserError
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.executor import Failures, NodeLostError, WorkerDiedError
+from prunelens.study.executor import Failures, NodeLostError
 from prunelens.study.matrix import Plan
 from prunelens.study.needs import Needs, borne_by, needs_of, no_node, node_needs
 from prunelens.study.node import carry_out, failures_of, order_of
@@ -127,7 +128,7 @@ class Tasks:
             told.set_exception(NodeLostError())
         else:
             log.warning("a Ray task ended without an answer: %s", _one_line(error))
-            told.set_exception(WorkerDiedError())
+            told.set_exception(BrokenExecutor())
 
     def _give_up_stranded(self, done: threading.Event) -> None:
         since: dict[Any, float] = {}
@@ -271,8 +272,8 @@ def _connect(ray: Any, address: str, options: dict[str, Any]) -> None:
 
 def _refuse_open(ray: Any) -> None:
     """Raises UserError where a Ray of this machine would listen to the network."""
-    # What Ray made of the variable when it was imported; to set it later is of no use.
-    if getattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True):
+    # As the variable was when Ray was imported; to set it later is of no use.
+    if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
         raise UserError(
             "--executor: 'ray' was imported before, and so a Ray of this machine would listen to"
             " the network; set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 before ray is imported (in a"

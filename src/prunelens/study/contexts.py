@@ -42,7 +42,9 @@ def study_contexts(
         raise UserError(f"run: {chosen.name} has no SAE of the study's first seed; name another")
     table = pd.read_parquet(folder / "contexts.parquet")
     texts = pd.read_parquet(folder / "tokens.parquet").set_index("token_id")["text"]
-    ids = load_file(_text_folder(plan, store, chosen) / "text.safetensors")["ids"].numpy()
+    # The dense run's evidence holds the text of all conditions.
+    dense = next(run for run in plan.runs if _same_site(run, chosen) and not run.pruning)
+    ids = load_file(_evidence(store, dense) / "text.safetensors")["ids"].numpy()
     table["tokens"] = _tokens(table, ids, texts.to_dict())
     if under is not None:
         table["activations_under"] = _under(plan, store, chosen, under)
@@ -62,14 +64,7 @@ def _evidence(store: Store, run: Run) -> pathlib.Path:
     stage = run.stages.get("evidence")
     if stage is None:
         raise UserError("STUDY: its questions lack 'evidence'; add it and run the study again")
-    if not store.has(stage):
-        raise UserError(f"STUDY: the evidence of {run.name} is not there; run the study first")
-    return store.read(stage)
-
-
-def _text_folder(plan: Plan, store: Store, run: Run) -> pathlib.Path:
-    """The dense run's evidence, which holds the text of all conditions."""
-    return _evidence(store, next(r for r in plan.runs if _same_site(r, run) and not r.pruning))
+    return store.needed(stage, f"the evidence of {run.name}")
 
 
 def _same_site(a: Run, b: Run) -> bool:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import pathlib
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from typing import Protocol, runtime_checkable
 
 from prunelens.study.artifacts.store import Stage, Store
@@ -17,12 +17,8 @@ from prunelens.study.tracking import NOT_TRACKED, Tracking
 Failures = dict[str, str | None]  # by identity: why a stage failed, or None
 
 
-class WorkerDiedError(Exception):
-    """What made a stage is gone, and did not say how the stage ended."""
-
-
-class NodeLostError(WorkerDiedError):
-    """It is gone with the whole machine, which need not be the stage's fault."""
+class NodeLostError(BrokenExecutor):
+    """A worker is gone with its whole machine, which need not be the stage's fault."""
 
 
 @runtime_checkable
@@ -40,8 +36,8 @@ class Executor(Protocol):
     def submit(self, stages: list[Stage]) -> Future[Failures]:
         """Make stages in one go, their parents being there.
 
-        The future ends with `WorkerDiedError` where the worker died, `NodeLostError` where its
-        machine did.
+        The future ends with `BrokenExecutor` where the worker died and did not say how the stage
+        ended, with `NodeLostError` where its machine did.
         """
 
 

@@ -27,7 +27,6 @@ from prunelens.prune.record import (
     PerplexityRecord,
     PruningRecord,
     TextRecord,
-    hub_dataset,
 )
 from prunelens.prune.stored import MASKS, apply_pruning
 from prunelens.sae.hub_folder import HubFolder, SaeSource, write_hub_folder
@@ -249,11 +248,7 @@ class _Facts:
 
     def artifact(self, stage: Stage, run: Run) -> pathlib.Path:
         """A verified folder. Raises UserError where it is not there."""
-        if not self.store.has(stage):
-            raise UserError(
-                f"STUDY: the {stage.name} of {run.name} is not there; run the study first"
-            )
-        return self.store.read(stage)
+        return self.store.needed(stage, f"the {stage.name} of {run.name}")
 
     def _pruning(self, run: Run, pruning: PruningConfig) -> PruningRecord:
         stage = run.stages["prune"]
@@ -276,17 +271,17 @@ class _Facts:
         dense = next(r for r in self.plan.runs if r.model == run.model and r.pruning is None)
         found = []
         for one in (dense, run):
-            if "perplexity" not in one.stages or not self.store.has(one.stages["perplexity"]):
+            folder = self.store.found(one.stages.get("perplexity"))
+            if folder is None:
                 return ()
-            table = pd.read_parquet(
-                self.store.read(one.stages["perplexity"]) / "perplexity.parquet"
-            )
+            table = pd.read_parquet(folder / "perplexity.parquet")
             found.append(table.set_index("context_tokens")["perplexity"])
         before, after = found
         scored = self.plan.study.perplexity.corpus
         text = f"{self.plan.study.corpus.source} eval"
         if scored is not None:
-            text = hub_dataset(scored) or ("files" if scored.source == "hub" else scored.source)
+            kind = "files" if scored.source == "hub" else scored.source
+            text = TextRecord(scored, "").dataset or kind
         return tuple(
             PerplexityRecord(text, int(width), float(before[width]), float(after[width]))
             for width in before.index.intersection(after.index)
@@ -306,9 +301,9 @@ class _Facts:
 
     def _sufficiency(self, run: Run) -> tuple[bool | None, str]:
         """Whether the run's SAEs were trained enough, where that was asked, and why."""
-        stage = run.stages.get("sufficiency")
-        if stage is None or not self.store.has(stage):
+        folder = self.store.found(run.stages.get("sufficiency"))
+        if folder is None:
             return None, "the question `sufficiency` was not asked"
-        verdict = pd.read_parquet(self.store.read(stage) / "verdict.parquet").iloc[0]
+        verdict = pd.read_parquet(folder / "verdict.parquet").iloc[0]
         enough = verdict["trained_enough"]
         return None if pd.isna(enough) else bool(enough), verdict["reason"]

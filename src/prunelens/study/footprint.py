@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,9 +20,7 @@ FLOAT = 4
 PROCESS_BYTES = 700e6  # a process with torch and transformers
 GPU_CONTEXT_BYTES = 600e6  # what CUDA and its libraries take
 SAMPLES_FOUND = 1.5  # intervals of a latent's range, in units of `evidence.samples`: 1 to 2
-INVERSION_BYTES = (
-    44  # per entry of SparseGPT's X Xᵀ while it is inverted: five of float64, one more
-)
+INVERSION_BYTES = 44  # per entry of SparseGPT's X Xᵀ in its inversion: five of float64, one more
 CONTEXT_TOKEN_BYTES = 5.5  # 4 under pruning, and as they are: mostly zeros, compressed
 
 
@@ -71,47 +69,46 @@ class Memory(NamedTuple):
     """The most of the machine's memory."""
 
 
-def disk_use(
-    study: StudyConfig, shapes: dict[str, ModelShape], stages: Iterable[Stage], pruned: int
-) -> Disk:
+def disk_use(study: StudyConfig, shapes: Mapping[str, ModelShape], stages: Sequence[Stage]) -> Disk:
     """What the study writes.
 
     Args:
         study: the study.
         shapes: model label -> shape.
         stages: all distinct stages.
-        pruned: number of pruned conditions.
     """
-    stages = list(stages)
-    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    early: collections.Counter[str] = collections.Counter()  # decoders kept from within a training
-    for stage in stages:
-        assert stage.source
-        counts[stage.name][stage.source.model.label] += 1
-        early[stage.source.model.label] += len(stage.config.get("checkpoints", ()))
+    models = [stage.source.model.label for stage in stages if stage.source]
+    counts = collections.Counter(zip((stage.name for stage in stages), models, strict=True))
+
+    def of_all(name: str, size: Mapping[str, float]) -> float:
+        return sum(size[label] * counts[name, label] for label in shapes)
+
     tokens = study.corpus.train_tokens + study.corpus.eval_tokens
     tokens -= tokens // study.corpus.context_tokens * study.activations.skip_first
     row = STORAGE[study.activations.storage][0].itemsize
-    store = {label: tokens * shape.d_model * row for label, shape in shapes.items()}
+    store = {label: float(tokens * shape.d_model * row) for label, shape in shapes.items()}
     sae = {label: _sae_bytes(shape, study) for label, shape in shapes.items()}
-    all_stores = sum(store[label] * n for label, n in counts["activations"].items())
+    all_stores = of_all("activations", store)
     together = max(  # all layers of the dense model and of one pruned condition
-        store[model.label] * min(counts["activations"][model.label], 2 * len(model.layers))
+        store[model.label] * min(counts["activations", model.label], 2 * len(model.layers))
         for model in study.models
     )
     stores = all_stores if study.keep_activations else together
-    saes = sum(sae[label] * (n + early[label] / 2) for label, n in counts["sae"].items())
-    masks = pruned * sum(shape.linear_weights for shape in shapes.values()) / 8
-    heads = sum(c.lm_head for c in study.conditions() if isinstance(c, PruningConfig))
-    masks += heads * sum(shape.d_model * shape.vocabulary_size for shape in shapes.values()) / 8
-    masks += sum(_changed_weights(shapes[model.label], model, study) for model in study.models)
-    contexts = sum(
-        _contexts_bytes(shapes[label], study) * n for label, n in counts["evidence"].items()
-    )
+    saes = of_all("sae", sae)
+    for stage, label in zip(stages, models, strict=True):  # decoders kept from within a training
+        saes += sae[label] * len(stage.config.get("checkpoints", ())) / 2
+    conditions = study.conditions()
+    heads = sum(c.lm_head for c in conditions if isinstance(c, PruningConfig))
+    left = sum(1 - c.sparsity for c in conditions if c.criterion == "sparsegpt")
+    masks = 0.0
+    for model in study.models:
+        shape = shapes[model.label]
+        masks += len(conditions) * shape.linear_weights / 8
+        masks += heads * shape.d_model * shape.vocabulary_size / 8
+        masks += left * shape.linear_weights * getattr(torch, model.dtype).itemsize
+    contexts = of_all("evidence", {label: _contexts_bytes(s, study) for label, s in shapes.items()})
     # Weights, two moments, and the decoder's start.
     checkpoint = 3.5 * saes_at_once(stages) * max(sae.values())
-    kept = saes + masks + contexts + (all_stores if study.keep_activations else 0.0)
-    peak = saes + masks + contexts + stores + checkpoint
     return Disk(
         max(store.values()),
         stores,
@@ -119,13 +116,13 @@ def disk_use(
         masks,
         contexts,
         checkpoint,
-        kept,
-        peak,
-        2.0 * sum(_fetched_weights(study, shapes)),
+        kept=saes + masks + contexts + (all_stores if study.keep_activations else 0.0),
+        peak=saes + masks + contexts + stores + checkpoint,
+        downloads=2.0 * sum(_fetched_weights(study, shapes)),
     )
 
 
-def _fetched_weights(study: StudyConfig, shapes: dict[str, ModelShape]) -> Iterator[int]:
+def _fetched_weights(study: StudyConfig, shapes: Mapping[str, ModelShape]) -> Iterator[int]:
     """Weights of every model and checkpoint that is not on this machine."""
     for model in study.models:
         if not model.is_planted and not is_here(model):
@@ -139,16 +136,16 @@ def _fetched_weights(study: StudyConfig, shapes: dict[str, ModelShape]) -> Itera
 
 
 def memory_use(
-    study: StudyConfig, shapes: dict[str, ModelShape], device: str, *, num_saes: int = 1
+    study: StudyConfig, shapes: Mapping[str, ModelShape], device: str, *, num_saes: int = 1
 ) -> Memory:
     """What one worker needs on `device` (`cpu`, `cuda`, …) and of the machine's memory.
 
     A single worker trains up to `num_saes` SAEs in turn (see `saes_at_once`); several one each.
     """
-    each = [
+    each = (
         _model_memory(study, model, shapes[model.label], device, num_saes) for model in study.models
-    ]
-    most = Memory(*(max(values) for values in zip(*each, strict=True)))
+    )
+    most = Memory(*map(max, zip(*each, strict=True)))
     if device != "cpu":
         return most
     return most._replace(host=PROCESS_BYTES + max(2 * most.model, most.device))
@@ -173,43 +170,24 @@ def _model_memory(
     )  # one window at least
     scores = max(LOGITS_AT_ONCE.get(kind, LOGITS_AT_ONCE["cpu"]), longest * shape.vocabulary_size)
     part = min(scores, SCORES_AT_ONCE.get(kind, SCORES_AT_ONCE["cpu"]))
-    forward = weights + tokens * widths * itemsize
+    batch = tokens * widths * itemsize
     perplexity = weights + scores * itemsize + part * 2 * FLOAT  # as float32, and its logarithms
     training = _training_bytes(shape, study, kind, num_saes)
-    pruning = _pruning_bytes(shape, study, kind, weights, forward - weights, itemsize)
-    context = 0.0 if kind == "cpu" else GPU_CONTEXT_BYTES
-    on_device = context + max(forward, perplexity, training, pruning)
-    host = PROCESS_BYTES + weights
-    return Memory(weights, forward, perplexity, training, pruning, on_device, host)
-
-
-def _pruning_bytes(
-    shape: ModelShape,
-    study: StudyConfig,
-    kind: str,
-    weights: float,
-    batch: float,
-    itemsize: int,
-) -> float:
-    """See `Memory.pruning`; `batch` is what one batch on its way takes."""
-    most = weights
+    pruning = weights
     for condition in study.conditions():
         if isinstance(condition, CheckpointConfig):
-            most = max(most, weights * (2 if kind == "cpu" else 1))
+            pruning = max(pruning, weights * (2 if kind == "cpu" else 1))
         elif condition.calibration == "sequential":
-            hidden = study.corpus.calibration_tokens * shape.d_model * itemsize
-            products = solving = 0.0
+            held: float = study.corpus.calibration_tokens * shape.d_model * itemsize
+            solving = 0.0
             if condition.criterion == "sparsegpt":
-                products = FLOAT * shape.products / shape.num_blocks
+                held += FLOAT * shape.products / shape.num_blocks
                 solving = INVERSION_BYTES * shape.widest_input**2
-            most = max(most, weights + hidden + products + max(batch, solving))
-    return most
-
-
-def _changed_weights(shape: ModelShape, model: ModelConfig, study: StudyConfig) -> float:
-    """What SparseGPT leaves of a model, over all its conditions."""
-    kept = sum(1 - c.sparsity for c in study.conditions() if c.criterion == "sparsegpt")
-    return kept * shape.linear_weights * getattr(torch, model.dtype).itemsize
+            pruning = max(pruning, weights + held + max(batch, solving))
+    context = 0.0 if kind == "cpu" else GPU_CONTEXT_BYTES
+    on_device = context + max(weights + batch, perplexity, training, pruning)
+    host = PROCESS_BYTES + weights
+    return Memory(weights, weights + batch, perplexity, training, pruning, on_device, host)
 
 
 def _sae_bytes(shape: ModelShape, study: StudyConfig) -> float:

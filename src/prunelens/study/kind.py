@@ -59,6 +59,8 @@ class StageKind:
     """Reads the parents' folders, writes its own files."""
     make_together: Callable[[Sequence[Work]], None] | None = None
     """In its place, where stages that read the same are best made in one go."""
+    one_each: bool = False
+    """Of those that one worker makes in one go, several workers make one each."""
     cost: Callable[[Costed], Cost] = lambda _: Cost()
     """From its config alone; none for what takes minutes at most."""
     work_kind: WorkKind | None = None

@@ -7,12 +7,11 @@ import multiprocessing
 import pathlib
 from collections.abc import Iterator
 from concurrent import futures
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 
 from prunelens.study.artifacts.disk import DiskError, processes_told
 from prunelens.study.artifacts.store import Stage
-from prunelens.study.executor import Failures, WorkerDiedError
+from prunelens.study.executor import Failures
 from prunelens.study.worker import die_with_parent, make_by_identity, worker_context
 
 
@@ -26,19 +25,15 @@ class Processes:
         self._request, self._log_folder = request, log_folder
 
     def submit(self, stages: list[Stage]) -> Future[Failures]:
-        """Ends with `WorkerDiedError` for all that were submitted once one process has died."""
-        told: Future[Failures] = Future()
-        identities = [stage.identity for stage in stages]
+        """Ends with `BrokenExecutor` for all that were submitted once one process has died."""
+        order = self._request, [stage.identity for stage in stages], self._log_folder
         try:
             with processes_told():  # they are started when they are needed
-                made = self._pool.submit(
-                    make_by_identity, self._request, identities, self._log_folder
-                )
-        except BrokenProcessPool:
-            told.set_exception(WorkerDiedError())
-        else:
-            made.add_done_callback(lambda made: _tell(made, told))
-        return told
+                return self._pool.submit(make_by_identity, *order)
+        except BrokenExecutor as error:
+            broken: Future[Failures] = Future()
+            broken.set_exception(error)
+            return broken
 
 
 @contextlib.contextmanager
@@ -66,13 +61,3 @@ def processes(
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _tell(made: Future[Failures], told: Future[Failures]) -> None:
-    """Hand on how stages ended."""
-    if made.cancelled() or isinstance(error := made.exception(), BrokenProcessPool):
-        told.set_exception(WorkerDiedError())
-    elif error is not None:
-        told.set_exception(error)
-    else:
-        told.set_result(made.result())

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from prunelens import hub
 from prunelens.checkpoint import is_local
@@ -28,8 +28,19 @@ from prunelens.study_file import parse_yaml, read_text
 log = logging.getLogger(__name__)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-Place = tuple[str, str, hub.Kind]
-"""What a commit belongs to: the study's field, a repository's id and its kind."""
+
+
+class Repository(NamedTuple):
+    """What a study names on the hub."""
+
+    name: str
+    """Its id."""
+    field: str
+    """The study's field that names it."""
+    kind: hub.Kind
+    """A model (SAEs too) or a data set."""
+    revision: str | None
+    """As the study has it."""
 
 
 def pinned(study: StudyConfig, out: pathlib.Path) -> StudyConfig:
@@ -43,21 +54,22 @@ def pinned(study: StudyConfig, out: pathlib.Path) -> StudyConfig:
         out: the study's folder, which need not be there.
     Raises: UserError where the hub refuses, or is out of reach and there is nothing in the cache.
     """
-    if not any(_open_places(study)):
+    if all(place.revision for place in repositories_of(study)):
         return study
     known = _commits(_recorded(out / "study.yaml"))
-    named = _commits(_places(study))  # another entry's, where a repository is listed twice
+    named = _commits(repositories_of(study))  # another entry's, where a repository is listed twice
     used: dict[str, str] = {}
 
-    def commit(place: Place) -> str:
-        field, name, kind = place
-        left = known.get(place, set()) - named.get(place, set())
+    def commit(place: Repository) -> str:
+        if place.revision is not None:
+            return place.revision
+        left = known.get(place[:3], set()) - named.get(place[:3], set())
         if len(left) != 1:
-            return hub.commit(name, field=field, kind=kind, revision=None)
-        (used[name],) = left
-        return used[name]
+            return hub.commit(**place._asdict())
+        (used[place.name],) = left
+        return used[place.name]
 
-    result = _with_revisions(study, commit)
+    result = _walk(study, commit)
     if used:
         names = ", ".join(f"{name}@{revision[:12]}" for name, revision in used.items())
         log.warning(
@@ -68,71 +80,62 @@ def pinned(study: StudyConfig, out: pathlib.Path) -> StudyConfig:
     return result
 
 
-def _recorded(path: pathlib.Path) -> list[tuple[Place, str | None]]:
-    """`_places` of a folder's study.yaml; none where it is missing or damaged, which is told."""
+def _recorded(path: pathlib.Path) -> list[Repository]:
+    """Those of a folder's study.yaml; none where it is missing or damaged, which is told."""
     if not path.is_file():
         return []
     try:
-        return _places(study_from_data(parse_yaml(read_text(path), where=str(path))))
+        return repositories_of(study_from_data(parse_yaml(read_text(path), where=str(path))))
     except UserError as error:
         log.warning("%s; commits are asked for anew", error)
         return []
 
 
-def _commits(places: Iterable[tuple[Place, str | None]]) -> dict[Place, set[str]]:
+def _commits(places: Iterable[Repository]) -> dict[tuple[str, str, str], set[str]]:
     """The full commits of each place."""
-    found: dict[Place, set[str]] = {}
-    for place, revision in places:
-        if revision is not None and COMMIT.fullmatch(revision):
-            found.setdefault(place, set()).add(revision)
+    found: dict[tuple[str, str, str], set[str]] = {}
+    for place in places:
+        if place.revision is not None and COMMIT.fullmatch(place.revision):
+            found.setdefault(place[:3], set()).add(place.revision)
     return found
 
 
-def _open_places(study: StudyConfig) -> Iterator[Place]:
-    return (place for place, revision in _places(study) if revision is None)
-
-
-def _places(study: StudyConfig) -> list[tuple[Place, str | None]]:
-    """Everything on the hub that has a revision, and that revision."""
-    found: list[tuple[Place, str | None]] = []
-    _walk(study, lambda place, revision: found.append((place, revision)))
+def repositories_of(study: StudyConfig) -> list[Repository]:
+    """Everything on the hub that has a revision in the study."""
+    found: list[Repository] = []
+    _walk(study, found.append)
     return found
 
 
-def _with_revisions(study: StudyConfig, commit: Callable[[Place], str]) -> StudyConfig:
-    return _walk(study, lambda place, revision: commit(place) if revision is None else revision)
-
-
-def _walk(study: StudyConfig, revise: Callable[[Place, str | None], Any]) -> StudyConfig:
+def _walk(study: StudyConfig, revise: Callable[[Repository], Any]) -> StudyConfig:
     """The study with `revise` asked for the revision of everything on the hub."""
 
     def model(config: ModelConfig) -> ModelConfig:
         if config.is_planted or is_local(config.name):
             return config
-        place: Place = ("models.name", config.name, "model")
-        return config.model_copy(update={"revision": revise(place, config.revision)})
+        place = Repository(config.name, "models.name", "model", config.revision)
+        return config.model_copy(update={"revision": revise(place)})
 
-    def text(config: CorpusConfig) -> CorpusConfig:
+    def text(config: CorpusConfig, field: str) -> CorpusConfig:
         if config.source != "hub" or pathlib.Path(config.dataset or "").is_dir():
             return config
-        place: Place = ("corpus.dataset", config.dataset or "", "dataset")
-        return config.model_copy(update={"revision": revise(place, config.revision)})
+        name = config.dataset or ""
+        place = Repository(name, f"{field}.dataset", "dataset", config.revision)
+        return config.model_copy(update={"revision": revise(place)})
 
     def entry(config: Any) -> Any:
         if not isinstance(config, CheckpointEntry) or is_local(config.checkpoint):
             return config
-        place: Place = ("prunings.checkpoint", config.checkpoint, "model")
-        return config.model_copy(update={"revision": revise(place, config.revision)})
+        name, field = config.checkpoint, "prunings.checkpoint"
+        place = Repository(name, field, "model", config.revision)
+        return config.model_copy(update={"revision": revise(place)})
 
-    scored = study.perplexity.corpus
-    perplexity = study.perplexity
-    if scored is not None:
-        perplexity = perplexity.model_copy(update={"corpus": text(scored)})
-    return study.model_copy(
-        update={
-            "models": tuple(map(model, study.models)),
-            "corpus": text(study.corpus),
-            "perplexity": perplexity,
-            "prunings": tuple(map(entry, study.prunings)),
-        }
-    )
+    update: dict[str, Any] = {
+        "models": tuple(map(model, study.models)),
+        "prunings": tuple(map(entry, study.prunings)),
+        "corpus": text(study.corpus, "corpus"),
+    }
+    if (scored := study.perplexity.corpus) is not None:
+        scored = text(scored, "perplexity.corpus")
+        update["perplexity"] = study.perplexity.model_copy(update={"corpus": scored})
+    return study.model_copy(update=update)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from prunelens.analyses.predictor import predict_survival
 from prunelens.errors import UserError
+from prunelens.match import TAU
 from prunelens.study.artifacts.store import Store
 from prunelens.study.conclude import predictor_stage
 from prunelens.study.folder import open_study
@@ -20,7 +21,6 @@ from prunelens.study.work import read_json
 
 log = logging.getLogger(__name__)
 
-TAU = 0.7  # of shared_init
 TARGETS = {"persistence": "firing_rate_first_half", "shared_init": "firing_rate"}  # and its rate
 
 
@@ -74,21 +74,19 @@ def _dense_run(plan: Plan, name: str | None) -> Run:
 
 
 def _latents(store: Store, run: Run, seed: int) -> pd.DataFrame:
-    stage = run.saes[Sae(seed, seed)]
-    if not store.has(stage):
-        raise UserError(f"STUDY: the dense SAE of {run.name} is not there; run the study first")
+    folder = store.needed(run.saes[Sae(seed, seed)], f"the dense SAE of {run.name}")
     columns = ["latent", "firing_rate", "firing_rate_first_half"]
-    return pd.read_parquet(store.read(stage) / "latents.parquet")[columns]
+    return pd.read_parquet(folder / "latents.parquet")[columns]
 
 
 def _models(plan: Plan, store: Store) -> dict[str, dict]:
     """The study's fits by target; at least one of them is usable."""
-    stage = predictor_stage(plan, store)
-    if stage is None or not store.has(stage):
+    folder = store.found(predictor_stage(plan, store))
+    if folder is None:
         raise UserError(
             "STUDY: it has no predictor; run it with the question 'predictor' and some prunings"
         )
-    fits = read_json(store.read(stage) / "models.json")
+    fits = read_json(folder / "models.json")
     found = {fit["target"]: fit for fit in fits if fit["tau"] in (None, TAU)}
     if "shared_init" not in found:
         raise UserError(

@@ -6,7 +6,6 @@ any is not there.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +24,7 @@ from prunelens.study.matrix import Plan, Run
 from prunelens.study.parents import Sae
 from prunelens.study.questions import QUESTIONS
 from prunelens.study.questions.predictor import PREDICTOR
+from prunelens.study.work import read_json
 
 ALL_RUNS = "all"  # the run of rows that are about the whole study
 _Rows = Iterator[tuple[Run, pd.DataFrame]]
@@ -52,15 +52,10 @@ def study_results(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
 
 def method_columns(run: Run) -> dict[str, Any]:
     """method, scope, pattern, sparsity as tables name them."""
-    if run.pruning is None:
+    if (pruning := run.pruning) is None:
         return {"method": "dense", "scope": "", "pattern": "", "sparsity": 0.0}
-    pruning = run.pruning
-    return {
-        "method": pruning.criterion,
-        "scope": pruning.scope,
-        "pattern": pruning.pattern,
-        "sparsity": pruning.sparsity,
-    }
+    own = {name: getattr(pruning, name) for name in ("scope", "pattern", "sparsity")}
+    return {"method": pruning.criterion, **own}
 
 
 def with_run(run: Run, table: pd.DataFrame, store: Store | None = None) -> pd.DataFrame:
@@ -78,10 +73,10 @@ def sparsity_of(run: Run, store: Store) -> float:
     """
     if not isinstance(run.pruning, CheckpointConfig):
         return run.pruning.sparsity if run.pruning else 0.0
-    stage = run.stages["prune"]
-    if not store.has(stage):
+    folder = store.found(run.stages["prune"])
+    if folder is None:
         return run.pruning.sparsity
-    return float(_json(store.read(stage) / FACTS)["achieved_sparsity"])
+    return float(read_json(folder / FACTS)["achieved_sparsity"])
 
 
 def _perplexity(plan: Plan, store: Store) -> _Rows:
@@ -90,7 +85,7 @@ def _perplexity(plan: Plan, store: Store) -> _Rows:
     for run, folder in _folders(plan, store, "perplexity"):
         achieved = 0.0
         if run.pruning:
-            achieved = _json(store.read(run.stages["prune"]) / FACTS)["achieved_sparsity"]
+            achieved = read_json(store.read(run.stages["prune"]) / FACTS)["achieved_sparsity"]
         rows = pd.read_parquet(folder / "perplexity.parquet")
         yield run, rows.assign(corpus=name, achieved_sparsity=achieved)
 
@@ -98,10 +93,10 @@ def _perplexity(plan: Plan, store: Store) -> _Rows:
 def _sae_quality(plan: Plan, store: Store) -> _Rows:
     for run, sae, folder in _sae_folders(plan, store):
         if sae.is_plain:
-            numbers = _json(folder / "quality.json")
+            numbers = read_json(folder / "quality.json")
             numbers |= {"seed": sae.init_seed, "steps": plan.study.sae.steps}
-            if store.has(run.stages["statistics"]):
-                spread = _json(store.read(run.stages["statistics"]) / "variance.json")
+            if statistics := store.found(run.stages["statistics"]):
+                spread = read_json(statistics / "variance.json")
                 numbers["participation_ratio"] = spread["participation_ratio"]
             yield run, pd.DataFrame([numbers])
 
@@ -116,16 +111,16 @@ def _sae_training(plan: Plan, store: Store) -> _Rows:
             "folder": f"artifacts/{folder.relative_to(store.root).as_posix()}",
             "steps": run.saes[sae].config["steps"],
         }
-        yield run, pd.DataFrame([{**_json(folder / "quality.json"), **which}])
+        yield run, pd.DataFrame([{**read_json(folder / "quality.json"), **which}])
 
 
 def _transfer(plan: Plan, store: Store) -> _Rows:
     """Our own SAEs, then those of others; a row that says so where there are none of those."""
     for run in plan.runs:
         stages = [stage for stage in run.stages.values() if stage.name == "transfer"]
-        measured = [stage for stage in stages if store.has(stage)]
-        for stage in measured:
-            table = pd.read_parquet(store.read(stage) / "transfer.parquet")
+        measured = [(stage, folder) for stage in stages if (folder := store.found(stage))]
+        for stage, folder in measured:
+            table = pd.read_parquet(folder / "transfer.parquet")
             given = stage.source.pretrained if stage.source else None
             yield run, table.assign(sae=given.label) if given else table
         if measured and len(stages) == 1:
@@ -167,29 +162,20 @@ def _latents(plan: Plan, store: Store) -> _Rows:
             continue
         seed, seeds = sae.init_seed, plan.study.seeds_of(run.pruning)
         parts = [pd.read_parquet(folder / "latents.parquet").set_index("latent")]
-        parts += [
-            question.by_latent(found[0], seed, seeds)
-            for question in QUESTIONS
-            if question.by_latent and (found := _latents_of(store, run, question.name))
-        ]
+        for question in QUESTIONS:
+            if question.by_latent and (answer := store.found(run.stages.get(question.name))):
+                latents = pd.read_parquet(answer / "latents.parquet")
+                parts.append(question.by_latent(latents, seed, seeds))
         table = pd.concat(parts, axis=1)
         table.insert(0, "seed", seed)
         yield run, table.reset_index(names="latent")
 
 
-def _latents_of(store: Store, run: Run, role: str) -> list[pd.DataFrame]:
-    """The per-latent table of one of the run's stages, or nothing."""
-    if role not in run.stages or not store.has(run.stages[role]):
-        return []
-    return [pd.read_parquet(store.read(run.stages[role]) / "latents.parquet")]
-
-
 def _predictor(plan: Plan, store: Store) -> dict[str, pd.DataFrame]:
     """The predictor's tables; they are about the whole study."""
-    stage = predictor_stage(plan, store)
-    if stage is None or not store.has(stage):
+    folder = store.found(predictor_stage(plan, store))
+    if folder is None:
         return {}
-    folder = store.read(stage)
     tables = {}
     for table in PREDICTOR.tables:
         tables[table.name] = pd.read_parquet(folder / table.file)
@@ -261,16 +247,12 @@ def table_columns() -> dict[str, list[str]]:
 
 def _folders(plan: Plan, store: Store, role: str) -> Iterator[tuple[Run, pathlib.Path]]:
     for run in plan.runs:
-        if role in run.stages and store.has(run.stages[role]):
-            yield run, store.read(run.stages[role])
+        if folder := store.found(run.stages.get(role)):
+            yield run, folder
 
 
 def _sae_folders(plan: Plan, store: Store) -> Iterator[tuple[Run, Sae, pathlib.Path]]:
     for run in plan.runs:
         for sae, stage in run.saes.items():
-            if store.has(stage):
-                yield run, sae, store.read(stage)
-
-
-def _json(path: pathlib.Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+            if folder := store.found(stage):
+                yield run, sae, folder

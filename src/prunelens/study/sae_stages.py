@@ -217,5 +217,12 @@ def _sae_cost(costed: Costed) -> Cost:
 
 
 SAE_STAGES = (
-    StageKind("sae", 4, make_together=_make_saes, cost=_sae_cost, work_kind="SAE training"),
+    StageKind(
+        "sae",
+        4,
+        make_together=_make_saes,
+        one_each=True,
+        cost=_sae_cost,
+        work_kind="SAE training",
+    ),
 )

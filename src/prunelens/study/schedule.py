@@ -11,16 +11,17 @@ import collections
 import concurrent.futures
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from prunelens.errors import UserError
 from prunelens.study.artifacts.store import Stage, Store
-from prunelens.study.executor import Executor, Failures, Here, NodeLostError, WorkerDiedError
-from prunelens.study.matrix import STORES, Plan, Run
+from prunelens.study.executor import Executor, Failures, Here, NodeLostError
+from prunelens.study.matrix import STORES, Plan, Run, parents_first
 from prunelens.study.progress import StudyProgress
 from prunelens.study.shared_folder import wait_until_there
+from prunelens.study.stages import STAGES
 from prunelens.study.worker import read_share
 
 DIED = (
@@ -150,7 +151,7 @@ class _Scheduler:
             done = concurrent.futures.wait(
                 self._futures(), POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
             ).done
-            died = {future for future in done if _has_died(future)}
+            died = {f for f in done if isinstance(f.exception(), BrokenExecutor)}
             for stage, future in list(self._running.values()):
                 if future in done - died:
                     self._settle(stage, future.result()[stage.identity])
@@ -222,7 +223,7 @@ class _Scheduler:
         first = next((stage for stage in self._missing() if self._is_due(stage)), None)
         if first is None:
             return []
-        if not first.together or self._crashed or (alone and first.name == "sae"):
+        if not first.together or self._crashed or (alone and STAGES[first.name].one_each):
             return [first]
         key = (first.name, first.together)
         alike = [stage for stage in self._missing() if (stage.name, stage.together) == key]
@@ -282,8 +283,7 @@ class _Scheduler:
         self._bereft.add(stage.identity)
         for parent in stage.parents.values():
             self._store.forget(parent)
-        lost = [parent for parent in stage.parents.values() if not self._is_sound(parent)]
-        return bool(lost)
+        return bool([parent for parent in stage.parents.values() if not self._is_sound(parent)])
 
     def _is_sound(self, stage: Stage) -> bool:
         """Whether the artifact is there and what was written; a damaged one is set aside."""
@@ -297,20 +297,11 @@ class _Scheduler:
 
     def _missing(self) -> Iterator[Stage]:
         """Stages still to be made, parents first, in the order of the plan."""
-        seen: set[str] = set()
 
-        def walk(stage: Stage) -> Iterator[Stage]:
-            if stage.identity in seen or stage.identity in self._failures:
-                return
-            seen.add(stage.identity)
-            if self._was_sound(stage):
-                return
-            for parent in stage.parents.values():
-                yield from walk(parent)
-            yield stage
+        def is_settled(stage: Stage) -> bool:
+            return stage.identity in self._failures or self._was_sound(stage)
 
-        for target in self._plan.targets().values():
-            yield from walk(target)
+        return parents_first(self._plan.targets().values(), but=is_settled)
 
     def _delete_unneeded(self) -> None:
         if self._plan.study.keep_activations:
@@ -322,7 +313,3 @@ class _Scheduler:
                 if stage.identity not in needed and self._was_sound(stage):
                     self._store.delete(stage)
                     self._sound[stage.identity] = False
-
-
-def _has_died(future: Future[Failures]) -> bool:
-    return isinstance(future.exception(), WorkerDiedError)

@@ -156,7 +156,19 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _Wandb:
+class _Run:
+    """What wandb and trackio, which follows it, have in common."""
+
+    _run: Any
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Wandb(_Run):
     """A run of the project `prunelens`, in the study's group."""
 
     def __init__(self, facts: RunFacts) -> None:
@@ -176,14 +188,8 @@ class _Wandb:
             settings=wandb.Settings(console="off", silent=True, disable_git=True),
         )
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._run.log(dict(numbers), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _Trackio:
+class _Trackio(_Run):
     """A run of the project named as the study."""
 
     def __init__(self, facts: RunFacts) -> None:
@@ -193,12 +199,6 @@ class _Trackio:
         self._run = trackio.init(
             project=_plain(facts.study), name=name, resume="allow", config=dict(facts.config)
         )
-
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._run.log(dict(numbers), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 TRACKERS: dict[str, Callable[[RunFacts], Tracker]] = {

@@ -18,11 +18,14 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any
 
+import psutil
+
 from prunelens.config import StudyConfig, study_from_data
 from prunelens.errors import UserError
 from prunelens.study.artifacts.address import open_store
 from prunelens.study.artifacts.disk import processes_told
 from prunelens.study.artifacts.store import Stage, Store
+from prunelens.study.matrix import parents_first
 from prunelens.study.plan import plan_study
 from prunelens.study.shared_folder import wait_until_there
 from prunelens.study.stages import failure_of, try_stages
@@ -161,11 +164,11 @@ def _start_fork_server() -> None:
 
 def _end_fork_server() -> None:
     """At once: while it imports it would not hear that it is needed no more."""
-    server: Any = forkserver._forkserver  # it has no public way to end
-    if server._forkserver_pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(server._forkserver_pid, signal.SIGKILL)
-        server._stop()  # reaps it and removes its socket
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ends meanwhile
+            if any("multiprocessing.forkserver" in word for word in child.cmdline()):
+                child.kill()
+                os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # multiprocessing reaps it
 
 
 def stages_of(facts: dict[str, Any]) -> dict[str, Stage]:
@@ -175,17 +178,8 @@ def stages_of(facts: dict[str, Any]) -> dict[str, Stage]:
 
 @functools.lru_cache(maxsize=2)
 def _stages(study: str) -> dict[str, Stage]:
-    found: dict[str, Stage] = {}
-
-    def add(stage: Stage) -> None:
-        if stage.identity not in found:
-            found[stage.identity] = stage
-            for parent in stage.parents.values():
-                add(parent)
-
-    for target in plan_study(study_from_data(json.loads(study))).targets().values():
-        add(target)
-    return found
+    targets = plan_study(study_from_data(json.loads(study))).targets()
+    return {stage.identity: stage for stage in parents_first(targets.values())}
 
 
 class _share_writer:  # noqa: N801 (a function with a memory)

@@ -59,6 +59,11 @@ class Estimate(NamedTuple):
         low, high = from_scale(middle - off * self.error, self.scale)
         return float(low), float(high)
 
+    def columns(self, name: str) -> dict[str, float]:
+        """As in tables: the value under that name, what else is known of it with a tail."""
+        tails = ("low", "high", "error", "df", "least", "most")
+        return {name: self.value} | {f"{name}_{tail}": getattr(self, tail) for tail in tails}
+
     def shifted(self, by: float) -> Estimate:
         """The same distance further up."""
         return self._replace(value=self.value + by, least=self.least + by, most=self.most + by)

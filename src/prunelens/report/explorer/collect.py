@@ -13,9 +13,9 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from prunelens.analyses.contrast import TAU
 from prunelens.analyses.predictor import PERSISTENT
 from prunelens.errors import UserError
+from prunelens.match import TAU
 from prunelens.report.explorer.columns import ARMS, columns_of, indices, numbers, told_columns
 from prunelens.report.explorer.content import (
     DENSE,

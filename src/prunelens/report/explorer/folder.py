@@ -212,25 +212,15 @@ def _study(explorer: Explorer, links: dict[str, str], labels: bool) -> Json:
 
 def _view(view: View) -> Json:
     assert IDENTIFIER["view"].fullmatch(view.id), view.id  # it becomes a file name
+    plain = ("id", "label", "model", "layer", "dictionary", "tau", "neuronpedia")
+    told = ("id", "label", "run", "sparsity")
     return {
-        "id": view.id,
-        "label": view.label,
-        "model": view.model,
-        "layer": view.layer,
-        "dictionary": view.dictionary,
+        **{name: getattr(view, name) for name in plain},
         "numLatents": view.num_latents,
-        "tau": view.tau,
         "keptMeans": view.kept_means,
-        "neuronpedia": view.neuronpedia,
         "conditions": [
-            {
-                "id": condition.id,
-                "label": condition.label,
-                "run": condition.run,
-                "sparsity": condition.sparsity,
-                "hasOwn": condition.own is not None,
-            }
-            for condition in view.conditions
+            {name: getattr(each, name) for name in told} | {"hasOwn": each.own is not None}
+            for each in view.conditions
         ],
     }
 

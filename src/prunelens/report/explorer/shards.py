@@ -45,12 +45,8 @@ def packed(values: Array | None) -> Json | None:
 
 def column(each: Column) -> Json:
     """A column with its words and its values."""
-    return {
-        "key": each.key,
-        "label": each.label,
-        "help": each.help,
-        "values": packed(each.values),
-    }
+    words = {"key": each.key, "label": each.label, "help": each.help}
+    return {**words, "values": packed(each.values)}
 
 
 def kept_codes(kept: Array) -> Array:
@@ -72,7 +68,7 @@ def places(contexts: Contexts, num_latents: int) -> Json:
     return {
         "eitherSide": contexts.either_side,
         "words": words,
-        "offsets": packed(_offsets(contexts.latent, num_latents)),
+        "offsets": packed(np.searchsorted(contexts.latent, np.arange(num_latents + 1))),
         "windows": packed(contexts.window),
         "positions": packed(contexts.position),
         "fires": {"type": "u4", "base64": base64.b64encode(bits.tobytes()).decode("ascii")},
@@ -122,10 +118,6 @@ def _narrowest(values: Array) -> str:
         if np.iinfo(kind).min <= least and most <= np.iinfo(kind).max:
             return code
     raise AssertionError(f"{least} to {most} do not fit into 32 bits")
-
-
-def _offsets(latent: Array, num_latents: int) -> Array:
-    return np.searchsorted(latent, np.arange(num_latents + 1))
 
 
 def _contexts(contexts: Contexts, part: slice) -> list[Json]:

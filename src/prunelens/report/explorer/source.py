@@ -114,15 +114,13 @@ class Source(NamedTuple):
 
         The places where a latent is ablated do not depend on the condition that asked for it.
         """
-        found = [] if self.given else [self._dense_kl(run) for run in self.pruned]
+        file, runs = f"kl_dense_{self.seed}.parquet", () if self.given else self.pruned
+        found = (_mean_kl(self._table(run, "causal", file)) for run in runs)
         known = [kl for kl in found if kl is not None]
         if not known:
             return None
         every = pd.concat(known)
         return every[~every.index.duplicated()]
-
-    def _dense_kl(self, run: Run) -> pd.Series | None:
-        return _mean_kl(self._table(run, "causal", f"kl_dense_{self.seed}.parquet"))
 
     def _table(self, run: Run, role: str, file: str = "latents.parquet") -> pd.DataFrame | None:
         folder = self._folder(run, role)
@@ -131,9 +129,7 @@ class Source(NamedTuple):
 
     def _folder(self, run: Run, role: str) -> pathlib.Path | None:
         """The folder of one of the run's artifacts, once verified."""
-        if role not in run.stages or not self.store.has(run.stages[role]):
-            return None
-        return self.store.read(run.stages[role])
+        return self.store.found(run.stages.get(role))
 
 
 def _mean_kl(kl: pd.DataFrame | None) -> pd.Series | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pandas as pd
 
@@ -12,6 +13,7 @@ from prunelens.report.panels.panel import (
     Site,
     Tables,
     conditions,
+    points_of,
     rows_of,
 )
 from prunelens.report.published import beside_published
@@ -27,14 +29,14 @@ RESAMPLED = (
     " Means over seeds and latents, with 95 % intervals over latents and documents; none where a"
     " group has too few of either, or where the interval would not cover (reason in causal.csv)."
 )
+KL = ("place", "kl_mean", "ci_low", "ci_high")  # the columns of a series
 GROUP_COLOURS = {"robust": "#2a9d8f", "fragile": "#c1440e"}
 
 
 def causal(tables: Tables, site: Site) -> list[Panel]:
     """Paper's Figure 6, with the part that is reconstruction error; beside it isolated effects."""
     rows = rows_of(tables, "causal", site)
-    if len(rows):
-        rows = rows[rows["ablated_in"].isin(["dense", "pruned"])]
+    rows = rows[rows["ablated_in"].isin(["dense", "pruned"])]
     return [
         _as_published(rows),
         _where_it_fires(rows, "isolated", "isolated: with against without the latent"),
@@ -43,20 +45,14 @@ def causal(tables: Tables, site: Site) -> list[Panel]:
 
 
 def _as_published(rows: pd.DataFrame) -> Panel:
-    if len(rows):
-        rows = rows[(rows["grouping"] == "cosine") & (rows["protocol"] == "paper")]
-        rows = rows.assign(place=_places(rows))
+    rows = rows[(rows["grouping"] == "cosine") & (rows["protocol"] == "paper")]
+    rows = rows.assign(place=_places(rows))
     points = []
     for group, colour in GROUP_COLOURS.items():
-        part = rows[rows["group"] == group].dropna(subset="kl_mean") if len(rows) else rows
+        part = rows[rows["group"] == group].dropna(subset="kl_mean")
         if len(part):
-            shaded = part["kl_mean"] * part["reconstruction_share"].clip(0, 1)
-            points.append(
-                Points(
-                    group, list(part["place"]), list(part["kl_mean"]), list(part["ci_low"]),
-                    list(part["ci_high"]), colour=colour, shaded=list(shaded.fillna(0.0)),
-                )
-            )  # fmt: skip
+            shaded = list((part["kl_mean"] * part["reconstruction_share"].clip(0, 1)).fillna(0.0))
+            points.append(points_of(part, group, *KL, colour=colour, shaded=shaded))
             points += _published_kl(part, group, colour)
     return Panel(
         "paper",
@@ -65,7 +61,7 @@ def _as_published(rows: pd.DataFrame) -> Panel:
         "KL to the original output (nats)",
         points,
         kind="bars",
-        categories=list(dict.fromkeys(rows["place"])) if len(rows) else [],
+        categories=list(dict.fromkeys(rows["place"])),
         caption="Divergence of the output when one robust or one fragile latent is ablated, with"
         " the part that the SAE's reconstruction causes without any ablation." + RESAMPLED,
     )
@@ -78,16 +74,10 @@ def _places(rows: pd.DataFrame) -> pd.Series:
 
 
 def _published_kl(rows: pd.DataFrame, group: str, colour: str) -> list[Points]:
-    found = published_pairs(rows).dropna(subset=f"paper_{group}_kl")
-    if not len(found):
-        return []
-    values = list(found[f"paper_{group}_kl"])
-    return [
-        Points(
-            f"paper: {group}", list(found["place"]), values,
-            colour=colour, line="none", hollow=True,
-        )
-    ]  # fmt: skip
+    found, columns = published_pairs(rows), ("place", f"paper_{group}_kl")
+    style: dict[str, Any] = {"colour": colour, "line": "none", "hollow": True}
+    series = points_of(found, f"paper: {group}", *columns, **style)
+    return [series] if series.y else []
 
 
 def published_pairs(rows: pd.DataFrame) -> pd.DataFrame:
@@ -105,24 +95,18 @@ def published_pairs(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _where_it_fires(rows: pd.DataFrame, protocol: str, title: str) -> Panel:
-    if len(rows):
-        rows = rows[
-            (rows["grouping"] == "persistence")
-            & (rows["protocol"] == protocol)
-            & (rows["contexts"] == "firing")
-        ]
+    rows = rows[
+        (rows["grouping"] == "persistence")
+        & (rows["protocol"] == protocol)
+        & (rows["contexts"] == "firing")
+    ]
     points = []
     for name, colour, _marker, part in conditions(rows):
         for where, marker in (("dense", "circle"), ("pruned", "square")):
             here = part[(part["ablated_in"] == where) & part["group"].isin(list(GROUPS))]
-            here = here.dropna(subset="kl_mean")
-            places = [GROUPS[group] for group in here["group"]]
-            points.append(
-                Points(
-                    f"{name}: {where}", places, list(here["kl_mean"]), list(here["ci_low"]),
-                    list(here["ci_high"]), colour=colour, marker=marker, line="none",
-                )
-            )  # fmt: skip
+            here = here.assign(place=here["group"].map(GROUPS))
+            style = {"colour": colour, "marker": marker, "line": "none"}
+            points.append(points_of(here, f"{name}: {where}", *KL, **style))
     present = {place for series in points for place in series.x}
     return Panel(
         "controlled",

@@ -14,6 +14,7 @@ from prunelens.report.panels.panel import (
     at_tau,
     conditions,
     families,
+    points_of,
     rows_of,
 )
 from prunelens.report.panels.survival import ARM_COLOURS, ARM_LABELS
@@ -106,12 +107,9 @@ def _by_quintile(
     y_range: tuple[float, float] | None,
 ) -> Panel:
     rows = at_tau(rows_of(tables, "fragility", site, measure=measure))
-    points = _quintile_points(
-        rows[rows["source"] != "null"] if len(rows) else rows,
-        with_published=measure == "shared_init",
-    )
-    null = rows[rows["source"] == "null"] if len(rows) else rows
-    for series in _quintile_points(null, with_published=False):
+    null = rows["source"] == "null"
+    points = _quintile_points(rows[~null], with_published=measure == "shared_init")
+    for series in _quintile_points(rows[null], with_published=False):
         points.append(series._replace(name=f"{series.name}, null", line="dotted", hollow=True))
     return Panel(
         "paper" if protocol == "paper" else "controlled",
@@ -130,25 +128,24 @@ def _of_the_start(tables: Tables, site: Site) -> list[Points]:
     points = []
     for arm in ("ceiling_shared", "floor_shared"):
         rows = at_tau(rows_of(tables, "fragility", site, measure=arm))
-        rows = rows.dropna(subset="survival_rate").sort_values("quintile")
-        places = [QUINTILES[int(quintile) - 1] for quintile in rows["quintile"]]
-        rates = list(rows["survival_rate"])
-        points.append(
-            Points(ARM_LABELS[arm], places, rates, colour=ARM_COLOURS[arm], line="dashed")
-        )
+        style = {"colour": ARM_COLOURS[arm], "line": "dashed"}
+        points.append(_over_quintiles(rows, ARM_LABELS[arm], **style))
     return [series for series in points if series.y]
 
 
 def _quintile_points(rows: pd.DataFrame, *, with_published: bool = True) -> list[Points]:
     points = []
     for name, colour, marker, part in conditions(rows):
-        known = part.dropna(subset="survival_rate").sort_values("quintile")
-        places = [QUINTILES[int(quintile) - 1] for quintile in known["quintile"]]
-        rates = list(known["survival_rate"])
-        points.append(Points(name, places, rates, colour=colour, marker=marker))
+        points.append(_over_quintiles(part, name, colour=colour, marker=marker))
         if with_published:
             points += _published_ends(part.head(1), name, colour)
     return [series for series in points if series.y]
+
+
+def _over_quintiles(rows: pd.DataFrame, name: str, **style: str) -> Points:
+    places = dict(enumerate(QUINTILES, 1))
+    placed = rows.sort_values("quintile").assign(place=rows["quintile"].map(places))
+    return points_of(placed, name, "place", "survival_rate", **style)
 
 
 def _published_ends(row: pd.DataFrame, name: str, colour: str) -> list[Points]:
@@ -165,10 +162,9 @@ def _correlations(rows: pd.DataFrame, columns: tuple[str, str, str], title: str)
     points = []
     for name, colour, marker, part in conditions(rows):
         known = part[part["measure"].isin(list(MEASURES)) & (part["source"] != "null")]
-        known = known.dropna(subset=columns[0])
-        places = [MEASURES[measure] for measure in known["measure"]]
-        y, low, high = (list(known[column]) for column in columns)
-        points.append(Points(name, places, y, low, high, colour=colour, marker=marker, line="none"))
+        known = known.assign(place=known["measure"].map(MEASURES))
+        style = {"colour": colour, "marker": marker, "line": "none"}
+        points.append(points_of(known, name, "place", *columns, **style))
     present = {place for series in points for place in series.x}
     return Panel(
         "controlled",

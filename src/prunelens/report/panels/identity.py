@@ -9,10 +9,10 @@ from prunelens.report.panels.panel import (
     Level,
     Line,
     Panel,
-    Points,
     Site,
     Tables,
     at_tau,
+    by_value,
     over_sparsity,
     rows_of,
     ticks,
@@ -36,7 +36,6 @@ def identity(tables: Tables, site: Site) -> list[Panel]:
         at_tau(rows_of(tables, "activation_matching", site, source=source))
         for source in ("pruned", "null", "dense")
     )
-    same_start = null[null["arm"] == "shared_init"] if len(null) else null
     spans = rows_of(tables, "subspace", site)
     return [
         Panel(
@@ -44,10 +43,8 @@ def identity(tables: Tables, site: Site) -> list[Panel]:
             "matched by activations",
             "sparsity",
             f"mutual best, correlation >= {PRIMARY_TAU}",
-            _by_arm(matching, "mnn")
-            + over_sparsity(
-                same_start, "mnn", spread="range", suffix="the null, same start", line="dashed"
-            ),
+            by_value(matching, "arm", ARM_LINES, "mnn")
+            + by_value(null, "arm", {"shared_init": ("the null, same start", "dashed")}, "mnn"),
             levels_of(unpruned, "mnn", ["ceiling_shared", "ceiling_cross", "chance"]),
             y_range=(-0.02, 1.02),
             x_ticks=ticks(matching),
@@ -61,10 +58,10 @@ def identity(tables: Tables, site: Site) -> list[Panel]:
             "inside the span of the four nearest directions",
             "sparsity",
             "subspace overlap (mean)",
-            _by_arm(spans, "overlap"),
+            by_value(spans, "arm", ARM_LINES, "overlap"),
             levels_of(spans, "overlap", ["ceiling_cross", "floor_shared", "chance"]),
             y_range=(-0.02, 1.02),
-            x_ticks=ticks(_pruned(spans)),
+            x_ticks=ticks(spans[spans["method"] != "dense"]),
             caption="Share of each dense direction that lies in the span of the four nearest"
             " directions of the pruned SAE, over sparsity.",
         ),
@@ -73,16 +70,12 @@ def identity(tables: Tables, site: Site) -> list[Panel]:
 
 
 def _scaling(rows: pd.DataFrame) -> Panel:
-    points: list[Points] = []
-    for source, (label, line) in SOURCE_LINES.items():
-        part = rows[rows["source"] == source] if len(rows) else rows
-        points += over_sparsity(part, "mean_scaling", spread="range", suffix=label, line=line)
     return Panel(
         "controlled",
         "multiple of each dense direction",
         "sparsity",
         "latent scaling (mean)",
-        points,
+        by_value(rows, "source", SOURCE_LINES, "mean_scaling"),
         (Level("", 1.0, ARM_COLOURS["ceiling_shared"]), Level("", 0.0, ARM_COLOURS["chance"])),
         x_ticks=ticks(rows),
         caption="Mean multiple of dense latents' directions in pruned activations over sparsity,"
@@ -91,7 +84,7 @@ def _scaling(rows: pd.DataFrame) -> Panel:
 
 
 def _warm_start(rows: pd.DataFrame) -> Panel:
-    warm = rows[rows["arm"] == "warm_start"] if len(rows) else rows
+    warm = rows[rows["arm"] == "warm_start"]
     return Panel(
         "controlled",
         "dense SAEs trained on while pruned",
@@ -104,15 +97,3 @@ def _warm_start(rows: pd.DataFrame) -> Panel:
         caption="Share of dense features that an SAE keeps when it is trained on with pruned"
         " activations, over sparsity, beside the same with dense ones and in a rotated space.",
     )
-
-
-def _by_arm(rows: pd.DataFrame, column: str) -> list[Points]:
-    points: list[Points] = []
-    for arm, (label, line) in ARM_LINES.items():
-        part = rows[rows["arm"] == arm] if len(rows) else rows
-        points += over_sparsity(part, column, spread="range", suffix=label, line=line)
-    return points
-
-
-def _pruned(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows["method"] != "dense"] if len(rows) else rows

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pandas as pd
 
-from prunelens.report.panels.panel import PRIMARY_TAU, Panel, Points, Protocol, Tables, conditions
+from prunelens.report.panels.panel import (
+    Panel,
+    Points,
+    Protocol,
+    Tables,
+    at_tau,
+    conditions,
+    points_of,
+)
 
 FEATURE_COLOURS = {"rate_sparsity": "#2a9d8f", "init_retention": "#9467bd"}
 FEATURE_LABELS = {
@@ -26,14 +34,13 @@ def calibration(tables: Tables) -> list[Panel]:
     panels = []
     for protocol, target, evaluation, title in views:
         part = rows[(rows["target"] == target) & (rows["evaluation"] == evaluation)]
-        part = part[part["tau"].isna() | (part["tau"] == PRIMARY_TAU)]
+        part = at_tau(part)
         points = [Points("perfect", [0.0, 1.0], [0.0, 1.0], line="dotted")]
         for features, colour in FEATURE_COLOURS.items():
-            known = part[part["features"] == features].dropna(subset=["predicted", "observed"])
-            known = known.sort_values("predicted")
-            if len(known):
-                x, y = list(known["predicted"]), list(known["observed"])
-                points.append(Points(FEATURE_LABELS[features], x, y, colour=colour))
+            known = part[part["features"] == features].dropna(subset="predicted")
+            columns = (FEATURE_LABELS[features], "predicted", "observed")
+            series = points_of(known.sort_values("predicted"), *columns, colour=colour)
+            points += [series] if series.y else []
         panels.append(
             Panel(
                 protocol, title, "predicted share", "observed share",
@@ -56,9 +63,8 @@ def depth(table: pd.DataFrame) -> dict[str, list[Panel]]:
 def _over_layers(rows: pd.DataFrame, column: str) -> Panel:
     points = []
     for name, colour, marker, part in conditions(rows):
-        known = part.dropna(subset=column).sort_values("layer")
-        x, y = [float(layer) for layer in known["layer"]], list(known[column])
-        points.append(Points(name, x, y, colour=colour, marker=marker))
+        known = part.sort_values("layer").astype({"layer": float})
+        points.append(points_of(known, name, "layer", column, colour=colour, marker=marker))
     return Panel(
         "paper" if DEPTH_COLUMNS[column] == "paper" else "controlled",
         f"{column} over layers",

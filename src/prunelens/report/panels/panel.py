@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
+from prunelens.match import TAU
 from prunelens.report.published import beside_published, condition_of
+from prunelens.study.results import table_columns
 
-PRIMARY_TAU = 0.7
+PRIMARY_TAU = TAU
 Tables = dict[str, pd.DataFrame]
 Protocol = Literal["paper", "controlled", "check"]  # check: of the measurement itself
 Line = Literal["solid", "dashed", "dotted", "none"]
@@ -104,9 +106,12 @@ def sites(tables: Tables, names: Sequence[str]) -> list[Site]:
 
 
 def rows_of(tables: Tables, name: str, site: Site, **where: object) -> pd.DataFrame:
-    """The rows of a table at a site whose columns have those values; without rows if none."""
+    """The rows of a table at a site whose columns have those values.
+
+    A table of the output contract that is not there has its columns, and no rows.
+    """
     if name not in tables:
-        return pd.DataFrame()
+        return pd.DataFrame(columns=table_columns().get(name))
     rows = tables[name]
     rows = rows[(rows["model"].astype(str) == site.model) & (rows["layer"] == site.layer)]
     for column, value in where.items():
@@ -116,7 +121,7 @@ def rows_of(tables: Tables, name: str, site: Site, **where: object) -> pd.DataFr
 
 def at_tau(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows at the primary threshold, or without one."""
-    return rows[rows["tau"].isna() | (rows["tau"] == PRIMARY_TAU)] if len(rows) else rows
+    return rows[rows["tau"].isna() | (rows["tau"] == PRIMARY_TAU)] if "tau" in rows else rows
 
 
 def of_first_seed(rows: pd.DataFrame, column: str = "seed") -> pd.DataFrame:
@@ -124,6 +129,13 @@ def of_first_seed(rows: pd.DataFrame, column: str = "seed") -> pd.DataFrame:
     if not len(rows):
         return rows
     return rows[rows[column] == rows.groupby("run")[column].transform("min")]
+
+
+def points_of(rows: pd.DataFrame, name: str, x: str, y: str, *ends: str, **style: Any) -> Points:
+    """One series from two columns, of the rows that have a value; `ends`: of its intervals."""
+    known = rows.dropna(subset=y)
+    style |= dict(zip(("low", "high"), (list(known[end]) for end in ends), strict=False))
+    return Points(name, list(known[x]), list(known[y]), **style)
 
 
 def over_sparsity(
@@ -150,6 +162,19 @@ def over_sparsity(
     if not found and len(dense):
         found = [_means(dense, column, spread)._replace(name=_named("dense", suffix))]
     return found
+
+
+def by_value(
+    rows: pd.DataFrame, key: str, told: Mapping[str, tuple[str, Line]], column: str
+) -> list[Points]:
+    """`over_sparsity` of the rows with each of the values of `key`: value -> suffix and line."""
+    return [
+        series
+        for value, (suffix, line) in told.items()
+        for series in over_sparsity(
+            rows[rows[key] == value], column, spread="range", suffix=suffix, line=line
+        )
+    ]
 
 
 def told_apart(points: Points) -> Points:
@@ -220,14 +245,12 @@ def published_points(rows: pd.DataFrame, table: str, column: str) -> list[Points
     if not len(rows):
         return []
     found = beside_published(rows.drop_duplicates("run"), table).dropna(subset=f"paper_{column}")
+    style: dict[str, Any] = {"line": "none", "hollow": True}
     return [
-        Points(
-            f"paper: {method}",
-            list(part["sparsity"]),
-            list(part[f"paper_{column}"]),
+        points_of(
+            *(part, f"paper: {method}", "sparsity", f"paper_{column}"),
             colour=colour_of(str(method)),
-            line="none",
-            hollow=True,
+            **style,
         )
         for method, part in found.sort_values("sparsity").groupby("method", sort=False)
     ]

@@ -16,6 +16,7 @@ from prunelens.report.panels.panel import (
     Tables,
     colour_of,
     family_of,
+    points_of,
     rows_of,
 )
 
@@ -32,7 +33,7 @@ def selftest(tables: Tables, site: Site) -> list[Panel]:
     """AUCs; what depends on firing rate, in every world; what is found where nothing is, and how
     often intervals are right; and what hardly trained SAEs feign."""
     rows = rows_of(tables, "selftest", site)
-    grades = rows[rows["step"].isna()] if len(rows) else rows
+    grades = rows[rows["step"].isna()]
     by_rate = [
         _against_rate(f"dependence on firing rate: {label}", part)
         for label, _colour, part in _worlds(grades)
@@ -58,9 +59,8 @@ def measure_name(measure: str) -> str:
 def _separation(rows: pd.DataFrame) -> Panel:
     points = []
     for label, colour, part in _worlds(rows):
-        known = part.dropna(subset="auc")
-        names = [measure_name(name) for name in known["measure"]]
-        points.append(Points(label, names, list(known["auc"]), colour=colour, line="none"))
+        part = part.assign(name=part["measure"].map(measure_name))
+        points.append(points_of(part, label, "name", "auc", colour=colour, line="none"))
     lowest = min([AUC_MARK, *(value for series in points for value in series.y)])
     return Panel(
         "check",
@@ -79,20 +79,20 @@ def _separation(rows: pd.DataFrame) -> Panel:
 
 def _against_rate(title: str, rows: pd.DataFrame) -> Panel:
     known = rows.dropna(subset="rate_rho")
-    names = [measure_name(name) for name in known["measure"]]
-    rho, low, high = (list(known[name]) for name in ("rate_rho", "rate_low", "rate_high"))
-    colour = next(iter(_worlds(rows)))[1]
-    truth = Points("truth", names, list(known["truth_rho"]), line="none", marker="diamond")
-    points = [Points("measure", names, rho, low, high, colour=colour, line="none"), truth]
+    known = known.assign(name=known["measure"].map(measure_name))
+    columns, colour = ("rate_rho", "rate_low", "rate_high"), next(iter(_worlds(rows)))[1]
+    measured = points_of(known, "measure", "name", *columns, colour=colour, line="none")
+    truth = list(known["truth_rho"])
+    points = [measured, Points("truth", measured.x, truth, line="none", marker="diamond")]
     return Panel(
         "check",
         title,
         "",
         "rank correlation with firing rate",
-        points if names else [],
+        points if measured.y else [],
         (ZERO,),
         kind="dots",
-        categories=names,
+        categories=list(known["name"]),
         caption="Rank correlation of firing rate and of every measure, with 95 % intervals, beside"
         " that of firing rate and of what was planted.",
     )
@@ -101,8 +101,7 @@ def _against_rate(title: str, rows: pd.DataFrame) -> Panel:
 def _nothing(rows: pd.DataFrame, level: Level) -> Panel:
     """What measures that decide claims say where nothing is, and should be at this level."""
     points, every = [], []
-    if len(rows):
-        rows = rows[rows["mark"].fillna("").ne("") & rows["nothing"].eq(level.y)]
+    rows = rows[rows["mark"].fillna("").ne("") & rows["nothing"].eq(level.y)]
     for label, colour, part in _worlds(rows):
         names = [
             f"{measure_name(row.measure)}, {row.statistic} ({row.source})"
@@ -154,9 +153,8 @@ def _feigned(rows: pd.DataFrame) -> Panel:
     """What the shared-init arm says of destroyed features while SAEs are trained."""
     points = []
     for label, colour, part in _worlds(rows):
-        known = part.dropna(subset=["step", "false_survival"]).sort_values("step")
-        steps = [float(step) for step in known["step"]]
-        points.append(Points(label, steps, list(known["false_survival"]), colour=colour))
+        known = part.dropna(subset="step").sort_values("step").astype({"step": float})
+        points.append(points_of(known, label, "step", "false_survival", colour=colour))
     return Panel(
         "check",
         "destroyed, and called survived by a shared start",

@@ -15,10 +15,12 @@ from prunelens.report.panels.panel import (
     Site,
     Tables,
     at_tau,
+    by_value,
     colour_of,
     families,
     of_first_seed,
     over_sparsity,
+    points_of,
     published_points,
     rows_of,
     ticks,
@@ -41,13 +43,19 @@ ARM_LABELS = {
     "ceiling_warm": "trained on without pruning",
     "floor_warm": "trained on, nothing in common",
 }
+SOURCE_LINES: dict[str, tuple[str, Line]] = {
+    "pruned": ("pruned", "solid"),
+    "noise_isotropic": ("noise: isotropic", "dotted"),
+    "noise_shuffled": ("noise: shuffled", "dashed"),
+    "undone": ("undone", "none"),
+}
 FROM_RANDOM = ("ceiling_shared", "floor_shared", "ceiling_cross", "chance")
 
 
 def seed_stability(tables: Tables, site: Site) -> list[Panel]:
     """Paper's Figure 1; beside it, what the start of training alone contributes."""
     rows = at_tau(rows_of(tables, "stability", site))
-    controls = _controls(tables, site)
+    controls = rows_of(tables, "survival", site, coordinates="normalised", method="dense")
     paper = Panel(
         "paper",
         "between seeds (bars: s.d. over pairs)",
@@ -60,11 +68,9 @@ def seed_stability(tables: Tables, site: Site) -> list[Panel]:
     )
     by_arm = []
     for arm in FROM_RANDOM:
-        part = controls[controls["arm"] == arm] if len(controls) else controls
-        if len(part):
-            rates = part.groupby("tau")["mnn"].mean()
-            x, colour = list(rates.index), ARM_COLOURS[arm]
-            by_arm.append(Points(ARM_LABELS[arm], x, list(rates), colour=colour))
+        rates = controls[controls["arm"] == arm].groupby("tau")["mnn"].mean().reset_index()
+        if len(rates):
+            by_arm.append(points_of(rates, ARM_LABELS[arm], "tau", "mnn", colour=ARM_COLOURS[arm]))
     control = Panel(
         "controlled",
         "how much agreement is the start? (nothing pruned)",
@@ -81,7 +87,7 @@ def seed_stability(tables: Tables, site: Site) -> list[Panel]:
 def survival(tables: Tables, site: Site) -> list[Panel]:
     """Paper's Figure 2 by its seed 0; corrected for the start; and without a second dictionary."""
     rows = at_tau(rows_of(tables, "survival", site, coordinates="normalised"))
-    published = rows[rows["arm"] == "shared_init"] if len(rows) else rows
+    published = rows[rows["arm"] == "shared_init"]
     paper = Panel(
         "paper",
         "survival, and what it is without pruning or features",
@@ -123,15 +129,11 @@ def _corrected(tables: Tables, site: Site) -> Panel:
     points = []
     lines: dict[str, Line] = {"shared": "solid", "cross": "dotted"}  # warm: figure 8
     for arm, line in lines.items():
-        part = rows[rows["arm"] == arm] if len(rows) else rows
-        for name, method, marker, known in families(part):
-            known = known.dropna(subset="corrected").sort_values("sparsity")
-            x, y = list(known["sparsity"]), list(known["corrected"])
-            series = Points(
-                f"{name}, {arm}", x, y, list(known["low"]), list(known["high"]),
-                colour=colour_of(method), marker=marker, line=line,
-            )  # fmt: skip
-            points.append(told_apart(series))
+        for name, method, marker, part in families(rows[rows["arm"] == arm]):
+            style = {"colour": colour_of(method), "marker": marker, "line": line}
+            columns = ("sparsity", "corrected", "low", "high")
+            known = part.sort_values("sparsity")
+            points.append(told_apart(points_of(known, f"{name}, {arm}", *columns, **style)))
     return Panel(
         "controlled",
         "0: as if nothing survived, 1: as if nothing was pruned",
@@ -149,31 +151,15 @@ def _corrected(tables: Tables, site: Site) -> Panel:
 
 def _persistence(tables: Tables, site: Site) -> Panel:
     rows = rows_of(tables, "persistence", site)
-    points: list[Points] = []
-    lines: dict[str, Line] = {
-        "pruned": "solid",
-        "noise_isotropic": "dotted",
-        "noise_shuffled": "dashed",
-        "undone": "none",
-    }
-    for source, line in lines.items():
-        part = rows[rows["source"] == source] if len(rows) else rows
-        points += over_sparsity(
-            part, "mean_correlation", spread="range", suffix=source.replace("_", ": "), line=line
-        )
     return Panel(
         "controlled",
         "the dense SAE on the same tokens, beside noise of equal size",
         "sparsity",
         "persistence (mean correlation)",
-        points,
+        by_value(rows, "source", SOURCE_LINES, "mean_correlation"),
         y_range=(-0.02, 1.02),
         x_ticks=ticks(rows),
         caption="Correlation of each latent's activations before and after pruning, over sparsity,"
         " beside that for noise of the same size around the same common change, and after undoing"
         " that change.",
     )
-
-
-def _controls(tables: Tables, site: Site) -> pd.DataFrame:
-    return rows_of(tables, "survival", site, coordinates="normalised", method="dense")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pandas as pd
 
 from prunelens.analyses.sufficiency import RETENTION_LIMIT
+from prunelens.report.panels.identity import ARM_LINES
 from prunelens.report.panels.panel import (
     PRIMARY_TAU,
     Level,
-    Line,
     Panel,
     Points,
     Site,
@@ -18,11 +18,6 @@ from prunelens.report.panels.panel import (
     rows_of,
 )
 from prunelens.report.published import condition_of
-
-ARM_LINES: dict[str, tuple[str, Line]] = {
-    "shared_init": ("same start", "solid"),
-    "cross_init": ("other start", "dotted"),
-}
 
 
 def training(tables: Tables, site: Site) -> list[Panel]:
@@ -41,7 +36,7 @@ def _curves(
 ) -> Panel:  # fmt: skip
     """One line per run that was looked at before its end, and one for a longer training."""
     points = []
-    for run, part in rows.groupby("run", sort=False) if len(rows) else ():
+    for run, part in rows.groupby("run", sort=False):
         own = part["total_steps"] == part["total_steps"].min()
         if part.loc[own, "step"].nunique() < 2:
             continue
@@ -66,7 +61,7 @@ def _curves(
 def _survival(rows: pd.DataFrame) -> Panel:
     """Dense against pruned SAEs of the same step, with and without a shared start."""
     points = []
-    for run, part in rows.groupby("run", sort=False) if len(rows) else ():
+    for run, part in rows.groupby("run", sort=False):
         name, colour = _name_and_colour(str(run), part)
         for arm, (label, line) in ARM_LINES.items():
             series = _over_steps(part[part["arm"] == arm], "mnn")

@@ -28,8 +28,8 @@ LINES: tuple[Line, ...] = ("solid", "dashed", "dotted")
 def transfer(tables: Tables, site: Site) -> list[Panel]:
     """Paper's Figure 3; beside it the three numbers that the verdict rests on."""
     plain = rows_of(tables, "transfer", site, refit="none")
-    every = plain[plain["positions"] == "all"] if len(plain) else plain
-    kept = plain[plain["positions"] == "norm_filtered"] if len(plain) else plain
+    every = plain[plain["positions"] == "all"]
+    kept = plain[plain["positions"] == "norm_filtered"]
     paper = Panel(
         "paper",
         "FVU over all positions, raw space",
@@ -65,8 +65,7 @@ def transfer(tables: Tables, site: Site) -> list[Panel]:
 
 def _judged(rows: pd.DataFrame, name: str, title: str, y_label: str) -> Panel:
     """A number of the verdict with its limit, the verdicts, and what noise of equal size does."""
-    null = rows[rows["source"] == "null"] if len(rows) else rows
-    own = rows[rows["source"] == "pruned"] if len(rows) else rows
+    null, own = (rows[rows["source"] == source] for source in ("null", "pruned"))
     return Panel(
         "controlled",
         title,
@@ -95,10 +94,8 @@ def _by_sae(
     for (name, part), style in zip(_saes(rows), LINES * len(rows), strict=False):
         for series in over_sparsity(part, column, spread="range", line=line or style):
             label = ", ".join(filter(None, (series.name, shortened(name, 30), suffix)))
-            if judged:
-                points.append(_with_intervals(part, column, series)._replace(name=label))
-            else:
-                points.append(series._replace(name=label))
+            shown = _with_intervals(part, column, series) if judged else series
+            points.append(shown._replace(name=label))
     return points
 
 
@@ -115,8 +112,6 @@ def _with_intervals(rows: pd.DataFrame, column: str, series: Points) -> Points:
 
 def _saes(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Our own SAEs as one group, then each of others."""
-    if not len(rows):
-        return []
     names = rows["sae"].astype(str)
     group = names.where(~names.str.fullmatch(OWN), OURS)
     return [(str(name), part) for name, part in rows.groupby(group, sort=False)]

@@ -48,10 +48,6 @@ class Bucket:
         """Write a small mark, so that what stands in the way is known before any work is done."""
         self._trying(lambda: self._put_bytes(MARK, b"artifacts of prunelens\n"))
 
-    def check_readable(self) -> None:
-        """Ask for what is there; nothing has to be."""
-        self._trying(lambda: self._names("", recursive=False))
-
     def has(self, key: str) -> bool:
         """Whether the object is there."""
         found = self._trying(lambda: self._fs.get_file_info(self._path(key)))

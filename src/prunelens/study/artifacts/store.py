@@ -153,6 +153,16 @@ class Store:
             self._verified.add(stage.identity)
         return folder
 
+    def found(self, stage: Stage | None) -> pathlib.Path | None:
+        """`read`; None where there is no such stage, or its artifact is not there."""
+        return self.read(stage) if stage and self.has(stage) else None
+
+    def needed(self, stage: Stage, what: str) -> pathlib.Path:
+        """`read`. Raises UserError where the artifact, which is called `what`, is not there."""
+        if not self.has(stage):
+            raise UserError(f"STUDY: {what} is not there; run the study first")
+        return self.read(stage)
+
     @contextlib.contextmanager
     def writing(
         self, stage: Stage, *, of: int = 1, facts: Mapping[str, Any] | None = None

@@ -6,25 +6,11 @@ import importlib.util
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from prunelens import hub
-from prunelens.checkpoint import is_local
-from prunelens.config import CheckpointConfig, StudyConfig
+from prunelens.config import StudyConfig
+from prunelens.study.pinning import Repository, repositories_of
 from prunelens.study.preflight.finding import Finding
-
-
-class Repository(NamedTuple):
-    """What a study names on the hub."""
-
-    name: str
-    """Its id."""
-    field: str
-    """The study's field that names it."""
-    kind: hub.Kind
-    """A model (SAEs too) or a data set."""
-    revision: str | None
-    """As the study has it."""
 
 
 def access_checks(study: StudyConfig) -> Iterator[Finding]:
@@ -56,26 +42,10 @@ def access_checks(study: StudyConfig) -> Iterator[Finding]:
 
 def repositories(study: StudyConfig) -> list[Repository]:
     """Everything on the hub that a study names, each once."""
-    found: list[Repository] = []
-    for model in study.models:
-        if not model.is_planted and not is_local(model.name):
-            found.append(Repository(model.name, "models.name", "model", model.revision))
-        releases = {sae.release: None for sae in model.pretrained if sae.release is not None}
-        found.extend(
-            Repository(name, "models.pretrained.release", "model", None)
-            for name in map(_repository_of, releases)
-            if name is not None
-        )
-    for condition in study.conditions():
-        if isinstance(condition, CheckpointConfig) and not is_local(condition.checkpoint):
-            name, revision = condition.checkpoint, condition.revision
-            found.append(Repository(name, "prunings.checkpoint", "model", revision))
-    for field, corpus in (("corpus", study.corpus), ("perplexity.corpus", study.perplexity.corpus)):
-        if corpus is not None and corpus.source == "hub":
-            assert corpus.dataset is not None  # CorpusConfig sees to it
-            if not pathlib.Path(corpus.dataset).is_dir():
-                name = corpus.dataset
-                found.append(Repository(name, f"{field}.dataset", "dataset", corpus.revision))
+    found = repositories_of(study)
+    releases = [s.release for model in study.models for s in model.pretrained if s.release]
+    names = filter(None, map(_repository_of, dict.fromkeys(releases)))
+    found += [Repository(name, "models.pretrained.release", "model", None) for name in names]
     return list(dict.fromkeys(found))
 
 

@@ -42,13 +42,12 @@ def cheap_checks(
         device: that it runs on.
         here: on this machine, whose memory is looked at then.
     """
-    study, sizes = plan.study, dict(shapes)
-    stages = list(parents_first(plan.targets().values()))
-    disk = disk_use(study, sizes, stages, len(study.conditions()))
-    memory = memory_use(study, sizes, device, num_saes=saes_at_once(stages))
+    study, stages = plan.study, list(parents_first(plan.targets().values()))
+    disk = disk_use(study, shapes, stages)
+    memory = memory_use(study, shapes, device, num_saes=saes_at_once(stages))
     findings = [
-        *study_checks(plan, sizes),
-        *(disk_checks(disk, artifacts, downloads=disk.downloads) if artifacts else ()),
+        *study_checks(plan, shapes),
+        *(disk_checks(disk, artifacts) if artifacts else ()),
         *(memory_checks(memory, study, device) if here else ()),
     ]
     return CheapChecks(findings, disk, memory)

@@ -7,21 +7,25 @@ are in the operations of `study.cost`.
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import pathlib
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
+from safetensors.torch import save_file
 from torch import Tensor
 
-from prunelens.activations import STORAGE
+from prunelens.activations import STORAGE, Activations
 from prunelens.checkpoint import FAILURES, model_shape, text_config
 from prunelens.config import ModelConfig, StudyConfig
 from prunelens.errors import UserError
 from prunelens.match import match_dictionaries
 from prunelens.model import LanguageModel, as_language_model, forward_tokens, run_to_site
+from prunelens.prune.selection import threads_of_torch
 from prunelens.sae.training import Training
 from prunelens.study.cost import (
     encoding_flops,
@@ -59,17 +63,20 @@ def calibrate(
     Raises: UserError as `model_shape`.
     """
     end = time.perf_counter() + seconds
-    with _threads(study.threads_per_stage), torch.no_grad():
+    scratch = tempfile.TemporaryDirectory(prefix="prunelens-", ignore_cleanup_errors=True)
+    with scratch as folder, threads_of_torch(study.threads_per_stage), torch.no_grad():
         rates = {"matching": _matching_rate(study, model, _left(end) / 6)}
         rates["language model"] = _forward_rate(study, model, device, _left(end) / 3)
         before = time.perf_counter()
-        training = _Trainings(study, model, device)
-        training.step(training.sizes[0])  # compiles what it needs
+        size = sae_size(model_shape(model), study)
+        training = _Trainings(study, _random_rows(study, size[0], folder, device), device)
+        sizes = sorted({max(1, study.sae.batch_tokens // part) for part in (16, 4, 1)})
+        training.step(sizes[0])  # compiles what it needs
         end += time.perf_counter() - before
-        rates["SAE training"] = _rate(
-            training.step, training.flops, training.sizes, 0.8 * _left(end)
-        )
-        rates["SAE encoding"] = _rate(training.encode, training.coding, training.sizes, _left(end))
+        flops = functools.partial(training_flops, *size)
+        rates["SAE training"] = _rate(training.step, flops, sizes, 0.8 * _left(end))
+        flops = functools.partial(encoding_flops, *size)
+        rates["SAE encoding"] = _rate(training.encode, flops, sizes, _left(end))
     return {kind: rates[kind] for kind in WORK_KINDS}
 
 
@@ -126,20 +133,20 @@ def _forward_rate(study: StudyConfig, model: ModelConfig, device: str, budget: f
     lm = _one_block(model, device)
     shape = model_shape(model)
     most = max(1, forward_tokens(lm.device.type) // context)
-    generator = torch.Generator().manual_seed(0)
     tokens: Int[Tensor, "windows context"] = torch.randint(
-        VOCABULARY, (most, context), generator=generator
+        VOCABULARY, (most, context), generator=torch.Generator().manual_seed(0)
     )
 
     def forward(windows: int) -> None:
         run_to_site(lm, tokens[:windows], "resid_post", 0)
         _finish(device)
 
-    def flops(windows: int) -> float:
-        size = windows * context
-        return forward_flops(shape, size, context_tokens=context, blocks=1, head=False)
-
-    return _rate(forward, flops, sorted({1, most}), budget)
+    return _rate(
+        forward,
+        lambda n: forward_flops(shape, n * context, context_tokens=context, blocks=1, head=False),
+        sorted({1, most}),
+        budget,
+    )
 
 
 def _one_block(model: ModelConfig, device: str) -> LanguageModel:
@@ -168,60 +175,36 @@ def _one_block(model: ModelConfig, device: str) -> LanguageModel:
 
 
 class _Trainings:
-    """SAE trainings on random activations, one for each size of batch."""
+    """SAE trainings on random activations, one for each size of batch, and what they trained."""
 
-    def __init__(self, study: StudyConfig, model: ModelConfig, device: str) -> None:
-        self._study, self._size = study, sae_size(model_shape(model), study)
-        most = study.sae.batch_tokens
-        self.sizes = sorted({max(1, most // 16), max(1, most // 4), most})
-        self._data = _RandomRows(self._size[0], most, study.activations.storage, device)
+    def __init__(self, study: StudyConfig, data: Activations, device: str) -> None:
+        self._sae, self._data, self._device = study.sae, data, device
         self._training: Training | None = None
 
     def step(self, tokens: int) -> None:
         """One step on so many tokens."""
         if self._training is None or self._training.config.batch_tokens != tokens:
             self._training = None  # free the last one first
-            sae = self._study.sae
             # As many tokens in all as the study trains on: by that the kernels are chosen.
-            steps = sae.steps * sae.batch_tokens // tokens
-            config = sae.model_copy(update={"batch_tokens": tokens, "steps": steps})
+            steps = self._sae.steps * self._sae.batch_tokens // tokens
+            config = self._sae.model_copy(update={"batch_tokens": tokens, "steps": steps})
             self._training = Training(self._data, config, init_seed=0, data_seed=0)
         self._training.advance(self._training.next_batch())
-        _finish(self._data.device)
+        _finish(self._device)
 
     def encode(self, tokens: int) -> None:
         """Encode and decode so many tokens."""
         assert self._training, "encoding is timed after training"
         self._training.sae(self._data.rows(torch.arange(tokens)))
-        _finish(self._data.device)
-
-    def flops(self, tokens: int) -> float:
-        """Of one step."""
-        return training_flops(*self._size, tokens)
-
-    def coding(self, tokens: int) -> float:
-        """Of one encoding."""
-        return encoding_flops(*self._size, tokens)
+        _finish(self._device)
 
 
-class _RandomRows:
-    """Rows as an activation store gives them: read from memory, moved, made float32."""
-
-    def __init__(self, d_model: int, num_tokens: int, storage: str, device: str) -> None:
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randn(num_tokens, d_model, generator=generator)
-        self._stored = rows.to(STORAGE[storage][0])
-        self.num_tokens, self.d_model, self.device = num_tokens, d_model, device
-        self.sigma = torch.ones(d_model, device=device)
-
-    def rows(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch d_model"]:
-        """Rows by number."""
-        return self._stored[index].to(self.device, torch.float32) / self.sigma
-
-    def batches(self, batch_tokens: int) -> Iterator[Float[Tensor, "batch d_model"]]:
-        """All rows in order."""
-        for index in torch.arange(self.num_tokens).split(batch_tokens):
-            yield self.rows(index)
+def _random_rows(study: StudyConfig, width: int, folder: str, device: str) -> Activations:
+    """A store of one batch, read as a study's are."""
+    rows = torch.randn(study.sae.batch_tokens, width, generator=torch.Generator().manual_seed(0))
+    path = pathlib.Path(folder) / "random.safetensors"
+    save_file({"activations": rows.to(STORAGE[study.activations.storage][0])}, path)
+    return Activations(path, device=device)
 
 
 def _matching_rate(study: StudyConfig, model: ModelConfig, budget: float) -> Rate:
@@ -233,20 +216,8 @@ def _matching_rate(study: StudyConfig, model: ModelConfig, budget: float) -> Rat
     def match(latents: int) -> None:
         match_dictionaries(a[:latents], b[:latents], lowest_tau=min(study.taus))
 
-    def flops(latents: int) -> float:
-        return matching_flops(d_model, latents, 1)
-
+    flops = functools.partial(matching_flops, d_model, comparisons=1)
     return _rate(match, flops, sorted({max(1, most // 4), most}), budget)
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _finish(device: str) -> None:

@@ -174,10 +174,11 @@ def _duplicates(plan: Plan) -> Iterator[Finding]:
         read = frozenset(stage.identity for stage in run.temporary())
         if read and read in seen:
             count += 1
+            field = "prunings" if run.pruning else "models"
             yield Finding(
                 "error",
                 "duplicates",
-                f"{_field(run.pruning is None)}: {run.name} and {seen[read]} are the same weights"
+                f"{field}: {run.name} and {seen[read]} are the same weights"
                 " at the same layer, and would count twice in every table",
                 "remove one",
             )
@@ -205,7 +206,3 @@ def _dense_checkpoints(plan: Plan) -> Iterable[Finding]:
             f"prunings.checkpoint: {label} is the dense model itself",
             "keep it only as a control",
         )
-
-
-def _field(dense: bool) -> str:
-    return "models" if dense else "prunings"

@@ -37,7 +37,11 @@ def model_checks(study: StudyConfig, model: ModelConfig) -> Iterator[Finding]:
             site_module(lm, model.site, layer)
         for condition in study.conditions():
             if isinstance(condition, PruningConfig):
-                _refuse_quantised(lm)
+                if method := quantisation_of(lm):
+                    raise UserError(
+                        f"pruning: {lm.label} is quantised ({method}); prune the float checkpoint"
+                        " instead"
+                    )
                 check_prunable(lm, condition)
             else:  # it is compared with the model, matrix by matrix
                 linear_matrices(lm)
@@ -111,13 +115,6 @@ def _looks_back_only(lm: LanguageModel, tokens: Int[Tensor, "1 context"]) -> Fin
         f"models.name: in {lm.label} ({type(lm.model).__name__}) tokens see those that follow them",
         "use a causal language model (of BERT and its kin one with is_decoder: true)",
     )
-
-
-def _refuse_quantised(lm: LanguageModel) -> None:
-    if method := quantisation_of(lm):
-        raise UserError(
-            f"pruning: {lm.label} is quantised ({method}); prune the float checkpoint instead"
-        )
 
 
 def _refused(error: UserError) -> Finding:

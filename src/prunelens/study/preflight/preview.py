@@ -13,26 +13,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prunelens.checkpoint import is_local
-from prunelens.config import CheckpointConfig, Condition, StudyConfig
+from prunelens.config import CheckpointConfig, StudyConfig
 from prunelens.model import model_shape
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Cost
-from prunelens.study.matrix import Run
+from prunelens.study.footprint import Disk, Memory
+from prunelens.study.matrix import Run, parents_first
+from prunelens.study.pinning import repositories_of
 from prunelens.study.plan import plan_study
 from prunelens.study.preflight.access import access_checks
 from prunelens.study.preflight.before import cheap_checks
-from prunelens.study.preflight.calibrate import Rate
-from prunelens.study.preflight.hours import (
-    cost_of,
-    given_rates,
-    hours_of,
-    measured_rates,
-    study_tasks,
-)
+from prunelens.study.preflight.calibrate import Rate, calibrate
+from prunelens.study.preflight.hours import Rates, Task, cost_of, hours_of, simulate, study_tasks
 from prunelens.study.preflight.model_checks import site_checks
 from prunelens.study.preflight.room import machine_memory
-from prunelens.study.preflight.simulate import Task, simulate
 from prunelens.study.preflight.text_checks import text_checks
 from prunelens.study.run import resolve_device
 
@@ -68,7 +62,7 @@ class Preflight(NamedTuple):
     checks: list[Row]
     """The fields of `finding.Finding`, of every check."""
     schedule: list[Row]
-    """The fields of `simulate.Schedule` for each number of workers that was asked for; idle_share
+    """The fields of `hours.Schedule` for each number of workers that was asked for; idle_share
     is None where nothing takes any time. Empty without hours."""
 
 
@@ -78,7 +72,7 @@ def preflight(
     settings: Mapping[str, str] | None = None,
     device: str = "auto",
     calibration_seconds: float = CALIBRATION_SECONDS,
-    rates: Mapping[str, Mapping[str, float]] | None = None,
+    rates: Rates | None = None,
     workers: Sequence[int] = (),
     out: pathlib.Path | None = None,
 ) -> Preflight:
@@ -101,7 +95,7 @@ def preflight(
     Raises: UserError as `plan_study`, or for an absent device.
     """
     device = resolve_device(device)
-    plan = plan_study(study, resolve=not _is_on_the_hub(study))
+    plan = plan_study(study, resolve=not repositories_of(study))
     shapes = {model.label: model_shape(model) for model in study.models}
     folder = out or pathlib.Path("runs") / study.name
     room = cheap_checks(plan, shapes, folder / "artifacts", device)
@@ -116,116 +110,99 @@ def preflight(
     answers = all(found.level == "ok" for found in access)
     checks += access
     checks += text_checks(study, hub_answers=answers, device=device, load=loads)
-    started = time.perf_counter()
-    speeds = given_rates(rates) if rates else measured_rates(study, device, calibration_seconds)
-    calibrated = time.perf_counter() - started
+    started, timed = time.perf_counter(), {}
+    if not rates and calibration_seconds > 0:
+        each = calibration_seconds / len(study.models)
+        timed = {m.label: calibrate(study, m, device=device, seconds=each) for m in study.models}
+        rates = {
+            model: {kind: rate.flops_per_second for kind, rate in kinds.items()}
+            for model, kinds in timed.items()
+        }
+    rates = rates or {}
+    device_row = _device(study, device, rates, time.perf_counter() - started if timed else 0.0)
     rows: list[Row] = []
-    all_stages: dict[str, Stage] = {}
-    all_costs: list[tuple[Stage, Cost]] = []
+    costs: dict[str, tuple[Stage, Cost]] = {}
     for run in plan.runs:
-        stages = {s.identity: s for target in run.targets() for s in _with_parents(target)}
-        new = [stage for identity, stage in stages.items() if identity not in all_stages]
-        costs = [(stage, cost_of(stage, shapes, study)) for stage in new]
+        stages = list(parents_first(run.targets()))
+        added = [stage for stage in stages if stage.identity not in costs]
+        new = {stage.identity: (stage, cost_of(stage, shapes, study)) for stage in added}
         rows.append(
             _row(run, study)
             | {"stages": len(stages), "shared": len(stages) - len(new)}
-            | _sum_of(cost for _, cost in costs)
-            | {"hours": sum(hours_of(costs, speeds).values()) if speeds else None}
+            | _sums(Cost._fields, (cost._asdict() for _, cost in new.values()))
+            | {"hours": sum(hours_of(new.values(), rates).values()) if rates else None}
         )
-        all_costs += costs
-        all_stages |= stages
-    hours = hours_of(all_costs, speeds)
+        costs |= new
+    hours = hours_of(costs.values(), rates)
+    tasks = study_tasks(plan, shapes, rates)
     return Preflight(
         rows,
-        dict(collections.Counter(stage.name for stage in all_stages.values())),
-        _totals(rows, len(all_stages)),
-        _in_gigabytes(room.disk._asdict()),
-        _in_gigabytes(room.memory._asdict()),
-        {**hours, "total": sum(hours.values())} if speeds else None,
-        _device(study, device, speeds, calibrated if speeds and not rates else 0.0),
+        dict(collections.Counter(stage.name for stage, _ in costs.values())),
+        {"runs": len(rows), "stages": len(costs)}
+        | _sums(("saes", "control_saes", *Cost._fields), rows),
+        _in_gigabytes(room.disk),
+        _in_gigabytes(room.memory),
+        {**hours, "total": sum(hours.values())} if rates else None,
+        device_row,
         dict(settings or {}),
-        list(_notes(study, speeds, given=bool(rates))),
+        list(_notes(study, timed, is_given=bool(rates))),
         [finding._asdict() for finding in checks],
-        _schedules(study_tasks(plan, shapes, speeds), workers) if speeds else [],
+        [_schedule(tasks, number) for number in workers] if rates else [],
     )
 
 
-def _schedules(tasks: list[Task], workers: Sequence[int]) -> list[Row]:
-    rows = [simulate(tasks, number)._asdict() for number in workers]
-    for row in rows:
-        row["chain"] = list(row["chain"])
-        row["idle_share"] = None if math.isnan(row["idle_share"]) else row["idle_share"]
-    return rows
-
-
-def _with_parents(stage: Stage) -> list[Stage]:
-    return [stage, *(s for parent in stage.parents.values() for s in _with_parents(parent))]
+def _schedule(tasks: list[Task], workers: int) -> Row:
+    row = simulate(tasks, workers)._asdict()
+    idle = None if math.isnan(row["idle_share"]) else row["idle_share"]
+    return row | {"chain": list(row["chain"]), "idle_share": idle}
 
 
 def _row(run: Run, study: StudyConfig) -> Row:
-    seeds = len(study.seeds_of(run.pruning))
+    seeds, condition = len(study.seeds_of(run.pruning)), run.pruning
+    measured = isinstance(condition, CheckpointConfig)  # its sparsity: nobody asked for it
     return {
         "run": run.name,
         "model": run.model,
         "layer": run.layer,
-        "method": run.pruning.criterion if run.pruning else "dense",
-        "scope": run.pruning.scope if run.pruning else "",
-        "sparsity": _asked_sparsity(run.pruning),
+        "method": condition.criterion if condition else "dense",
+        "scope": condition.scope if condition else "",
+        "sparsity": None if measured else condition.sparsity if condition else 0.0,
         "seeds": seeds,
         "saes": seeds,
         "control_saes": len(run.saes) - seeds,
     }
 
 
-def _asked_sparsity(condition: Condition | None) -> float | None:
-    """None where it will be measured: of a checkpoint."""
-    if isinstance(condition, CheckpointConfig):
-        return None
-    return condition.sparsity if condition else 0.0
+def _sums(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> Row:
+    rows = list(rows)
+    return {name: sum(row[name] for row in rows) for name in columns}
 
 
-def _sum_of(costs: Iterable[Cost]) -> Row:
-    columns = zip(*(Cost(), *costs), strict=True)
-    return dict(zip(Cost._fields, map(sum, columns), strict=True))
-
-
-def _in_gigabytes(in_bytes: Mapping[str, float]) -> dict[str, float]:
-    return {f"{name}_gigabytes": value / GIGABYTE for name, value in in_bytes.items()}
-
-
-def _totals(rows: list[Row], num_stages: int) -> Row:
-    summed = ("saes", "control_saes", *Cost._fields)
-    totals = {name: sum(row[name] for row in rows) for name in summed}
-    return {"runs": len(rows), "stages": num_stages, **totals}
+def _in_gigabytes(needs: Disk | Memory) -> dict[str, float]:
+    return {f"{name}_gigabytes": value / GIGABYTE for name, value in needs._asdict().items()}
 
 
 # --- the device, and what was assumed -----------------------------------------------------------
 
 
-def _device(
-    study: StudyConfig, device: str, rates: Mapping[str, Mapping[str, Rate]], seconds: float
-) -> Row:
-    on_gpu = device.startswith("cuda")
-    memory = (
-        torch.cuda.get_device_properties(device).total_memory if on_gpu else machine_memory()[0]
-    )
-    processor = platform.processor() or platform.machine()
+def _device(study: StudyConfig, device: str, rates: Rates, seconds: float) -> Row:
+    name, memory = platform.processor() or platform.machine(), machine_memory()[0]
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+        memory = torch.cuda.get_device_properties(device).total_memory
     return {
         "device": device,
-        "name": torch.cuda.get_device_name(device) if on_gpu else processor,
+        "name": name,
         "memory_gigabytes": memory / GIGABYTE,
         "cores": os.cpu_count(),
         "threads_per_stage": study.threads_per_stage,
         "calibration_seconds": seconds,
-        "flops_per_second": {
-            model: {kind: rate.flops_per_second for kind, rate in kinds.items()}
-            for model, kinds in rates.items()
-        },
+        "flops_per_second": rates,
     }
 
 
 def _notes(
-    study: StudyConfig, rates: Mapping[str, Mapping[str, Rate]], *, given: bool
+    study: StudyConfig, timed: Mapping[str, Mapping[str, Rate]], *, is_given: bool
 ) -> Iterator[str]:
     yield (
         "operations are those that the definitions ask for; text, statistics, reading and writing"
@@ -246,29 +223,16 @@ def _notes(
             f"threads_per_stage: {study.threads_per_stage} is more than the {cores} cores here,"
             f" which is many times slower; --set threads_per_stage={cores}"
         )
-    if not rates:
-        yield "not calibrated: no hours"
-        return
-    if given:
+    if timed:
+        yield "hours are those of one worker alone on this device"
+    elif is_given:
         yield "hours are those of one worker at the given rates; nothing was timed here"
     else:
-        yield "hours are those of one worker alone on this device"
-    for model, kinds in rates.items():
+        yield "not calibrated: no hours"
+    for model, kinds in timed.items():
         for kind, rate in kinds.items():
             if rate.share_of_batch < 1:
                 yield (
                     f"{kind} of {model} was timed on {rate.share_of_batch:.0%} of a batch and"
                     " extrapolated: within a factor of two or so"
                 )
-
-
-def _is_on_the_hub(study: StudyConfig) -> bool:
-    """Whether a model or a text would have to be looked up."""
-    texts = [study.corpus, study.perplexity.corpus]
-    return any(text is not None and text.source == "hub" for text in texts) or any(
-        not is_local(name)
-        for name in (
-            *(model.name for model in study.models),
-            *(c.checkpoint for c in study.conditions() if isinstance(c, CheckpointConfig)),
-        )
-    )

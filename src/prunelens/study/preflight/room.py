@@ -20,41 +20,50 @@ GROUPS, OWN_GROUPS = pathlib.Path("/sys/fs/cgroup"), pathlib.Path("/proc/self/cg
 SURELY_TOO_LITTLE, PERHAPS_TOO_LITTLE = 0.75, 1.25
 
 
-def disk_checks(disk: Disk, artifacts: pathlib.Path, *, downloads: float) -> Iterator[Finding]:
+def disk_checks(disk: Disk, artifacts: pathlib.Path) -> Iterator[Finding]:
     """Free disk where a study writes, and at the hub's cache where something will be fetched.
 
     Args:
         disk: what the study writes.
         artifacts: the folder of its artifacts; what is there already counts as written.
-        downloads: bytes of weights still to be fetched.
     """
     need = max(0.0, disk.peak - bytes_written(artifacts))
     place, cache = _existing(artifacts), _existing(cache_folder())
     together = place.stat().st_dev == cache.stat().st_dev
-    free = shutil.disk_usage(place).free
-    yield _disk_finding(
-        f"--out: {str(artifacts)!r}", free, need + (downloads if together else 0.0), "study"
-    )
-    if downloads and not together:
-        free = shutil.disk_usage(cache).free
-        yield _disk_finding(f"HF_HUB_CACHE: {str(cache)!r}", free, downloads, "weights to fetch")
+    needs = [(f"--out: {str(artifacts)!r}", place, need + disk.downloads * together, "study")]
+    if disk.downloads and not together:
+        needs.append((f"HF_HUB_CACHE: {str(cache)!r}", cache, disk.downloads, "weights to fetch"))
+    for where, folder, need, what in needs:
+        free = shutil.disk_usage(folder).free
+        text = f"{where} has {_in_gigabytes(free)} free for about {_in_gigabytes(need)} ({what})"
+        level = _level(free, need)
+        fix = "" if level == "ok" else "make room, or name a folder on a larger disk"
+        yield Finding(level, "disk", text, fix)
 
 
 def memory_checks(memory: Memory, study: StudyConfig, device: str) -> Iterator[Finding]:
     """The memory of the machine, and of the GPU where one is used, against one worker's need."""
-    total, free = machine_memory()
-    host = memory.host
-    findings = [_memory_finding(device, "the machine's", host, total, free, "take a smaller model")]
+    needs = [("the machine's", memory.host, *machine_memory(), "take a smaller model")]
     if device.startswith("cuda"):
         free, total = map(float, torch.cuda.mem_get_info(device))
         smaller = "lower sae.batch_tokens or models.dtype"
-        own = _memory_finding(device, "its own", memory.device, total, free, smaller)
-        findings.append(own)
-    for finding in findings:
-        if finding.level == "error" and any(model.device_map for model in study.models):
-            fix = "device_map keeps what is over elsewhere, which is slow"
-            finding = finding._replace(level="warning", fix=fix)
-        yield finding
+        needs.append(("its own", memory.device, total, free, smaller))
+    for whose, need, total, free, smaller in needs:
+        text = (
+            f"--device: {device!r} has {_in_gigabytes(total)} of {whose} memory"
+            f" ({free / GIGABYTE:.1f} free) for about {_in_gigabytes(need)} of one worker"
+        )
+        level = _level(total, need)
+        if level == "ok" and free < need:
+            level = "warning"
+        fix = "" if level == "ok" else f"free some, or {smaller}"
+        if level == "error" and any(model.device_map for model in study.models):
+            level, fix = "warning", "device_map keeps what is over elsewhere, which is slow"
+        yield Finding(level, "memory", text, fix)
+
+
+def _in_gigabytes(size: float) -> str:
+    return f"{size / GIGABYTE:.1f} GB"
 
 
 def machine_memory() -> tuple[float, float]:
@@ -64,26 +73,6 @@ def machine_memory() -> tuple[float, float]:
     for limit, used in _limits():
         total, free = min(total, limit), min(free, max(0.0, limit - used))
     return total, free
-
-
-def _disk_finding(where: str, free: float, need: float, what: str) -> Finding:
-    text = f"{where} has {free / GIGABYTE:.1f} GB free for about {need / GIGABYTE:.1f} GB ({what})"
-    level = _level(free, need)
-    fix = "" if level == "ok" else "make room, or name a folder on a larger disk"
-    return Finding(level, "disk", text, fix)
-
-
-def _memory_finding(
-    device: str, whose: str, need: float, total: float, free: float, smaller: str
-) -> Finding:
-    text = (
-        f"--device: {device!r} has {total / GIGABYTE:.1f} GB of {whose} memory"
-        f" ({free / GIGABYTE:.1f} free) for about {need / GIGABYTE:.1f} GB of one worker"
-    )
-    level = _level(total, need)
-    if level == "ok" and free < need:
-        level = "warning"
-    return Finding(level, "memory", text, "" if level == "ok" else f"free some, or {smaller}")
 
 
 def _level(there: float, need: float) -> Level:
