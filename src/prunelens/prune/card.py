@@ -149,12 +149,12 @@ def _prunable(record: PruningRecord) -> str:
 
 
 def _others(record: PruningRecord) -> str:
-    updated = record.pruning.criterion == "sparsegpt"
+    updated = record.pruning.entry.updates_weights
     return ", and changed the others to make up for it" if updated else ""
 
 
 def _use_of_masks(record: PruningRecord) -> str:
-    if record.pruning.criterion == "sparsegpt":
+    if record.pruning.entry.updates_weights:
         return "; the weights that stayed are not the dense model's"
     return " and `prunelens.apply_masks` zeroes the dense model's weights by it"
 
@@ -166,7 +166,7 @@ def _calibration(record: PruningRecord) -> str:
             return f"none: by lot, seed {seed}"
         return "none: the criterion looks at weights alone"
     corpus = record.calibration.corpus
-    what = "products" if record.pruning.criterion == "sparsegpt" else "norms"
+    what = "products" if record.pruning.entry.updates_weights else "norms"
     how = {
         "dense": f"{what} of the dense model's inputs",
         "sequential": f"{what} of inputs, block by block, of the already pruned model",

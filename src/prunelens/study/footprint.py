@@ -199,7 +199,7 @@ def _pruning_bytes(
         elif condition.calibration == "sequential":
             hidden = study.corpus.calibration_tokens * shape.d_model * itemsize
             products = solving = 0.0
-            if condition.criterion == "sparsegpt":
+            if condition.entry.updates_weights:
                 products = FLOAT * shape.products / shape.num_blocks
                 solving = INVERSION_BYTES * shape.widest_input**2
             most = max(most, weights + hidden + products + max(batch, solving))
@@ -207,8 +207,9 @@ def _pruning_bytes(
 
 
 def _changed_weights(shape: ModelShape, model: ModelConfig, study: StudyConfig) -> float:
-    """What SparseGPT leaves of a model, over all its conditions."""
-    kept = sum(1 - c.sparsity for c in study.conditions() if c.criterion == "sparsegpt")
+    """What criteria that change it leave of a model, over all its conditions."""
+    prunings = [c for c in study.conditions() if isinstance(c, PruningConfig)]
+    kept = sum(1 - pruning.sparsity for pruning in prunings if pruning.entry.updates_weights)
     return kept * shape.linear_weights * getattr(torch, model.dtype).itemsize
 
 
