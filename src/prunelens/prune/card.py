@@ -14,6 +14,7 @@ from prunelens.prune.record import (
     TextRecord,
     hub_dataset,
 )
+from prunelens.text import reader_of
 
 
 def checkpoint_card(record: PruningRecord, sharing: Sharing) -> str:
@@ -121,13 +122,7 @@ def text_in_words(text: TextRecord) -> str:
         subset = f", subset {escaped(corpus.subset)}" if corpus.subset else ""
         split = f", split {escaped(corpus.split)}"
         return f"data set {escaped(dataset)}{subset}{split}, revision {text.content}"
-    kind = {
-        "stdlib": "the Python standard library's sources",
-        "files": "local files",
-        "tokens": "ready-made token ids",
-        "hub": "a local data set",
-    }[corpus.source]
-    return f"{kind} (fingerprint {text.content})"
+    return f"{reader_of(corpus).means} (fingerprint {text.content})"
 
 
 def data_sets(*texts: TextRecord | None) -> list[str]:

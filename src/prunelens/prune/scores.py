@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Float32, Int, Int32
 from torch import Tensor
 
 from prunelens.criteria import CRITERIA, Criterion
