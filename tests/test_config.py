@@ -36,7 +36,7 @@ from prunelens.study_file import read_study
         ),
         (
             {"prunings": [{"criterion": "wand", "scope": "row", "sparsities": [0.5]}]},
-            "'random' or 'planted' (got 'wand')",
+            "'wand' is no criterion; there are magnitude, wanda, sparsegpt, random, planted",
         ),
         (
             {"prunings": [{"criterion": "planted", "scope": "row", "sparsities": [0.3]}]},

@@ -23,7 +23,6 @@ from prunelens.checkpoint import load_tokenizer
 from prunelens.config import CorpusConfig
 from prunelens.corpus import (
     TokenSplits,
-    _encoder,
     documents,
     fingerprint,
     joined_stream,
@@ -35,6 +34,7 @@ from prunelens.corpus import (
 )
 from prunelens.errors import UserError
 from prunelens.study_file import read_study
+from prunelens.tokens import _encoder
 
 WIKITEXT = pathlib.Path(__file__).parents[2] / "shared" / "data" / "wikitext-2"
 Tokenizer = transformers.PreTrainedTokenizerFast
@@ -221,7 +221,7 @@ def test_stdlib_evaluates_on_held_out_modules_only(
     copied = next(m for m in modules if not stdlib_held_out(m.name)).text
     held = next(name for name in (f"copy{n}" for n in range(1000)) if stdlib_held_out(name))
     modules.append(text.Document(held, copied))
-    monkeypatch.setattr("prunelens.corpus.stdlib_documents", lambda: modules)
+    monkeypatch.setattr("prunelens.text.stdlib.stdlib_documents", lambda: modules)
     monkeypatch.setattr("prunelens.corpus._LEAST_DOCUMENTS", 1)  # so that lines stay whole
     config = config_of(pathlib.Path(), train_tokens=3200, eval_tokens=192)
     config = config.model_copy(update={"source": "stdlib"})
@@ -417,7 +417,7 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(
     texts = ["short", long, "other"]
     whole = _encoder(tokenizer, None)(texts)
     seen: list[int] = []
-    monkeypatch.setattr("prunelens.corpus._PIECE", 700)
+    monkeypatch.setattr("prunelens.tokens.PIECE", 700)
     real = type(tokenizer).__call__
 
     def counting(self: Tokenizer, given: list[str], **named: Any) -> Any:
@@ -435,7 +435,7 @@ def test_one_long_line_is_not_tokenised_as_a_whole_and_the_cause_is_named(
 ):
     """A line of 50 MB took 8.6 GB, and more text was asked for."""
     (tmp_path / "a.txt").write_text(" ".join(lines_of_text(3000)))
-    monkeypatch.setattr("prunelens.corpus._PIECE", 2000)
+    monkeypatch.setattr("prunelens.tokens.PIECE", 2000)
     read: list[int] = []
 
     def counted(*arguments: Any, **named: Any) -> Any:
@@ -596,7 +596,7 @@ def test_bad_files_give_one_line(tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     for field in ("text.en", "m.x", "x.y"):
         with pytest.raises(UserError, match=f"has no field '{field}'; it has text, m"):
             list(documents(config_of(tmp_path / "flat.jsonl", text_field=field)))
-    monkeypatch.setattr("prunelens.text._MOST_IN_ROW", 20)
+    monkeypatch.setattr("prunelens.text.files._MOST_IN_ROW", 20)
     with pytest.raises(UserError, match=r"line 1 of flat.jsonl is longer than 20 characters"):
         list(documents(config_of(tmp_path / "flat.jsonl")))
 
@@ -627,6 +627,8 @@ def test_other_bad_input(
         split_tokens(config.model_copy(update={"bos": "always"}), bare)
     with pytest.raises(UserError, match=r"corpus.source: 'tokens' holds token ids, no text"):
         list(documents(config.model_copy(update={"source": "tokens"})))
-    monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(text_file.parent)})
+    monkeypatch.setattr(
+        text.stdlib.sysconfig, "get_paths", lambda: {"stdlib": str(text_file.parent)}
+    )
     with pytest.raises(UserError, match=r"corpus.source: 'stdlib' needs the standard library's"):
         stdlib_documents()

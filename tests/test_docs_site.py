@@ -123,3 +123,43 @@ def test_every_example_is_in_the_quick_start_and_in_the_index():
     for page in (DOCS / "index.md", ROOT / "examples" / "README.md"):
         text = page.read_text(encoding="utf-8")
         assert set(re.findall(r"\w+\.(?:py|ipynb)\b", text)) >= names, page
+
+
+def test_contributing_names_what_is_there():
+    """Every path exists, and every name in capitals or of a class stands in a file of its row."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    added, changed = (part.split("\n## ")[0] for part in text.split("## Where do I ")[1:])
+    rows = [line.split("|")[1:-1] for line in (added + changed).splitlines() if line[:2] == "| "]
+    rows = [row for row in rows if row[0].strip() != "What"]
+    assert len(rows) >= 15
+    for what, where, *then in rows:
+        paths = _paths(where)
+        found = [_of_the_house(path) for path in (*paths, *_paths("".join(then)))]
+        files = [
+            file for path in found for file in ([path] if path.is_file() else path.glob("*.py"))
+        ]
+        code = "".join(file.read_text(encoding="utf-8") for file in files if file.suffix == ".py")
+        for name in re.findall(r"`([A-Z]\w+)`", where):
+            assert re.search(rf"\b{name}\b", code), f"{what}: {name}"
+        if what.strip().startswith(SIX):
+            assert 1 <= len(set(paths)) <= 3, (what, paths)
+    assert sum(row[0].strip().startswith(SIX) for row in rows) == len(SIX)
+    for path in _paths(added.split("What lives outside")[1]):
+        _of_the_house(path)
+
+
+SIX = (
+    *("a question", "a pruning criterion", "a source of text", "an SAE architecture"),
+    *("an executor", "a column of a table"),
+)
+
+
+def _paths(text):
+    return [named for named in re.findall(r"`([\w./]+)`", text) if re.search(r"[./]", named)]
+
+
+def _of_the_house(path):
+    """Raises AssertionError where no such file or folder is."""
+    found = [root / path for root in (ROOT / "src" / "prunelens", ROOT) if (root / path).exists()]
+    assert found, f"CONTRIBUTING.md names {path}, which is not there"
+    return found[0]

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from conftest import VOCABULARY, tiny_language_model
 from independent import pruning as independent
 from prunelens.config import PruningConfig
+from prunelens.criteria import CRITERIA
 from prunelens.errors import UserError
 from prunelens.model import as_language_model
 from prunelens.prune import (
@@ -23,12 +24,10 @@ from prunelens.prune import (
     input_norms,
     keep_masks,
     load_masks,
-    magnitude,
     prunable_matrices,
     prune_model,
     save_checkpoint,
     save_masks,
-    wanda,
 )
 from prunelens.prune import scores as scores_module
 from prunelens.prune.checkpoint import check_target
@@ -150,7 +149,7 @@ def test_narrow_scores_are_chosen_as_their_float32_values(dtype, monkeypatch):
     }
     weights["a"][0, :4] = torch.tensor([0.0, -0.0, 1.0, -1.0])
     lists = {name: weight.float().abs().tolist() for name, weight in weights.items()}
-    matrices = {name: Scored(weight, None, dtype) for name, weight in weights.items()}
+    matrices = {name: Scored(weight, dtype) for name, weight in weights.items()}
     for scope in SCOPES:
         masks = independent.masks_of(lists, scope, SPARSITIES)
         for sparsity, slow in zip(SPARSITIES, masks, strict=True):
@@ -170,7 +169,7 @@ def test_threads_are_given_back_after_an_error():
 
 def test_whoever_takes_the_blocks_has_all_threads():
     torch.set_num_threads(3)
-    weights = {f"m{i}": Scored(torch.randn(40, 8), None, torch.float32) for i in range(9)}
+    weights = {f"m{i}": Scored(torch.randn(40, 8)) for i in range(9)}
     for _kept in select(weights, scope="global", sparsity=Fraction(1, 2)):
         assert torch.get_num_threads() == 3
     next(select(weights, scope="row", sparsity=Fraction(1, 2)))
@@ -204,8 +203,9 @@ def test_scores_that_are_no_numbers_name_their_matrix(scope, bad):
 
 def test_wanda_weighs_columns_by_their_inputs():
     weight = torch.tensor([[1.0, -2.0], [-3.0, 0.5]], dtype=torch.bfloat16)
+    wanda, magnitude = (CRITERIA[name].score for name in ("wanda", "magnitude"))
     assert torch.equal(wanda(weight, torch.tensor([10.0, 1.0])), torch.tensor([[10, 2], [30, 0.5]]))
-    assert torch.equal(magnitude(weight), torch.tensor([[1, 2], [3, 0.5]]))
+    assert torch.equal(magnitude(weight, weight), torch.tensor([[1, 2], [3, 0.5]]))
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -33,7 +33,7 @@ from beartype.roar import BeartypeCallHintParamViolation
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from prunelens.prune.scores import wanda
+from prunelens.prune.sparsegpt import prune_matrix
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "prunelens"
@@ -190,8 +190,8 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
 
 
 def test_shapes_are_checked_under_pytest() -> None:
-    with pytest.raises(BeartypeCallHintParamViolation, match="input_norm"):
-        wanda(torch.ones(3, 4), torch.ones(5))
+    with pytest.raises(BeartypeCallHintParamViolation, match="products"):
+        prune_matrix(torch.ones(3, 4), torch.ones(5, 5), name="m", scope="row", sparsity=0)
 
 
 def test_no_file_names_a_place_on_one_machine() -> None:

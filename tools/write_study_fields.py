@@ -11,6 +11,7 @@ import pathlib
 import pydantic
 
 from prunelens import config
+from prunelens.criteria import CRITERIA
 
 SECTIONS: dict[str, type[pydantic.BaseModel]] = {  # what a study file calls it -> its model
     "(top level)": config.StudyConfig,
@@ -41,7 +42,18 @@ def page() -> str:
         head = "| field | default | what it is |\n|---|---|---|\n"
         parts.append(f"\n## {name}\n\n{(model.__doc__ or '').strip()}\n\n{head}")
         parts += [_row(field, about) for field, about in model.model_fields.items()]
+        if model is config.PruningGrid:
+            parts += _criteria()
     return "".join(parts)
+
+
+def _criteria() -> list[str]:
+    columns = ("criterion", "a weight's score", "scopes, the usual one first", "what it needs")
+    rows = [columns, ("---",) * len(columns)]
+    for name, criterion in CRITERIA.items():
+        score, scopes = criterion.means.replace("|", "\\|"), ", ".join(criterion.scopes)
+        rows.append((f"`{name}`", score, scopes, criterion.needs))
+    return ["\n", *(f"| {' | '.join(row)} |\n" for row in rows)]
 
 
 def _row(name: str, about: pydantic.fields.FieldInfo) -> str:

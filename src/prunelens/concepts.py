@@ -28,7 +28,7 @@ from torch import Tensor
 from prunelens.config import CorpusConfig
 from prunelens.corpus import Tokenizer
 from prunelens.errors import UserError
-from prunelens.text import documents, labelled_rows, stdlib_held_out
+from prunelens.text import documents, labelled_rows, reader_of
 
 Spans = Mapping[str, Sequence[tuple[int, int]]]
 """Concept -> first character and the one behind the last, of every place that has it."""
@@ -171,9 +171,8 @@ def labelled_documents(config: CorpusConfig, concepts: str) -> Iterator[Labelled
     Raises: UserError as `corpus.documents`, and for labels of another form.
     """
     if concepts == "python":
-        for name, text in documents(config):
-            if config.source == "stdlib" and not stdlib_held_out(name):
-                continue  # eval has none of those
+        halves = reader_of(config).halves
+        for _, text in halves()[1] if halves else documents(config):
             yield LabelledText(text, functools.partial(python_spans, text))
     else:
         for where, text, value in labelled_rows(config, concepts):

@@ -1,29 +1,24 @@
 """Text as token windows, split by document (methods §1).
 
-`text` reads the documents; `split_tokens` tokenises it once into train, calibration and the two
-halves of eval, which never share a document; `windows` cuts a stream of tokens into what a model
-sees.
+`text` reads the documents and `tokens` makes ids of them; `split_tokens` puts each into train,
+calibration or a half of eval, which never share one; `windows` cuts a stream of tokens into what a
+model sees.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Int, Int32, Int64
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from prunelens import tokens
 from prunelens.config import CorpusConfig
 from prunelens.errors import UserError
-from prunelens.panics import TOKENIZER_FIX, panics_told
 from prunelens.spread import (
     DocumentStream,
     document_groups,
@@ -35,15 +30,17 @@ from prunelens.text import (
     documents,
     every_document,
     fingerprint,
-    matching_files,
     named,
+    reader_of,
     stdlib_documents,
     stdlib_held_out,
 )
+from prunelens.tokens import Tokenizer, bos_of, encoder, token_rows
 
 __all__ = [
     "Document",
     "TokenSplits",
+    "Tokenizer",
     "check_ids",
     "check_splits",
     "document_groups",
@@ -60,16 +57,8 @@ __all__ = [
     "windows",
 ]
 
-_TOKEN_DTYPES = (
-    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32),
-)
-Tokenizer = Any
-"""A transformers PreTrainedTokenizerBase; named loosely, because importing transformers is slow."""
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 500_000
-_PIECE = 2_000_000  # characters that are tokenised in one go, in some 200 bytes of memory each
-_AROUND, _PLACES = 64, 1000  # characters to either side of a cut; places that are tried
 _MOST_OF_TOKEN = 16  # characters: no text has so many on average
-_SPACE = re.compile(r"\S \S")
 _LEAST_DOCUMENTS = 16  # that a measurement's text is of
 
 
@@ -126,7 +115,7 @@ def split_tokens(
     Raises: UserError as `documents`; where a split asks for less than a window or for more than
         there is; where `bos: always` meets a tokenizer without BOS.
     """
-    bos_token = _bos_token(config, tokenizer)
+    bos_token = bos_of(config, tokenizer)
     kept = _filled(config, tokenizer, bos_token, only, even, progress=progress)
     empty = DocumentStream(0, 0)
     joined = {s: kept.get(s, empty).joined() for s in TokenSplits._fields[:4]}
@@ -149,7 +138,7 @@ class LookedAt(NamedTuple):
 def check_splits(config: CorpusConfig, tokenizer: Tokenizer | None) -> LookedAt:
     """Refuse the text that `split_tokens` would refuse. It reads as far, and keeps no token."""
     splits = TokenSplits._fields[:4]
-    bos_token = _bos_token(config, tokenizer)
+    bos_token = bos_of(config, tokenizer)
     highest = torch.zeros((), dtype=torch.int32)
 
     def look(ids: Tensor) -> None:
@@ -208,18 +197,14 @@ def joined_stream(
     ones included. Of `stdlib` only held-out modules are read. The text is held in memory.
     Raises: UserError as `split_tokens`.
     """
-    bos_token = _bos_token(config, tokenizer)
-    if config.source == "tokens":
-        rows = token_rows(config)
-        return torch.cat(_rows_without(bos_token)(rows)), bos_token
-    return _encoder(tokenizer, bos_token)([_joined_text(config)])[0], bos_token
+    bos_token = bos_of(config, tokenizer)
+    texts = list(token_rows(config)) if reader_of(config).rows else [_joined_text(config)]
+    return torch.cat(encoder(config, tokenizer, bos_token)(texts)), bos_token
 
 
 def _joined_text(config: CorpusConfig) -> str:
-    if config.source == "stdlib":
-        texts = [document.text for document in _stdlib_halves()[1]]
-    else:
-        texts = [document.text for document in every_document(config)]
+    halves = reader_of(config).halves
+    texts = [document.text for document in (halves()[1] if halves else every_document(config))]
     if not any(text.strip() for text in texts):
         raise UserError(f"{named(config)} holds no text; give a source that does")
     return "\n\n".join(texts)
@@ -240,9 +225,7 @@ def _filled(
 ) -> dict[str, DocumentStream]:
     """The splits with their documents, or, where those are only looked at, with their numbers."""
     quotas = {s: count for s, count in _quotas(config, bos_token).items() if s in only}
-    encode = (
-        _rows_without(bos_token) if config.source == "tokens" else _encoder(tokenizer, bos_token)
-    )
+    encode = encoder(config, tokenizer, bos_token)
     most = {
         s: max(quotas[s] // _LEAST_DOCUMENTS, config.context_tokens) for s in quotas if s in even
     }
@@ -267,11 +250,12 @@ def _filled(
 
 def _assigned(config: CorpusConfig, quotas: dict[str, int]) -> Iterator[tuple[str, Any]]:
     """Every document's content with its split."""
-    if config.source == "tokens":
+    reader = reader_of(config)
+    if reader.rows:
         for row in token_rows(config):
             yield _split_of(row.numpy().tobytes(), quotas), row
-    elif config.source == "stdlib":
-        trained, held_out = _stdlib_halves()
+    elif reader.halves:
+        trained, held_out = reader.halves()
         for part, names in (
             (trained, ("train", "calibration")),
             (held_out, ("eval_first", "eval_second")),
@@ -280,7 +264,7 @@ def _assigned(config: CorpusConfig, quotas: dict[str, int]) -> Iterator[tuple[st
             for document in part if own else ():
                 yield _split_of(document.text.encode(), own), document.text
     else:
-        most = max(_PIECE, _MOST_OF_TOKEN * max(quotas.values()))
+        most = max(tokens.PIECE, _MOST_OF_TOKEN * max(quotas.values()))
         for document in documents(config, most=most):
             yield _split_of(document.text.encode(), quotas), document.text
 
@@ -293,14 +277,6 @@ def _split_of(content: bytes, quotas: dict[str, int]) -> str:
         if u * total < bound << 256:
             return split
     raise AssertionError("u is below 1, so a split was found")
-
-
-def _stdlib_halves() -> tuple[list[Document], list[Document]]:
-    """Modules that the bundled model was trained on, and held-out ones that copy none of those."""
-    modules = stdlib_documents()
-    trained = [document for document in modules if not stdlib_held_out(document.name)]
-    seen = {document.text for document in trained}
-    return trained, [d for d in modules if stdlib_held_out(d.name) and d.text not in seen]
 
 
 def _quotas(config: CorpusConfig, bos_token: int | None) -> dict[str, int]:
@@ -341,7 +317,7 @@ def _too_little(
     elif num_documents >= len(quotas):
         fixes.append(f"lower the largest of {', '.join(fields)}")
     why = ""
-    if num_documents < _LEAST_DOCUMENTS * len(quotas) and config.source != "tokens":
+    if num_documents < _LEAST_DOCUMENTS * len(quotas) and not reader_of(config).rows:
         why = (
             f" (corpus.document: {config.document!r} makes {num_documents} of it, each in one split"
             " alone)"
@@ -351,88 +327,6 @@ def _too_little(
         f"corpus.{field}: {getattr(config, field)} is more than the text holds: {found} of"
         f" {quotas[worst]} tokens for {worst}{why}; {', or '.join(fixes)}"
     )
-
-
-# --- tokens -------------------------------------------------------------------------------------
-
-
-def _bos_token(config: CorpusConfig, tokenizer: Tokenizer | None) -> int | None:
-    if config.source == "tokens":
-        return _bos_of_rows(config)
-    if tokenizer is None:
-        raise UserError(
-            f"corpus.source: {config.source!r} is text, and the model has no tokenizer;"
-            " add one to the model's folder, or use source 'tokens'"
-        )
-    if config.bos == "always" and tokenizer.bos_token_id is None:
-        raise UserError("corpus.bos: 'always', but the tokenizer has no BOS; use 'auto' or 'never'")
-    return None if config.bos == "never" else tokenizer.bos_token_id
-
-
-def _encoder(
-    tokenizer: Tokenizer, bos_token: int | None
-) -> Callable[[list[str]], list[Int32[Tensor, " tokens"]]]:
-    """Texts to token ids, without special tokens and without BOS ids that the text spells out."""
-
-    def tokenised(texts: list[str]) -> list[Tensor]:
-        if not texts:
-            return []
-        name = getattr(tokenizer, "name_or_path", "")
-        with panics_told(
-            f"models.name: the tokenizer of {name!r} cannot read the text", TOKENIZER_FIX
-        ):
-            encoded = tokenizer(
-                texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-            )["input_ids"]
-        streams = [torch.from_numpy(np.array(ids, dtype=np.int32)) for ids in encoded]
-        return streams if bos_token is None else [ids[ids != bos_token] for ids in streams]
-
-    def encode(texts: list[str]) -> list[Tensor]:
-        short = iter(tokenised([text for text in texts if len(text) <= _PIECE]))
-        return [
-            next(short)
-            if len(text) <= _PIECE
-            else torch.cat([tokenised([piece])[0] for piece in _pieces(text, tokenised)])
-            for text in texts
-        ]
-
-    return encode
-
-
-def _pieces(text: str, tokenised: Callable[[list[str]], list[Tensor]]) -> Iterator[str]:
-    """A long text in parts that have the tokens of the whole.
-
-    It is cut where the text around has the same tokens in two parts; between words if it can be.
-    A tokenizer that puts a space before every text gets the one at the cut from that. Where no
-    place is found, the tokens at a cut may differ.
-    """
-    first = 0
-    while len(text) - first > _PIECE:
-        last = first + _PIECE
-        places = ((place, place + gap) for place in _between_words(text, last) for gap in (0, 1))
-        end, begin = next(
-            (cut for cut in places if _is_seamless(text, *cut, tokenised)), (last, last)
-        )
-        yield text[first:end]
-        first = begin
-    yield text[first:]
-
-
-def _between_words(text: str, last: int) -> list[int]:
-    """Places to cut at, up to `last`: spaces between words before all others."""
-    places = range(last, max(last - _PLACES, _AROUND), -1)
-    return sorted(places, key=lambda n: not _SPACE.fullmatch(text, n - 1, n + 2))
-
-
-def _is_seamless(
-    text: str, end: int, begin: int, tokenised: Callable[[list[str]], list[Tensor]]
-) -> bool:
-    """Whether what lies around a cut has the same tokens with it and without."""
-    if text[end:begin].strip(" "):
-        return False
-    left, right = slice(end - _AROUND, end), slice(begin, begin + _AROUND)
-    whole, *parts = tokenised([text[left.start : right.stop], text[left], text[right]])
-    return torch.equal(whole, torch.cat(parts))
 
 
 def _batches(assigned: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
@@ -447,68 +341,3 @@ def _batches(assigned: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, An
             batch, size = [], 0
     if batch:
         yield batch
-
-
-# --- ready-made token ids -----------------------------------------------------------------------
-
-
-def token_rows(config: CorpusConfig) -> Int32[Tensor, "windows context_tokens"]:
-    """The tensor `tokens` of every file of a `tokens` corpus, one below the other.
-
-    Raises: UserError where a file is no safetensors file or its tensor is not of that shape.
-    """
-    return torch.cat([_read_tokens(path, config) for path in matching_files(config)])
-
-
-def _read_tokens(path: pathlib.Path, config: CorpusConfig) -> Tensor:
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"corpus.paths: {path.name} is no safetensors file ({error}); write it again"
-        ) from None
-    if "tokens" not in tensors:
-        raise UserError(
-            f"corpus.paths: {path.name} has no tensor 'tokens' but {sorted(tensors)}; rename it"
-        )
-    tokens = tensors["tokens"]
-    if tokens.ndim != 2 or tokens.dtype not in _TOKEN_DTYPES or tokens.numel() == 0:
-        raise UserError(
-            f"corpus.paths: 'tokens' of {path.name} is {tokens.dtype} {list(tokens.shape)};"
-            " it must hold token ids as integers [windows, context_tokens]"
-        )
-    if tokens.shape[1] != config.context_tokens:
-        raise UserError(
-            f"corpus.context_tokens: {config.context_tokens}, but the windows of {path.name} are"
-            f" {tokens.shape[1]} wide; set context_tokens to {tokens.shape[1]}"
-        )
-    if tokens.dtype in (torch.uint16, torch.uint32):  # torch finds no minimum of those
-        tokens = tokens.long()
-    largest = torch.iinfo(torch.int32).max
-    if int(tokens.min()) < 0 or int(tokens.max()) > largest:
-        raise UserError(
-            f"corpus.paths: 'tokens' of {path.name} holds ids below 0 or above {largest}; write it"
-            " again"
-        )
-    return tokens.int()
-
-
-def _bos_of_rows(config: CorpusConfig) -> int | None:
-    """The id that opens every row and stands nowhere else; ready-made windows get no other BOS."""
-    if config.bos == "never":
-        return None
-    rows = token_rows(config)
-    first = int(rows[0, 0])
-    if bool((rows[:, 0] == first).all()) and not bool((rows[:, 1:] == first).any()):
-        return first
-    if config.bos == "always":
-        raise UserError(
-            "corpus.bos: 'always', but the rows of the tokens file do not open with one id that"
-            " stands nowhere else; write them with their BOS, or use 'auto'"
-        )
-    return None
-
-
-def _rows_without(bos_token: int | None) -> Callable[[Iterable[Tensor]], list[Tensor]]:
-    """Rows as stream pieces: the BOS column is dropped where there is one."""
-    return lambda rows: [row if bos_token is None else row[1:] for row in rows]

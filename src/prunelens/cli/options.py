@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from prunelens.config import PruningConfig, StudyConfig, study_from_data
+from prunelens.criteria import CRITERIA
 from prunelens.errors import UserError
 from prunelens.study_file import with_settings
 
@@ -52,20 +53,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no summary
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Folder = Annotated[pathlib.Path, typer.Argument(metavar="DIR", help="A study's folder.")]
 Site = Annotated[str, typer.Option(help="resid_post, mlp_out or attn_out")]
-Criterion = Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt or random")]
+CRITERIA_OF_MODELS = {c.name: c for c in CRITERIA.values() if c.score}
+Criterion = Annotated[str, typer.Option(help=" or ".join(CRITERIA_OF_MODELS))]
 Scope = Annotated[str | None, typer.Option(help="global, matrix or row")]
 Pattern = Annotated[str, typer.Option(help="unstructured, 2:4 or 4:8")]
 RandomSeed = Annotated[int | None, typer.Option(min=0, help="of criterion random; default 0")]
 Sparsity = Annotated[float, typer.Option(help="share of the weights to zero, 0 to 1")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16")]
-
-
-USUAL_SCOPES = {  # of the papers
-    "magnitude": "global",
-    "wanda": "row",
-    "sparsegpt": "matrix",
-    "random": "global",
-}
 
 
 class SingleStep(NamedTuple):
@@ -95,11 +89,12 @@ def single_step(
     """One model and one pruning, checked as those of a study are."""
     if not 0 <= sparsity < 1:
         raise UserError(f"--sparsity: {sparsity} is outside [0, 1); give for example 0.5")
-    if criterion not in USUAL_SCOPES:
+    if criterion not in CRITERIA_OF_MODELS:
         raise UserError(
-            f"--criterion: {criterion!r} is none of {', '.join(USUAL_SCOPES)}; give one of them"
+            f"--criterion: {criterion!r} is none of {', '.join(CRITERIA_OF_MODELS)}; give one of"
+            " them"
         )
-    usual = USUAL_SCOPES[criterion] if pattern == "unstructured" else "row"
+    usual = CRITERIA_OF_MODELS[criterion].scopes[0] if pattern == "unstructured" else "row"
     layers = None if layer is None else [layer]
     models = {"name": model, "site": site, "dtype": dtype, "layers": layers}
     pruning = {

@@ -22,10 +22,11 @@ from prunelens.config.pruning import (
     PruningGrid,
 )
 from prunelens.config.study import NEEDS, StudyConfig, part_from_data, study_from_data
-from prunelens.config.text import CorpusConfig, PerplexityConfig
+from prunelens.config.text import SOURCES, CorpusConfig, PerplexityConfig
 
 __all__ = [
     "NEEDS",
+    "SOURCES",
     "ActivationConfig",
     "CausalConfig",
     "CheckpointConfig",

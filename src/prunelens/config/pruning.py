@@ -8,27 +8,27 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from prunelens.config.frozen import Frozen
-from prunelens.config.model import PLANTED
 from prunelens.config.names import Place, last_part, refuse_as_name
+from prunelens.criteria import CRITERIA, Criterion, named
 
-PLANTED_SCOPES = ("independent", "by_rate", "none")
-CALIBRATED = ("wanda", "sparsegpt")  # criteria that read the inputs of every matrix
-READS_WEIGHTS_ALONE = ("magnitude", "random")
 CHECKPOINT = "checkpoint"  # what tables call the method of a condition that is a checkpoint
 _READ_BY_YAML = {124: "2:4", 248: "4:8"}  # YAML 1.1 takes 2:4 without quotes for minutes:seconds
+
+
+def _known(criterion: str) -> str:
+    if criterion not in CRITERIA:
+        raise ValueError(f"{criterion[:80]!r} is no criterion; there are {', '.join(CRITERIA)}")
+    return criterion
 
 
 class _Pruning(Frozen):
     """Criterion x scope x pattern: a pruning but for its sparsity (methods §3)."""
 
-    criterion: Literal["magnitude", "wanda", "sparsegpt", "random", "planted"]
-    """|W|; |W_ij| * ||X_j||; W_ij² / [H⁻¹]_jj, with the remaining weights updated; or by lot.
-
-    `planted` changes the directions of the planted world.
-    """
+    criterion: Annotated[str, AfterValidator(_known)]
+    """What a weight is worth; see below."""
     scope: Literal["global", "matrix", "row", "independent", "by_rate", "none"]
     """Which weights compete: all, those of one matrix, those of one output row.
 
@@ -41,7 +41,7 @@ class _Pruning(Frozen):
     An n:m pattern needs scope `row` and sparsity n/m.
     """
     calibration: Literal["dense", "sequential"] = "dense"
-    """Inputs for wanda and sparsegpt: of the dense model, or block by block of the pruned one.
+    """Inputs of a criterion that reads some: the dense model's, or block by block the pruned one's.
 
     sparsegpt is always `sequential`.
     """
@@ -61,9 +61,11 @@ class _Pruning(Frozen):
         if not isinstance(data, dict):
             return data
         given = dict(data)
-        if given.get("criterion") == "sparsegpt":
+        name = given.get("criterion")
+        criterion = CRITERIA.get(name) if isinstance(name, str) else None
+        if criterion and criterion.updates_weights:
             given.setdefault("calibration", "sequential")
-        if given.get("criterion") == "random" and given.get("random_seed") is None:
+        if criterion and criterion.needs == "lots" and given.get("random_seed") is None:
             given["random_seed"] = 0
         return given
 
@@ -75,15 +77,10 @@ class _Pruning(Frozen):
 
     @model_validator(mode="after")
     def _scope_fits(self) -> Self:
-        if (self.criterion == PLANTED) != (self.scope in PLANTED_SCOPES):
+        if self.scope not in self.entry.scopes:
             raise ValueError(
                 f"scope: {self.scope!r} does not go with criterion {self.criterion!r}; use"
-                " independent, by_rate or none with planted; global, matrix or row with the others"
-            )
-        if self.criterion == "sparsegpt" and self.scope == "global":
-            raise ValueError(
-                "scope: 'global' does not go with sparsegpt, which prunes one matrix after the"
-                " other; use matrix (as its paper) or row"
+                f" {' or '.join(self.entry.scopes)}"
             )
         return self
 
@@ -91,7 +88,7 @@ class _Pruning(Frozen):
     def _pattern_fits(self) -> Self:
         if self.group is None:
             return self
-        if self.criterion == PLANTED:
+        if self.entry.score is None:
             raise ValueError(f"pattern: {self.pattern!r} means nothing in the planted world")
         if self.scope != "row":
             raise ValueError(
@@ -102,33 +99,34 @@ class _Pruning(Frozen):
 
     @model_validator(mode="after")
     def _head_fits(self) -> Self:
-        if self.lm_head and self.criterion not in READS_WEIGHTS_ALONE:
+        if self.lm_head and not self.entry.reads_weights_alone:
             raise ValueError(
                 f"lm_head: true does not go with {self.criterion!r}, which would need the head's"
-                " inputs; use magnitude or random, or leave it out"
+                f" inputs; use {named(lambda c: c.reads_weights_alone)}, or leave it out"
             )
         return self
 
     @model_validator(mode="after")
     def _calibration_fits(self) -> Self:
         sequential = self.calibration == "sequential"
-        if self.criterion == "sparsegpt" and not sequential:
+        if self.entry.updates_weights and not sequential:
             raise ValueError(
-                "calibration: 'dense' does not go with sparsegpt, which updates weights block by"
-                " block; leave it out"
+                f"calibration: 'dense' does not go with {self.criterion}, which updates weights"
+                " block by block; leave it out"
             )
-        if sequential and self.criterion not in CALIBRATED:
+        if sequential and not self.entry.is_calibrated:
             raise ValueError(
-                f"calibration: 'sequential' is for wanda and sparsegpt, not {self.criterion!r}"
+                f"calibration: 'sequential' is for {named(lambda c: c.is_calibrated, ' and ')}, not"
+                f" {self.criterion!r}"
             )
         if sequential and self.scope == "global":
             raise ValueError(
                 "calibration: 'sequential' needs scope 'matrix' or 'row', not 'global'"
             )
-        if self.random_seed is not None and self.criterion != "random":
+        if self.random_seed is not None and self.entry.needs != "lots":
             raise ValueError(
-                f"random_seed: {self.random_seed} is for criterion random, not"
-                f" {self.criterion!r}; leave it out"
+                f"random_seed: {self.random_seed} is for criterion"
+                f" {named(lambda c: c.needs == 'lots')}, not {self.criterion!r}; leave it out"
             )
         return self
 
@@ -141,9 +139,14 @@ class _Pruning(Frozen):
         return zeroed, size
 
     @property
+    def entry(self) -> Criterion:
+        """The criterion itself."""
+        return CRITERIA[self.criterion]
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether the criterion reads text."""
-        return self.criterion in CALIBRATED
+        return self.entry.is_calibrated
 
     def _check_share(self, sparsity: float) -> None:
         """Raises ValueError where a pattern fixes another share."""
@@ -180,7 +183,7 @@ class PruningConfig(_Pruning):
         decimals = max(2, len(str(self.sparsity).partition(".")[2]))
         group = "-{}of{}".format(*self.group) if self.group else ""
         tail = f"-seed{self.random_seed}" if self.random_seed is not None else ""
-        if self.calibration == "sequential" and self.criterion != "sparsegpt":
+        if self.calibration == "sequential" and not self.entry.updates_weights:
             tail += "-sequential"
         if self.lm_head:
             tail += "-head"

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from prunelens.config.frozen import Frozen
 from prunelens.config.names import Place
+
+SOURCES = {"stdlib": "", "files": "paths", "tokens": "paths", "hub": "dataset"}
+"""By source, the field that it needs; `prunelens.text.READERS` says how each is read."""
+
+
+def _known(source: str) -> str:
+    if source not in SOURCES:
+        raise ValueError(f"{source[:80]!r} is no source of text; there are {', '.join(SOURCES)}")
+    return source
 
 
 class CorpusConfig(Frozen):
     """Text, and how it becomes token windows (methods §1)."""
 
-    source: Literal["stdlib", "files", "tokens", "hub"] = "stdlib"
+    source: Annotated[str, AfterValidator(_known)] = "stdlib"
     """The Python standard library, local files, ready-made token ids, or a hub data set."""
     paths: tuple[Place, ...] = ()
     """For `files` (.txt, .jsonl, also with .gz, .parquet; globs allowed) and `tokens` (one
@@ -43,10 +52,10 @@ class CorpusConfig(Frozen):
 
     @model_validator(mode="after")
     def _fields_fit_the_source(self) -> Self:
-        if self.source in ("files", "tokens") and not self.paths:
-            raise ValueError(f"paths: source {self.source!r} needs at least one path")
-        if self.source == "hub" and not self.dataset:
-            raise ValueError("dataset: source 'hub' needs a data set id")
+        needed = SOURCES[self.source]
+        if needed and not getattr(self, needed):
+            what = {"paths": "at least one path", "dataset": "a data set id"}.get(needed, "it")
+            raise ValueError(f"{needed}: source {self.source!r} needs {what}")
         return self
 
 

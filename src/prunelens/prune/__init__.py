@@ -18,7 +18,7 @@ from prunelens.prune.compare import (
 )
 from prunelens.prune.masks import PackedMasks, keep_masks, load_masks, masks_sha256, save_masks
 from prunelens.prune.record import ModelRecord, PerplexityRecord, PruningRecord, TextRecord
-from prunelens.prune.scores import lots, magnitude, wanda
+from prunelens.prune.scores import lots
 from prunelens.prune.stored import apply_pruning, save_pruning
 
 __all__ = [
@@ -40,12 +40,10 @@ __all__ = [
     "keep_masks",
     "load_masks",
     "lots",
-    "magnitude",
     "masks_sha256",
     "prunable_matrices",
     "prune_model",
     "save_checkpoint",
     "save_masks",
     "save_pruning",
-    "wanda",
 ]

@@ -24,7 +24,7 @@ from prunelens.prune.matrices import (
     matrix_shape,
     prunable_matrices,
 )
-from prunelens.prune.scores import INTEGERS, NARROW, Scored
+from prunelens.prune.scores import INTEGERS, Scored, in_their_dtype
 from prunelens.prune.selection import Kept, check_groups, select
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def prune_model(
     rounded_to: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Pruned:
-    """Zero weights of `lm` in place (methods §3); `sparsegpt` also changes the others.
+    """Zero weights of `lm` in place (methods §3); some criteria also change the others.
 
     With `lm_head` the output head's too; one that is tied is the token embedding, which loses the
     same weights.
@@ -85,13 +85,14 @@ def prune_model(
         lm: the model; an error under `calibration: dense` leaves it as it was, under `sequential`
             its lower blocks may be pruned already.
         pruning: criterion, scope, pattern, sparsity, calibration.
-        calibration: token windows; SparseGPT needs them, and Wanda unless `input_norms` is given.
+        calibration: token windows, for a criterion that needs products, or norms where no
+            `input_norms` are given.
         input_norms: what `input_norms` gave for the dense model, to be used for many sparsities.
         with_masks: False where only the pruned model is wanted; saves the masks' memory.
-        rounded_to: what the weights that SparseGPT changes become numbers of, where the model's own
-            dtype is wider than its files' will be; None: the model's.
+        rounded_to: what weights that are changed become numbers of, where the model's own dtype
+            is wider than its files' will be; None: the model's.
         progress: called with the number of calibration windows done.
-    Raises: UserError where windows or Wanda's norms are missing or of another model, where scores
+    Raises: UserError where windows or norms are missing or of another model, where scores
         are NaN or infinite, where a pattern divides no row, and as `prunable_matrices`.
     """
     _check(pruning, calibration, input_norms)
@@ -100,7 +101,7 @@ def prune_model(
     shapes = {name: matrix_shape(module) for name, module in matrices.items()}
     _make_editable(lm, matrices)
     masks, num_zeroed = PackedMasks(), dict.fromkeys(shapes, 0)
-    updates = pruning.criterion == "sparsegpt"
+    updates = pruning.entry.updates_weights
     if updates:
         assert calibration is not None
         pruned = sparsegpt.prune_upwards(lm, pruning, calibration, rounded_to, progress)
@@ -171,17 +172,19 @@ def _check(
             "pruning.calibration: 'sequential' measures its own inputs; give calibration windows"
             " instead of input_norms"
         )
-    if pruning.criterion == "sparsegpt" and calibration is None:
-        raise UserError("pruning.criterion: 'sparsegpt' needs calibration windows")
-    if pruning.criterion == "wanda" and calibration is None and input_norms is None:
-        raise UserError("pruning.criterion: 'wanda' needs calibration windows or input_norms")
+    if calibration is None and pruning.entry.needs == "products":
+        raise UserError(f"pruning.criterion: {pruning.criterion!r} needs calibration windows")
+    if calibration is None and input_norms is None and pruning.is_calibrated:
+        raise UserError(
+            f"pruning.criterion: {pruning.criterion!r} needs calibration windows or input_norms"
+        )
 
 
 def _zeroed(scored: Iterator[dict[str, Scored]], pruning: PruningConfig) -> Iterator[Kept]:
     """What stays, once the rest is zeroed."""
     scope = pruning.scope
     assert scope in ("global", "matrix", "row"), "the planted world has no weights"
-    for matrices in scored:
+    for matrices in map(in_their_dtype, scored):
         for kept in select(matrices, scope=scope, sparsity=pruning.fraction, group=pruning.group):
             matrix = matrices[kept.name]
             _zero(matrix.weight[kept.rows], kept.keep)
@@ -208,32 +211,28 @@ def _scored(
     """The matrices that are masked together, then those of the next block, if any."""
     matrices = prunable_matrices(lm, lm_head=pruning.lm_head)
     weights = {name: as_matrix(module) for name, module in matrices.items()}
-    if pruning.criterion == "magnitude":
-        dtypes = {weight.dtype for weight in weights.values()}
-        [dtype] = dtypes if len(dtypes) == 1 and dtypes <= NARROW else {torch.float32}
-        yield {name: Scored(weight, None, dtype) for name, weight in weights.items()}
-    elif pruning.criterion == "random":
+    if not pruning.is_calibrated:
         seed = pruning.random_seed
-        assert seed is not None
-        yield {n: Scored(weight, None, torch.float32, (seed, n)) for n, weight in weights.items()}
+        lots = {name: None if seed is None else (seed, name) for name in weights}
+        yield {n: Scored(w, criterion=pruning.entry, lot=lots[n]) for n, w in weights.items()}
     elif pruning.calibration == "sequential":
         assert calibration is not None
         for block_norms in calibrate.norms_upwards(lm, calibration, progress):
-            yield {n: _by_wanda(weights[n], norm, pruning) for n, norm in block_norms.items()}
+            yield {n: _by_norm(weights[n], norm, pruning) for n, norm in block_norms.items()}
     else:
         if norms is None:
             assert calibration is not None
             norms = calibrate.input_norms(lm, calibration, progress)
         _check_norms(weights, norms)
-        yield {n: _by_wanda(weight, norms[n], pruning) for n, weight in weights.items()}
+        yield {n: _by_norm(weight, norms[n], pruning) for n, weight in weights.items()}
 
 
-def _by_wanda(weight: Tensor, norm: Tensor, pruning: PruningConfig) -> Scored:
-    """Where all norms are 0 and so all weights equal, those of the matrix compete by magnitude."""
+def _by_norm(weight: Tensor, norm: Tensor, pruning: PruningConfig) -> Scored:
+    """Where all norms are 0 and so all weights alike, those of the matrix compete by magnitude."""
     num_zero = int((norm == 0).count_nonzero())
-    tied = num_zero == len(norm) and pruning.scope != "global"
-    used = None if tied else norm
-    return Scored(weight, used, torch.float32, num_zero_inputs=num_zero)
+    if num_zero == len(norm) and pruning.scope != "global":
+        return Scored(weight, num_zero_inputs=num_zero)
+    return Scored(weight, criterion=pruning.entry, norms=norm, num_zero_inputs=num_zero)
 
 
 def _check_norms(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:

@@ -94,7 +94,7 @@ def keep_masks(
     for name, matrix in scores.items():
         assert matrix.dtype == torch.float32 and matrix.ndim == 2, (name, matrix.dtype)
         assert not bool((matrix < 0).any()), f"negative scores in {name}"
-    matrices = {name: Scored(matrix, None, torch.float32) for name, matrix in scores.items()}
+    matrices = {name: Scored(matrix) for name, matrix in scores.items()}
     masks = {name: torch.empty_like(m, dtype=torch.bool) for name, m in scores.items()}
     for kept in select(matrices, scope=scope, sparsity=sparsity, group=group):
         masks[kept.name][kept.rows] = kept.keep

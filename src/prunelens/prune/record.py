@@ -10,6 +10,7 @@ from prunelens.checkpoint import is_local
 from prunelens.config import CorpusConfig, ModelConfig, PruningConfig
 from prunelens.prune.apply import MatrixSparsity
 from prunelens.prune.matrices import kind_of
+from prunelens.text import reader_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,11 @@ class TextRecord:
         """The hub's data set; None for other texts, a folder of one's own too."""
         name = self.corpus.dataset if self.corpus.source == "hub" else None
         return None if name is None or is_local(name) else name
+
+    @property
+    def means(self) -> str:
+        """Its source, in words."""
+        return reader_of(self.corpus).means
 
     def as_json(self) -> dict[str, Any]:
         """Without the paths, which are the machine's own."""

@@ -1,14 +1,17 @@
-"""Pruning criteria: how much each weight of a matrix is worth. The lowest scores go first."""
+"""The scores of a matrix as integers in their order, and numbers drawn by lot."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Int, Int32
 from torch import Tensor
+
+from prunelens.criteria import CRITERIA, Criterion
+from prunelens.errors import UserError
 
 BLOCK_WEIGHTS = 1 << 19
 """Weights that are scored at a time; bounds the memory, changes no result."""
@@ -21,24 +24,6 @@ NARROW = {torch.bfloat16, torch.float16}
 """What is ordered by its own bits, if all matrices have it; others are scored in float32."""
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By bytes, what has the bits of a floating-point number."""
-
-
-def magnitude(weight: Float[Tensor, "output input"]) -> Float32[Tensor, "output input"]:
-    """|W| (methods §3)."""
-    return weight.abs().float()
-
-
-def wanda(
-    weight: Float[Tensor, "output input"], input_norm: Float[Tensor, " input"]
-) -> Float32[Tensor, "output input"]:
-    """|W_ij| * ||X_j||_2 (methods §3; Sun et al. 2023), the product rounded to float32.
-
-    Args:
-        weight: rows are outputs.
-        input_norm: the Euclidean norm of each input over all calibration tokens, not divided by
-            their number (which would change no order).
-    """
-    return weight.abs().float() * input_norm.to(weight.device).float()
 
 
 def lots(
@@ -78,12 +63,14 @@ class Scored(NamedTuple):
 
     weight: Float[Tensor, "output input"]
     """Rows are outputs."""
-    input_norm: Float[Tensor, " input"] | None
-    """For `wanda`; None for the others."""
-    dtype: torch.dtype
-    """Of the scores: float32, or that of 16-bit weights whose magnitude needs no rounding."""
+    dtype: torch.dtype = torch.float32
+    """Of the scores: float32, or that of 16-bit weights whose scores need no rounding."""
+    criterion: Criterion = CRITERIA["magnitude"]
+    """What the scores are of."""
+    norms: Float[Tensor, " input"] | None = None
+    """If it needs them."""
     lot: tuple[int, str] | None = None
-    """Seed and name for `random`, where the weights' values do not matter."""
+    """Seed and name, if it needs lots."""
     num_zero_inputs: int = 0
     """Inputs that calibration reached and that were always 0."""
 
@@ -99,14 +86,44 @@ class Scored(NamedTuple):
         for start in range(0, num_rows, step):
             yield slice(start, min(start + step, num_rows))
 
-    def keys(self, rows: slice) -> Int[Tensor, "rows input"]:
-        """The keys of some rows."""
+    def scores(self, rows: slice) -> Float[Tensor, "rows input"]:
+        """The scores of some rows, as the criterion gives them."""
         weight = self.weight[rows]
+        known = weight if self.norms is None else self._norms()
         if self.lot is not None:
             start = rows.start * weight.shape[1]
-            return lots(*self.lot, start, weight.numel(), weight.device).view(weight.shape)
-        if self.input_norm is not None:
-            return wanda(weight, self.input_norm).contiguous().view(torch.int32)
+            drawn = lots(*self.lot, start, weight.numel(), weight.device)
+            known = drawn.view(torch.float32).view(weight.shape)
+        assert self.criterion.score
+        return self.criterion.score(weight, known)
+
+    def are_surely_finite(self) -> bool:
+        """Whether the largest weight, norm and lot tell that all scores are finite."""
+        if not (self.criterion.rises and self.weight.numel()):
+            return not self.weight.numel()
+        largest = torch.stack(self.weight.aminmax()).abs().amax()
+        known = largest if self.norms is None else self._norms().amax()
+        if self.lot is not None:
+            known = torch.tensor((1 << LOT_BITS) - 1, dtype=torch.int32).view(torch.float32)
+        assert self.criterion.score
+        return bool(self.criterion.score(largest, known).isfinite())
+
+    def keys(self, rows: slice) -> Int[Tensor, "rows input"]:
+        """The keys of some rows."""
         integers = INTEGERS[self.dtype.itemsize]
-        bits = weight.to(self.dtype).contiguous().view(integers)
-        return bits & torch.iinfo(integers).max  # without its sign
+        scores = self.scores(rows).to(self.dtype).contiguous()
+        if not self.criterion.rises and bool((scores < 0).any()):
+            raise UserError(f"criterion: a score of {self.criterion.name!r} is negative; mend it")
+        bits = scores.view(integers)
+        return bits & torch.iinfo(integers).max  # without the sign of 0 and NaN
+
+    def _norms(self) -> Float32[Tensor, " input"]:
+        assert self.norms is not None
+        return self.norms.to(self.weight.device).float()
+
+
+def in_their_dtype(matrices: Mapping[str, Scored]) -> dict[str, Scored]:
+    """Matrices that compete, all in the 16 bits that their scores have, or all in float32."""
+    dtypes = {matrix.scores(slice(0, 0)).dtype for matrix in matrices.values()}
+    [dtype] = dtypes if len(dtypes) == 1 and dtypes <= NARROW else {torch.float32}
+    return {name: matrix._replace(dtype=dtype) for name, matrix in matrices.items()}

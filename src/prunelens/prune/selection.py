@@ -219,12 +219,7 @@ def _of_rank(keys: Int[Tensor, "rows input"], rank: int) -> Int[Tensor, "rows 1"
 
 def _check_finite(name: str, matrix: Scored) -> None:
     """Refuse scores that are NaN or infinite; looks at each only where one may be."""
-    if matrix.weight.numel() == 0:
-        return
-    largest = float(torch.stack(matrix.weight.aminmax()).abs().amax())
-    if matrix.input_norm is not None:
-        largest *= float(matrix.input_norm.amax())
-    if not largest <= torch.finfo(torch.float32).max and any(
+    if not matrix.are_surely_finite() and any(
         int(matrix.keys(rows).amax()) >= matrix.infinity for rows in matrix.blocks()
     ):
         raise _not_finite(name)

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 from prunelens.config import PruningConfig
+from prunelens.criteria import CRITERIA, Score
 from prunelens.errors import UserError
 from prunelens.model import LanguageModel
 from prunelens.prune.calibrate import products_upwards
@@ -45,8 +46,8 @@ def prune_upwards(
     numbers of `rounded_to`, or of the model's dtype.
     Raises: UserError as `products_upwards` and `prune_matrix`.
     """
-    scope = pruning.scope
-    assert scope in ("matrix", "row"), scope
+    scope, score = pruning.scope, pruning.entry.score
+    assert scope in ("matrix", "row") and score, scope
     weights = {name: as_matrix(module) for name, module in prunable_matrices(lm).items()}
     for name, weight in weights.items():
         check_groups(name, weight.shape[1], pruning.group)
@@ -60,6 +61,7 @@ def prune_upwards(
                 scope=scope,
                 sparsity=pruning.fraction,
                 group=pruning.group,
+                score=score,
             )
             weights[name].copy_(solved.weight.to(rounded_to or weights[name].dtype))
             yield Kept(name, slice(0, len(solved.keep)), solved.keep, num_zero_inputs)
@@ -82,6 +84,7 @@ def prune_matrix(
     scope: Literal["matrix", "row"],
     sparsity: Fraction,
     group: tuple[int, int] | None = None,
+    score: Score | None = None,
 ) -> Solved:
     """SparseGPT of one matrix (methods §3).
 
@@ -100,16 +103,19 @@ def prune_matrix(
         scope: what competes within a block of columns: all of it, or every row by itself.
         sparsity: in [0, 1), exact.
         group: n and m of a pattern n:m.
+        score: of a criterion that needs products and U's diagonal; None: SparseGPT's.
     Raises: UserError where weights are NaN or infinite, or H cannot be inverted.
     """
     factor, dead = _inverse_factor(products, name)
+    score = score or CRITERIA["sparsegpt"].score
+    assert score
     # [input, output]: what is updated lies together
     columns = weight.to(products.device).T.float().contiguous().clone()
     kept = torch.ones_like(columns, dtype=torch.bool)
     for start in range(0, len(columns), BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, len(columns))
         own = factor[start:end, start:end]
-        block = _Block(columns[start:end], kept[start:end], own, dead[start:end])
+        block = _Block(columns[start:end], kept[start:end], own, dead[start:end], score)
         if group is None:
             counts = _counts(start, end, columns.shape[1], scope, sparsity)
             block.choose(slice(0, end - start), name, scope, counts)
@@ -129,14 +135,16 @@ class _Block(NamedTuple):
     """U's own part."""
     dead: Bool[Tensor, " columns"]
     """Inputs that are always 0."""
+    score: Score
+    """Of the criterion."""
 
     def choose(
         self, part: slice, name: str, scope: Literal["matrix", "row"], sparsity: Fraction
     ) -> None:
         """Fill in what stays of some of the columns, by their weights as they are now."""
-        scores = self.columns[part].square() / self.factor.diagonal()[part, None].square()
-        scores.masked_fill_(self.dead[part, None], 0.0)
-        keep = keep_masks({name: scores.T.contiguous()}, scope=scope, sparsity=sparsity)[name]
+        scores = self.score(self.columns[part].T, self.factor.diagonal()[part]).float()
+        scores = scores.masked_fill(self.dead[part], 0.0).contiguous()
+        keep = keep_masks({name: scores}, scope=scope, sparsity=sparsity)[name]
         self.kept[part] = keep.T
 
     def update(self, name: str, group: tuple[int, int] | None) -> Float32[Tensor, "columns output"]:

@@ -98,8 +98,9 @@ def disk_use(study: StudyConfig, shapes: Mapping[str, ModelShape], stages: Seque
     for stage, label in zip(stages, models, strict=True):  # decoders kept from within a training
         saes += sae[label] * len(stage.config.get("checkpoints", ())) / 2
     conditions = study.conditions()
-    heads = sum(c.lm_head for c in conditions if isinstance(c, PruningConfig))
-    left = sum(1 - c.sparsity for c in conditions if c.criterion == "sparsegpt")
+    prunings = [c for c in conditions if isinstance(c, PruningConfig)]
+    heads = sum(c.lm_head for c in prunings)
+    left = sum(1 - c.sparsity for c in prunings if c.entry.updates_weights)
     masks = 0.0
     for model in study.models:
         shape = shapes[model.label]
@@ -180,7 +181,7 @@ def _model_memory(
         elif condition.calibration == "sequential":
             held: float = study.corpus.calibration_tokens * shape.d_model * itemsize
             solving = 0.0
-            if condition.criterion == "sparsegpt":
+            if condition.entry.updates_weights:
                 held += FLOAT * shape.products / shape.num_blocks
                 solving = INVERSION_BYTES * shape.widest_input**2
             pruning = max(pruning, weights + held + max(batch, solving))

@@ -108,7 +108,7 @@ class ModelPlan:
         )
 
     def prune(self, condition: Condition) -> Stage:
-        """What one condition is made from; Wanda's dense norms are measured once for all."""
+        """What one condition is made from; the dense model's norms are measured once for all."""
         if isinstance(condition, CheckpointConfig):
             checkpoint = checkpoint_model(self.config, condition)
             content = self._sources.weights(checkpoint, field="prunings.checkpoint")
@@ -128,9 +128,12 @@ class ModelPlan:
                 {"corpus": self.corpus},
                 label=self.config.label,
             )
+        version = condition.entry.version
+        raised = {"criterion_version": version} if version > 1 else {}
+        pruning = condition.model_dump(mode="json", exclude_none=True)
         return self.stage(
             "prune",
-            {**self.weights, "pruning": condition.model_dump(mode="json", exclude_none=True)},
+            {**self.weights, "pruning": pruning, **raised},
             {"calibration": norms, "corpus": self.corpus if sequential else None},
             label=f"{self.config.label} {condition.label}",
         )

@@ -23,6 +23,7 @@ from prunelens.activations import (
 from prunelens.concepts import label_tokens, labelled_documents
 from prunelens.config import ActivationConfig
 from prunelens.corpus import TokenSplits, joined_stream, split_documents, split_tokens, windows
+from prunelens.criteria import CRITERIA
 from prunelens.finite import not_finite
 from prunelens.model import LanguageModel, load_model, load_tokenizer
 from prunelens.perplexity import measure_perplexity
@@ -199,15 +200,16 @@ def _calibration_cost(costed: Costed) -> Cost:
 def _prune_cost(costed: Costed) -> Cost:
     """With sequential calibration every block runs twice: unpruned for its inputs, then pruned.
 
-    SparseGPT's products of inputs take about as much as a pass: a matrix's inputs are about as many
-    as its outputs, and it has products where they have weights.
+    Products of inputs take about as much as a pass: a matrix's inputs are about as many as its
+    outputs, and it has products where they have weights.
     """
     pruning, shape = costed.config.get("pruning"), costed.shape
+    criterion = CRITERIA[pruning["criterion"] if pruning else "magnitude"]  # or a comparison
     if pruning is None or pruning["calibration"] != "sequential":
         head = bool(pruning and pruning.get("lm_head")) * shape.d_model * shape.vocabulary_size
-        return Cost(10.0 * (shape.linear_weights + head))  # scores, and counting; or a comparison
+        return Cost(criterion.work * (shape.linear_weights + head))
     once = _calibration_cost(costed)
-    products = once.flops if pruning["criterion"] == "sparsegpt" else 0.0
+    products = once.flops if criterion.needs == "products" else 0.0
     return Cost(2 * once.flops + products, 2 * once.forward_tokens)
 
 

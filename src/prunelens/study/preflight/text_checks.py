@@ -29,6 +29,7 @@ from prunelens.panics import TOKENIZER_FIX, panics_told
 from prunelens.perplexity import check_windows, measure_perplexity
 from prunelens.study.preflight.finding import Finding
 from prunelens.study.preflight.model_checks import running_checks
+from prunelens.text import reader_of
 
 PROBE = "The quick brown fox"
 DOCUMENTS_LOOKED_AT, LOOKED_AT = 100, 1000  # of each document so many characters
@@ -93,7 +94,7 @@ def bos_checks(study: StudyConfig, model: ModelConfig) -> Iterator[Finding]:
     Raises: UserError where a tokenizer or the text cannot be read.
     """
     corpus = study.corpus
-    if corpus.source == "tokens":
+    if reader_of(corpus).rows:
         yield _bos_of_rows(corpus)
         return
     tokenizer = load_tokenizer(model)
@@ -207,7 +208,7 @@ def text_check(study: StudyConfig, model: ModelConfig) -> Iterator[Finding]:
     for field, corpus, check in texts:
         if corpus is None:
             continue
-        has_ids = corpus.source == "tokens"
+        has_ids = reader_of(corpus).rows is not None
         if not text_is_here(corpus):
             yield Finding("ok", "text", f"skipped: {field} is on the hub")
         elif not has_ids and not is_here(model):
@@ -271,7 +272,7 @@ def perplexity_check(study: StudyConfig, model: ModelConfig, lm: LanguageModel) 
     )
     if result.nll < nll:
         return Finding("ok", "perplexity", told)
-    given = study.corpus.source == "tokens"
+    given = reader_of(study.corpus).rows is not None
     return Finding(
         "warning" if given else "error",
         "perplexity",
