@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from prunelens import cards
 from prunelens.cards import UNKNOWN, Sharing, escaped
@@ -15,9 +15,11 @@ from prunelens.prune.card import (
     text_in_words,
 )
 from prunelens.prune.record import PruningRecord
+from prunelens.sae.architectures import ARCHITECTURES
+from prunelens.sae.export import formats_of
 from prunelens.sae.record import SaeRecord, TrainingRecord
 
-OWN, SAELENS, SPARSIFY = "prunelens", "saelens", "sparsify"  # folders of an SAE's three layouts
+OWN = "prunelens"  # folder of an SAE's own layout; the others are called after their format
 
 
 def sae_card(saes: Mapping[str, SaeRecord], sharing: Sharing) -> str:
@@ -45,7 +47,7 @@ def sae_card(saes: Mapping[str, SaeRecord], sharing: Sharing) -> str:
         "## The pruned models" if len(prunings) > 1 else "## The pruning of the model",
         *_prunings(prunings, known),
         "## Normalisation",
-        _NORMALISATION,
+        _normalisation(formats_of(records[0].architecture)),
         f"The numbers of this card are in `{cards.RECORD_FILE}` in full precision.",
         closing(sharing),
     ]
@@ -55,7 +57,7 @@ def sae_card(saes: Mapping[str, SaeRecord], sharing: Sharing) -> str:
         body,
         sharing=sharing,
         library="saelens",
-        tags=["sparse-autoencoder", "interpretability", SAELENS, SPARSIFY]
+        tags=["sparse-autoencoder", "interpretability", *formats_of(records[0].architecture)]
         + ["pruning"] * bool(prunings),
         base_models=base_models([training.model for training in known], sharing),
         datasets=data_sets(*texts, *calibration),
@@ -74,14 +76,6 @@ _HOW_TO_READ = (
     " variance of the dense model's activations. L0 is the mean number of active latents per token;"
     " alive latents fire at least once on the held-out tokens."
 )
-_NORMALISATION = (
-    "What is encoded is (x - mean) / deviation, per dimension, with a fixed mean and deviation of"
-    f" activations that were trained on. `{OWN}/` keeps"
-    f" mean and deviation in `normalisation.safetensors` and applies them itself; in `{SAELENS}/`"
-    f" and `{SPARSIFY}/` they are folded into the weights. All three take the model's raw"
-    " activations and return raw reconstructions, and compute the same."
-)
-
 _YES_OR_NO = {True: "yes", False: "no", None: UNKNOWN}
 _STARTS = {
     "own": "random",
@@ -107,7 +101,8 @@ def _models(records: list[SaeRecord], sharing: Sharing) -> str:
 
 
 def _summary(records: list[SaeRecord]) -> str:
-    what = "A TopK sparse autoencoder" if len(records) == 1 else "TopK sparse autoencoders"
+    kind = ARCHITECTURES[records[0].architecture].title  # a study has SAEs of one
+    what = f"A {kind} sparse autoencoder" if len(records) == 1 else f"{kind} sparse autoencoders"
     return (
         f"{what} of a language model's activations, made by prunelens, which asks what pruning does"
         " to a model's features."
@@ -119,7 +114,7 @@ def _loading(path: str, record: SaeRecord, sharing: Sharing) -> list[str]:
     address, inside = sharing.address, f"{path}/" if path else ""
     where = f'snapshot_download("{address}") + "/{inside}{OWN}"'
     guess = "" if record.layer is not None else "  # layer: not known, put it here"
-    return [
+    lines = [
         "prunelens (raw activations in, latents and raw reconstructions out):",
         cards.code(
             "from huggingface_hub import snapshot_download",
@@ -130,16 +125,31 @@ def _loading(path: str, record: SaeRecord, sharing: Sharing) -> list[str]:
         "SAELens:",
         cards.code(
             "from sae_lens import SAE",
-            f'sae = SAE.from_pretrained("{address}", "{inside}{SAELENS}")',
-            "latents = sae.encode(activations)",
-        ),
-        "sparsify:",
-        cards.code(
-            "from sparsify import Sae",
-            f'sae = Sae.load_from_hub("{address}", hookpoint="{inside}{SPARSIFY}")',
+            f'sae = SAE.from_pretrained("{address}", "{inside}saelens")',
             "latents = sae.encode(activations)",
         ),
     ]
+    if "sparsify" in formats_of(record.architecture):
+        lines += [
+            "sparsify:",
+            cards.code(
+                "from sparsify import Sae",
+                f'sae = Sae.load_from_hub("{address}", hookpoint="{inside}sparsify")',
+                "latents = sae.encode(activations)",
+            ),
+        ]
+    return lines
+
+
+def _normalisation(formats: Sequence[str]) -> str:
+    folders = " and ".join(f"`{name}/`" for name in formats)
+    return (
+        "What is encoded is (x - mean) / deviation, per dimension, with a fixed mean and deviation"
+        f" of activations that were trained on. `{OWN}/` keeps mean and deviation in"
+        f" `normalisation.safetensors` and applies them itself; in {folders} they are folded into"
+        f" the weights. {'All three' if len(formats) > 1 else 'Both'} take the model's raw"
+        " activations and return raw reconstructions, and compute the same."
+    )
 
 
 def _sae_grid(saes: Mapping[str, SaeRecord]) -> str:
