@@ -110,7 +110,7 @@ def test_steps_equal_dense_gradients_with_torch_adam(case):
     optimizer = torch.optim.Adam([weight.requires_grad_() for weight in theirs], lr=RATE)
     for number in range(1, 6):
         found = ours.step(x_hat, rate=RATE, number=number)
-        latents = kernels.encode(x_hat, theirs.encoder_weight, theirs.encoder_bias, sae.k)
+        latents = kernels.top_k(kernels.pre_activations(x_hat, *theirs[:2]), sae.k)
         latents = SparseLatents(latents.values.detach(), latents.indices)
         dense = kernels.reference_gradients(x_hat, Weights(*(w.detach() for w in theirs)), latents)
         for weight, gradient in zip(theirs, dense.weights, strict=True):

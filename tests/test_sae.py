@@ -44,6 +44,10 @@ def inputs(tokens, d_model=12, seed=1):
     return torch.randn(tokens, d_model, generator=torch.Generator().manual_seed(seed))
 
 
+def encode(x_hat, weights, k, **how):
+    return kernels.top_k(kernels.pre_activations(x_hat, *weights[:2], **how), k)
+
+
 def as_arrays(sae):
     return [w.detach().double().numpy() for w in sae.weights]
 
@@ -116,7 +120,7 @@ def test_fast_gradients_equal_reference_and_autograd(case):
     if case == "repeated tokens":
         x_hat = x_hat[:4].repeat(16, 1)
     weights = Weights(*(w.detach() for w in sae.weights))
-    latents = kernels.encode(x_hat, weights.encoder_weight, weights.encoder_bias, sae.k)
+    latents = encode(x_hat, weights, sae.k)
     fast = kernels.sparse_gradients(x_hat, weights, latents)
     reference = kernels.reference_gradients(x_hat, weights, latents)
     loss = (sae(x_hat) - x_hat).square().sum(1).mean()
@@ -156,9 +160,7 @@ def test_bfloat16_rounds_the_factors_of_the_encoder_product(monkeypatch, has_uni
     weights = Weights(*(w.detach() for w in sae.weights))
     encoder, bias = (rounded(w).double() for w in weights[:2])
     exact = (rounded(x_hat).double() @ encoder.T + bias).relu().topk(sae.k).values
-    found = kernels.encode(
-        x_hat, weights.encoder_weight, weights.encoder_bias, sae.k, dtype=torch.bfloat16
-    )
+    found = encode(x_hat, weights, sae.k, dtype=torch.bfloat16)
     assert found.values.dtype == torch.float32
     in_order = found.values.sort(descending=True).values.double()
     # What is left is the rounding of the result, where the units give bfloat16.
@@ -185,10 +187,9 @@ def test_buffers_used_again_change_no_bit(dtype):
     """Also after other shapes: a last batch, a restart's pool."""
     sae, buffers = random_sae(num_latents=96), Buffers()
     weights = Weights(*(w.detach() for w in sae.weights))
-    encoder, bias = weights[:2]
     for x_hat in (inputs(64), inputs(10), inputs(64) + 1):
-        plain = kernels.encode(x_hat, encoder, bias, sae.k, dtype=dtype)
-        again = kernels.encode(x_hat, encoder, bias, sae.k, dtype=dtype, buffers=buffers)
+        plain = encode(x_hat, weights, sae.k, dtype=dtype)
+        again = encode(x_hat, weights, sae.k, dtype=dtype, buffers=buffers)
         assert torch.equal(plain.values, again.values)
         assert torch.equal(plain.indices, again.indices)
         fresh = kernels.sparse_gradients(x_hat, weights, plain, dtype=dtype)

@@ -5,8 +5,8 @@ The public API on one page; importing it loads nothing heavy, names load on firs
     text      read_study, study_from_data, CorpusConfig, split_tokens, windows
     model     load_model, run_to_site, run_to_sites, replace_at_site, measure_perplexity
     prune     prune_model, input_norms, apply_masks, save_checkpoint, masks_sha256
-    SAEs      capture, capture_sites, Activations, statistics, TopKSAE, train_sae, train_saes,
-              evaluate_sae, export_sae
+    SAEs      capture, capture_sites, Activations, statistics, TopKSAE, BatchTopKSAE, load_sae,
+              train_sae, train_saes, evaluate_sae, export_sae
     compare   match_dictionaries, match_rates, seed_stability, survival, persistence
     identity  activation_matching, latent_series, latent_scaling, subspace_overlaps
     trust     sufficiency, survival_by_step, dense_world, pruned_world, grades, run_selftest
@@ -90,6 +90,8 @@ if TYPE_CHECKING:
     from prunelens.report.explorer.study import view_study, write_study_explorer
     from prunelens.report.selftest import run_selftest
     from prunelens.report.write import run_and_report, write_report
+    from prunelens.sae.architectures import load_sae
+    from prunelens.sae.batchtopk import BatchTopKSAE
     from prunelens.sae.export import export_sae
     from prunelens.sae.formats import GivenSae
     from prunelens.sae.own_folder import own_sae

@@ -59,3 +59,44 @@ def mean_activation(z):
 def loss(x_hat, x_rec):
     """Mean over tokens of the squared error summed over d."""
     return squared_error(x_hat, x_rec) / len(x_hat)
+
+
+def encode_batch(x_hat, encoder_weight, encoder_bias, k):
+    """Dense z: of all of a batch's ReLU(W_enc x + b_enc) the k x tokens largest."""
+    z = encode(x_hat, encoder_weight, encoder_bias, len(encoder_bias))
+    places = [(-z[t, i], t, i) for t in range(len(z)) for i in range(z.shape[1])]
+    for _, t, i in sorted(places)[k * len(x_hat) :]:
+        z[t, i] = 0.0
+    return z
+
+
+def encode_above(x_hat, encoder_weight, encoder_bias, threshold):
+    """Dense z: whatever exceeds the threshold."""
+    z = encode(x_hat, encoder_weight, encoder_bias, len(encoder_bias))
+    return np.where(z > threshold, z, 0.0)
+
+
+def train_batchtopk(batches, weights, k, rates):
+    """BatchTopK SAE after a step per batch: its four weights, and the threshold after each step.
+
+    Gradients by the chain rule, Adam and unit rows written out. The threshold is the first step's
+    smallest kept activation, then moves by a tenth towards each step's.
+    """
+    weights = [w.copy() for w in weights]
+    moments = [[np.zeros_like(w), np.zeros_like(w)] for w in weights]
+    thresholds = []
+    for n, (x, rate) in enumerate(zip(batches, rates, strict=True), start=1):
+        w_enc, b_enc, w_dec, b_dec = weights
+        z = encode_batch(x, w_enc, b_enc, k)
+        smallest = z[z > 0].min()
+        before = thresholds[-1] if thresholds else smallest
+        thresholds.append(before + 0.1 * (smallest - before))
+        error = 2 * (decode(z, w_dec, b_dec) - x) / len(x)
+        back = (error @ w_dec.T) * (z > 0)
+        gradients = [back.T @ x, back.sum(0), z.T @ error, error.sum(0)]
+        for w, g, (mean, square) in zip(weights, gradients, moments, strict=True):
+            mean += 0.1 * (g - mean)
+            square += 0.001 * (g * g - square)
+            w -= rate * (mean / (1 - 0.9**n)) / (np.sqrt(square / (1 - 0.999**n)) + 1e-8)
+        w_dec /= np.linalg.norm(w_dec, axis=1, keepdims=True)
+    return weights, thresholds

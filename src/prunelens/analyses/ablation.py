@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prunelens.activations import Statistics
-from prunelens.sae.topk import TopKSAE
+from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.upper_blocks import Baseline, UpperBlocks
 
 _ENCODED_TOKENS = 2048
@@ -60,7 +60,7 @@ class Items(NamedTuple):
 
 def make_scene(
     upper: UpperBlocks,
-    sae: TopKSAE,
+    sae: SparseAutoencoder,
     statistics: Statistics,
     columns: Sequence[tuple[str, int]],
     *,
@@ -95,7 +95,7 @@ def make_scene(
     return Scene(upper, original, replaced, values, directions.to(x.device))
 
 
-def _direction(sae: TopKSAE, sigma: Tensor, kind: str, latent: int, seed: int) -> Tensor:
+def _direction(sae: SparseAutoencoder, sigma: Tensor, kind: str, latent: int, seed: int) -> Tensor:
     """The latent's feature vector in raw space, or a random one of the same norm there.
 
     Isotropic in normalised space, as a feature vector would be without a feature; the norm is

@@ -23,8 +23,8 @@ from torch import Tensor
 from prunelens.analyses.noise import Rows
 from prunelens.analyses.persistence import BATCH_TOKENS, FEWEST_FIRINGS
 from prunelens.match import Matches, match_rates, match_similarities
+from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.buffers import Buffers
-from prunelens.sae.topk import TopKSAE
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -98,7 +98,7 @@ def activation_matching(
 
 @torch.no_grad()
 def latent_series(
-    sae: TopKSAE,
+    sae: SparseAutoencoder,
     rows: Rows,
     tokens: Int[Tensor, " tokens"],
     *,

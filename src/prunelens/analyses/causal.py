@@ -28,7 +28,7 @@ from prunelens.analyses.ablation import (
     where_it_matters,
 )
 from prunelens.errors import UserError
-from prunelens.sae.topk import TopKSAE
+from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.upper_blocks import UpperBlocks
 
 PROTOCOLS = ("paper", "isolated", "error_preserving")
@@ -55,7 +55,7 @@ def nothing_ablated(num_prompts: int) -> Ablations:
 @torch.no_grad()
 def ablate(
     upper: UpperBlocks,
-    sae: TopKSAE,
+    sae: SparseAutoencoder,
     statistics: Statistics,
     *,
     latents: Sequence[int],
@@ -177,7 +177,7 @@ def _table(
 
 def _check(
     upper: UpperBlocks,
-    sae: TopKSAE,
+    sae: SparseAutoencoder,
     latents: Sequence[int],
     contexts_per_latent: int,
     skip_first: int,

@@ -26,8 +26,8 @@ from prunelens.analyses.noise import (
 )
 from prunelens.analyses.statistics import LatentSample, crossed, fisher_z, ratio_of_means
 from prunelens.sae.buffers import Buffers
+from prunelens.sae.kernels import SparseLatents
 from prunelens.sae.sparse import SparseEncoder
-from prunelens.sae.topk import SparseLatents
 
 NOISE_DRAWS = 3
 DRAWS = {

@@ -32,9 +32,9 @@ from prunelens.analyses.noise import (
 )
 from prunelens.analyses.persistence import BATCH_TOKENS, FEWEST_FIRINGS
 from prunelens.analyses.statistics import FEWEST_UNITS
+from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.kernels import SparseLatents, decode
 from prunelens.sae.pattern import TransposedPattern
-from prunelens.sae.topk import TopKSAE
 
 SOURCES = ("dense", "pruned", "null", "noise_isotropic", "unpaired")
 SMALLEST_DENSE_SLOPE = 0.1  # below it, the ratio divides by noise
@@ -46,7 +46,7 @@ JOINT_ROUNDING = 1e-6  # relative to what the latents add; a residual below it i
 
 @torch.no_grad()
 def latent_scaling(
-    sae: TopKSAE,
+    sae: SparseAutoencoder,
     dense: Rows,
     pruned: Rows,
     tokens: Int[Tensor, " tokens"],

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prunelens.activations import Activations, covariance, participation_ratio
+from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.quality import evaluate_sae
-from prunelens.sae.topk import TopKSAE
 
 NORM_MULTIPLE = 10.0  # of the dense median, where a study keeps every token
 MOVED = ("participation_ratio", "fvu", "fvu_dense_var")  # what is given with and without them
@@ -30,7 +30,7 @@ def only_compressed(
 
 
 def quality_on(
-    saes: Sequence[TopKSAE], dense: Activations, condition: Activations
+    saes: Sequence[SparseAutoencoder], dense: Activations, condition: Activations
 ) -> dict[str, float]:
     """MOVED, on the tokens that the two views count; of SAEs the mean.
 

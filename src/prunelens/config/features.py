@@ -29,13 +29,23 @@ class ActivationConfig(Frozen):
     """The precision on disk."""
 
 
-class SaeConfig(Frozen):
-    """TopK sparse autoencoders and their training (methods §5); the paper's values by default."""
+Architecture = Literal["topk", "batchtopk"]
+"""Each has a class in `sae.architectures`."""
 
+
+class SaeConfig(Frozen):
+    """Sparse autoencoders and their training (methods §5); the paper's values by default."""
+
+    # Not written where it is TopK: before there was a choice, SAEs had no such field, and those
+    # that are there keep their identity and their checkpoints.
+    architecture: Architecture = Field("topk", exclude_if=lambda name: name == "topk")
+    """topk: every token keeps its k largest latents. batchtopk: a training batch keeps its k x
+    tokens largest, and afterwards all above a fixed threshold are kept (k per token in the mean).
+    """
     expansion: int = Field(8, ge=1)
     """num_latents / d_model."""
     k: int = Field(64, ge=1)
-    """Latents kept per token."""
+    """Latents kept per token; of batchtopk in the mean."""
     steps: int = Field(20_000, ge=1)
     """Optimiser steps."""
     batch_tokens: int = Field(4096, ge=1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any, Self, TypeVar
 
 import pydantic
@@ -259,6 +261,9 @@ def _one_line(error: pydantic.ValidationError) -> str:
         message = f"unknown key{_nearest(first['loc'])}"
     elif first["type"] != "value_error" and first["type"] != "missing":
         message = f"{message} (got {str(first['input'])[:80]!r})"
+    if first["type"] == "literal_error":
+        names = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        message += _did_you_mean(str(first["input"]), names)
     also = ", ".join(_place(other["loc"]) for other in others)
     text = f"{where}: {message}" + (f" (also wrong: {also})" if also else "")
     text = one_line(text)
@@ -279,8 +284,12 @@ def _nearest(location: tuple[int | str, ...]) -> str:
         elif isinstance(part, str) and part in getattr(model, "model_fields", {}):
             model = _inner_model(model.model_fields[part].annotation) or model
     fields = list(getattr(model, "model_fields", {}))
-    close = difflib.get_close_matches(str(location[-1])[:80], fields, n=1, cutoff=0.65)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid keys: {', '.join(fields)}"
+    return _did_you_mean(str(location[-1]), fields) or f"; valid keys: {', '.join(fields)}"
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.65)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _inner_model(annotation: Any) -> type[pydantic.BaseModel] | None:

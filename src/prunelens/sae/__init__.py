@@ -1,6 +1,8 @@
-"""TopK sparse autoencoders: the module, its training and its quality (methods §5);
+"""Sparse autoencoders: their architectures, training and quality (methods §5);
 and SAEs as they are given, ours or others'."""
 
+from prunelens.sae.architectures import load_sae
+from prunelens.sae.batchtopk import BatchTopKSAE
 from prunelens.sae.formats import GivenSae
 from prunelens.sae.kernels import SparseLatents
 from prunelens.sae.pretrained import load_given_sae
@@ -10,6 +12,7 @@ from prunelens.sae.train import SaeRequest, TrainedSae, train_sae, train_saes
 from prunelens.sae.training import StepLog, TokenActivations
 
 __all__ = [
+    "BatchTopKSAE",
     "GivenSae",
     "SaeQuality",
     "SaeRequest",
@@ -20,6 +23,7 @@ __all__ = [
     "TrainedSae",
     "evaluate_sae",
     "load_given_sae",
+    "load_sae",
     "train_sae",
     "train_saes",
 ]

@@ -10,9 +10,11 @@ from prunelens import cards
 from prunelens.cards import Sharing
 from prunelens.prune.card import base_models, data_sets
 from prunelens.prune.record import PruningRecord
+from prunelens.sae.architectures import ARCHITECTURES
+from prunelens.sae.export import formats_of
 from prunelens.sae.record import SaeRecord
 
-OWN, SAELENS, SPARSIFY = "prunelens", "saelens", "sparsify"  # folders of an SAE's three layouts
+OWN = "prunelens"  # folder of an SAE's own layout; the others are called after their format
 
 
 def sae_card(saes: Mapping[str, SaeRecord], sharing: Sharing) -> str:
@@ -25,6 +27,7 @@ def sae_card(saes: Mapping[str, SaeRecord], sharing: Sharing) -> str:
     known = [record.training for record in saes.values() if record.training]
     titles = [record.training.model.title if record.training else "" for record in saes.values()]
     prunings = prunings_of(saes)
+    architecture = next(iter(saes.values())).architecture  # a study has SAEs of one
     facts = {
         "saes": saes,
         "models": list(dict.fromkeys(titles)),
@@ -32,8 +35,8 @@ def sae_card(saes: Mapping[str, SaeRecord], sharing: Sharing) -> str:
         "runs": {training.run: training for training in known},  # whose SAEs are judged together
         "prunings": prunings,
         "own": OWN,
-        "saelens": SAELENS,
-        "sparsify": SPARSIFY,
+        "kind": ARCHITECTURES[architecture].title,
+        "formats": formats_of(architecture),
     }
     texts = [training.text for training in known]
     return cards.card(
@@ -41,7 +44,7 @@ def sae_card(saes: Mapping[str, SaeRecord], sharing: Sharing) -> str:
         facts,
         sharing=sharing,
         library="saelens",
-        tags=["sparse-autoencoder", "interpretability", SAELENS, SPARSIFY]
+        tags=["sparse-autoencoder", "interpretability", *formats_of(architecture)]
         + ["pruning"] * bool(prunings),
         base_models=base_models([training.model for training in known], sharing),
         datasets=data_sets(*texts, *(pruning.calibration for pruning in prunings)),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch.optim.adam import adam
 
 from prunelens.sae import kernels
 from prunelens.sae.buffers import Buffers
-from prunelens.sae.kernels import Weights
+from prunelens.sae.kernels import SparseLatents, Weights
 
 BETA_MEAN, BETA_SQUARE, EPSILON = 0.9, 0.999, 1e-8
 """Adam's: how much of its two moments stays, and what is added to the root of the second."""
@@ -36,13 +37,21 @@ class Descent:
     """Adam on an SAE's weights, in place: its moments, its precision, and buffers used again."""
 
     def __init__(
-        self, weights: Weights, k: int, *, dtype: torch.dtype, buffers: Buffers | None = None
+        self,
+        weights: Weights,
+        k: int,
+        *,
+        dtype: torch.dtype,
+        buffers: Buffers | None = None,
+        keep: Callable[[Tensor], SparseLatents] | None = None,
     ) -> None:
+        """`keep` says which latents of a batch's pre-activations are kept; None: k per token."""
         self.weights = Weights(*(w.detach() for w in weights))
         self.mean = Weights(*(torch.zeros_like(w) for w in self.weights))
         self.mean_square = Weights(*(torch.zeros_like(w) for w in self.weights))
         self._k, self.dtype = k, dtype
         self._buffers = buffers or Buffers()
+        self._keep = keep or functools.partial(kernels.top_k, k=k)
 
     @torch.no_grad()
     def step(self, x_hat: Float[Tensor, "batch d_model"], *, rate: float, number: int) -> Descended:
@@ -53,7 +62,8 @@ class Descent:
         """
         encoder, bias = self.weights[:2]
         dtype, buffers = self.dtype, self._buffers
-        latents = kernels.encode(x_hat, encoder, bias, self._k, dtype=dtype, buffers=buffers)
+        pre = kernels.pre_activations(x_hat, encoder, bias, dtype=dtype, buffers=buffers)
+        latents = self._keep(pre)
         found = kernels.gradients(x_hat, self.weights, latents, dtype=dtype, buffers=buffers)
         for some in self._blocks(x_hat.device):
             self.adam(_MATRICES, found.of_latents(some.start, some.stop), rate, number, some)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prunelens.config import SaeConfig
 from prunelens.errors import one_line
+from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.buffers import Buffers
 from prunelens.sae.descent import Descended, Descent
 from prunelens.sae.topk import TopKSAE
@@ -38,14 +39,21 @@ bfloat16 latents tie for the last place among the k, either may win, and that al
 TRIAL_TOKENS, TRIAL_RATE = 32, 1e-4
 
 
-def descent_of(sae: TopKSAE, config: SaeConfig, buffers: Buffers | None) -> tuple[str, Descent]:
+def descent_of(
+    sae: SparseAutoencoder, config: SaeConfig, buffers: Buffers | None
+) -> tuple[str, Descent]:
     """The engine's name, and its descent on the SAE's weights.
 
     By our own kernels on a CUDA device, where Triton is there and they hold the trial; on a CPU
-    where it is worth it.
+    where it is worth it. They keep k latents of every token, so of other architectures than TopK
+    the steps are PyTorch's.
     """
     dtype: torch.dtype = getattr(torch, config.dtype)
     device = sae.decoder_bias.device
+    if not isinstance(sae, TopKSAE):
+        if device.type == "cuda" or _work(sae, config) >= COMPILED_FROM:
+            _say_that_kernels_are_of_topk(sae.architecture)
+        return PYTORCH, Descent(sae.weights, sae.k, dtype=dtype, buffers=buffers, keep=sae.keep)
     if device.type == "cpu" and _work(sae, config) >= COMPILED_FROM:
         from prunelens.sae.cpu_descent import CpuDescent, compile_loops
 
@@ -57,7 +65,7 @@ def descent_of(sae: TopKSAE, config: SaeConfig, buffers: Buffers | None) -> tupl
     return PYTORCH, Descent(sae.weights, sae.k, dtype=dtype, buffers=buffers)
 
 
-def _work(sae: TopKSAE, config: SaeConfig) -> int:
+def _work(sae: SparseAutoencoder, config: SaeConfig) -> int:
     return config.steps * config.batch_tokens * sae.encoder_weight.numel()
 
 
@@ -70,6 +78,11 @@ def _kernels_for(device: torch.device) -> Callable[..., Descent] | None:
     from prunelens.sae.cuda_descent import CudaDescent
 
     return CudaDescent
+
+
+@functools.cache
+def _say_that_kernels_are_of_topk(architecture: str) -> None:
+    log.info("%s SAEs are trained by PyTorch's own operators: our kernels are TopK's", architecture)
 
 
 @functools.cache

@@ -3,7 +3,8 @@
 Neither library is needed. Both formats hold the same four tensors, since both libraries can take
 b_dec off the input: z = TopK(ReLU(W_enc (x - b_dec) + b_enc), k), x_rec = W_dec z + b_dec, on raw
 activations. Decoder rows carry sigma and are not of unit norm; the files say that nothing is to be
-rescaled by that norm.
+rescaled by that norm. An SAE that is read with a threshold is a JumpReLU SAE for SAELens, as its
+own BatchTopK SAEs are once trained; sparsify has none.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from prunelens.activations import Statistics
 from prunelens.errors import UserError
 from prunelens.prune.checkpoint import check_target
 from prunelens.sae import sparsify
-from prunelens.sae.formats import GivenSae, NormalisedTopK
+from prunelens.sae.autoencoder import SparseAutoencoder
+from prunelens.sae.formats import GivenSae, NormalisedSae
 from prunelens.sae.kernels import Weights
 from prunelens.sae.own_folder import PLACE_FILE, own_sae
-from prunelens.sae.topk import TopKSAE
 from prunelens.temporary import new_folder
 
 ExportFormat = Literal["saelens", "sparsify"]
@@ -73,15 +74,21 @@ def export_sae(
             output is the site, `layers.3` or `layers.3.mlp` for block 3 of a Llama.
         format: whose files to write.
         model: the model's name, for the description.
-    Raises: UserError where `folder` holds no SAE with its normalisation, `format` is unknown,
-        `out` is named after another place or as `check_target`, or the folded weights overflow.
+    Raises: UserError where `folder` holds no SAE with its normalisation, `format` is unknown or
+        knows no SAE of that architecture, `out` is named after another place or as
+        `check_target`, or the folded weights overflow.
     """
     folder, out = (pathlib.Path(path).expanduser().absolute() for path in (folder, out))
     check_target(out)
     layout_of = {"saelens": _saelens, "sparsify": _sparsify}[export_format(format)]
     given = own_sae(folder, name=folder.name)
     coder = given.coder
-    assert isinstance(coder, NormalisedTopK)
+    assert isinstance(coder, NormalisedSae)
+    if format not in formats_of(given.architecture):
+        raise UserError(
+            f"--format: {format} has no {coder.sae.title} SAEs; export it as"
+            f" {' or '.join(formats_of(given.architecture))}"
+        )
     weights = fold_normalisation(coder.sae, Statistics(coder.mean, coder.sigma))
     if not all(bool(tensor.isfinite().all()) for tensor in weights):
         raise UserError(
@@ -102,12 +109,17 @@ def export_format(name: str) -> ExportFormat:
     raise UserError(f"--format: {name!r} is neither saelens nor sparsify; give one of them")
 
 
+def formats_of(architecture: str) -> tuple[ExportFormat, ...]:
+    """Whose files can hold an SAE of ours."""
+    return get_args(ExportFormat) if architecture == "topk" else ("saelens",)
+
+
 @torch.no_grad()
-def fold_normalisation(sae: TopKSAE, normalisation: Statistics) -> Weights:
+def fold_normalisation(sae: SparseAutoencoder, normalisation: Statistics) -> Weights:
     """The weights that do on raw activations what `sae` does on normalised ones (methods §5).
 
-    For z = TopK(ReLU(W_enc (x - b_dec) + b_enc)), x_rec = W_dec z + b_dec. Computed in float64,
-    returned in float32, [latents, d_model] as in TopKSAE.
+    For pre-activations W_enc (x - b_dec) + b_enc, which stay what they are, and x_rec = W_dec z +
+    b_dec. Computed in float64, returned in float32, [latents, d_model] as in SparseAutoencoder.
     """
     mean, sigma = normalisation.mean.double(), normalisation.sigma.double()
     w_enc, b_enc, w_dec, b_dec = (weight.double() for weight in sae.weights)
@@ -128,6 +140,7 @@ def _saelens(
     weights: Weights, given: GivenSae, k: int, model: str | None, _out: pathlib.Path
 ) -> _Layout:
     """SAELens 6: matrices are [d_in, d_sae] and [d_sae, d_in]."""
+    threshold = given.threshold
     hook = None if given.site is None else f"blocks.{given.layer}.hook_{given.site}"
     metadata = {
         "sae_lens_version": _SAELENS_LAYOUT,
@@ -140,15 +153,14 @@ def _saelens(
         "model_from_pretrained_kwargs": {"center_writing_weights": False},
         "l0": _stated_l0(given),
     }
+    topk = {"architecture": "topk", "k": k, "rescale_acts_by_decoder_norm": False}
     config = {
-        "architecture": "topk",
+        **(topk if threshold is None else {"architecture": "jumprelu"}),
         "d_in": given.d_model,
         "d_sae": given.num_latents,
-        "k": k,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": True,
-        "rescale_acts_by_decoder_norm": False,
         "normalize_activations": "none",
         "reshape_activations": "none",
         "metadata": metadata,
@@ -159,6 +171,8 @@ def _saelens(
         "W_dec": weights.decoder_weight,
         "b_dec": weights.decoder_bias,
     }
+    if threshold is not None:
+        tensors["threshold"] = threshold.contiguous()
     return _Layout(SAELENS_WEIGHTS, tensors, {SAELENS_CONFIG: config}, hook)
 
 

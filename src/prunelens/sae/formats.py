@@ -16,10 +16,10 @@ from torch import Tensor
 from prunelens.activations import Statistics
 from prunelens.config import Site
 from prunelens.errors import UserError
+from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.buffers import Buffers
 from prunelens.sae.kernels import SparseLatents
 from prunelens.sae.sparse import sparse_latents
-from prunelens.sae.topk import TopKSAE
 
 L0_TOLERANCE = 2.0  # a dense L0 outside 1/2 to 2 x the nominal one is no longer the same SAE
 _DENSE_NUMBERS = 2**24  # latents written out at a time where only sparse ones are asked for: 64 MB
@@ -31,7 +31,7 @@ class Coder(Protocol):
 
     @property
     def threshold(self) -> Tensor | None:
-        """[latents]: the JumpReLU thresholds; None where there are none."""
+        """[latents]: what pre-activations must exceed; None where that is not what decides."""
 
     def encode(self, x: Tensor, threshold_scale: float, /) -> Tensor:
         """[tokens, d_model] raw to [tokens, latents], with all thresholds times a factor."""
@@ -59,7 +59,7 @@ class GivenSae:
     name: str
     """As in tables."""
     architecture: str
-    """topk, jumprelu, standard, gated, …"""
+    """topk, batchtopk, jumprelu, standard, gated, …"""
     d_model: int
     """Width of the activations."""
     num_latents: int
@@ -88,12 +88,12 @@ class GivenSae:
     def encode_sparse(
         self, x: Float[Tensor, "tokens d_model"], *, buffers: Buffers | None = None
     ) -> SparseLatents:
-        """`encode` without the zeros: of other architectures than TopK, and of a few that know
-        negative latents, all entries that are not 0. Not meant for `decode`.
+        """`encode` without the zeros: of SAEs of others, of which a few know negative latents, all
+        entries that are not 0. Not meant for `decode`.
         """
         x = x.to(self.device, torch.float32)
-        if isinstance(self.coder, NormalisedTopK):
-            return self.coder.encode_sparse(x, buffers=buffers)
+        if isinstance(self.coder, NormalisedSae):
+            return self.coder.encode_sparse(x, self.threshold_scale, buffers=buffers)
         at_once = max(1, _DENSE_NUMBERS // self.num_latents)
         return sparse_latents(self.encode(part) for part in x.split(at_once))
 
@@ -116,11 +116,12 @@ class GivenSae:
     def rebuild(self, x: Float[Tensor, "tokens d_model"]) -> Rebuilt:
         """decode(encode(x)), and how many latents each token uses.
 
-        Only this way do the zeros of a TopK SAE of ours stay unwritten: a sum of k decoder rows
-        per token costs a small part of a product with all of them.
+        Only this way do the zeros of an SAE of ours stay unwritten: a sum of some decoder rows per
+        token costs a small part of a product with all of them.
         """
-        if isinstance(self.coder, NormalisedTopK):
-            states, num_active = self.coder.rebuild(x.to(self.device, torch.float32))
+        if isinstance(self.coder, NormalisedSae):
+            x = x.to(self.device, torch.float32)
+            states, num_active = self.coder.rebuild(x, self.threshold_scale)
         else:
             latents = self.encode(x)
             # Several times faster than (latents != 0).sum(1); a count in 16 bits would be rounded.
@@ -131,7 +132,7 @@ class GivenSae:
 
     @property
     def threshold(self) -> Float[Tensor, " latents"] | None:
-        """JumpReLU thresholds, the factor included; None for other architectures."""
+        """What pre-activations must exceed, the factor included; None where nothing is fixed."""
         if self.coder.threshold is None:
             return None
         return self.coder.threshold * self.threshold_scale
@@ -150,7 +151,7 @@ class GivenSae:
         if self.coder.threshold is None:
             raise UserError(
                 f"models.pretrained: {self.name} is a {self.architecture!r} SAE, which has no"
-                " thresholds to refit; only jumprelu has"
+                " thresholds to refit; only jumprelu and batchtopk have"
             )
         return dataclasses.replace(self, threshold_scale=self.threshold_scale * factor)
 
@@ -159,17 +160,17 @@ class GivenSae:
 
 
 def given(
-    sae: TopKSAE, statistics: Statistics, *, name: str, nominal_l0: float = math.nan
+    sae: SparseAutoencoder, statistics: Statistics, *, name: str, nominal_l0: float = math.nan
 ) -> GivenSae:
-    """A TopK SAE in normalised space together with the normalisation that it was trained under."""
+    """An SAE in normalised space together with the normalisation that it was trained under."""
     device = sae.decoder_bias.device
     return GivenSae(
         name=name,
-        architecture="topk",
+        architecture=sae.architecture,
         d_model=sae.d_model,
         num_latents=sae.num_latents,
         nominal_l0=nominal_l0,
-        coder=NormalisedTopK(sae, *(part.to(device) for part in statistics)),
+        coder=NormalisedSae(sae, *(part.to(device) for part in statistics)),
         device=device,
     )
 
@@ -211,25 +212,31 @@ def check_fits(sae: GivenSae, model: str, *, d_model: int, site: Site, layer: in
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NormalisedTopK:
-    """Our TopK SAE: x_hat = (x - mean) / sigma in, sigma * x_rec + mean out."""
+class NormalisedSae:
+    """An SAE of ours: x_hat = (x - mean) / sigma in, sigma * x_rec + mean out."""
 
-    sae: TopKSAE
+    sae: SparseAutoencoder
     mean: Float[Tensor, " d_model"]
     sigma: Float[Tensor, " d_model"]
 
     @property
-    def threshold(self) -> None:
-        """It has none."""
-        return None
-
-    def encode(self, x: Tensor, _threshold_scale: float, /) -> Tensor:
+    def threshold(self) -> Tensor | None:
         """See Coder."""
-        return self.sae.dense_latents(self.encode_sparse(x))
+        shared = self.sae.threshold
+        return None if shared is None else shared.expand(self.sae.num_latents)
 
-    def encode_sparse(self, x: Tensor, *, buffers: Buffers | None = None) -> SparseLatents:
+    def encode(self, x: Tensor, threshold_scale: float, /) -> Tensor:
+        """See Coder."""
+        return self.sae.dense_latents(self.encode_sparse(x, threshold_scale))
+
+    def encode_sparse(
+        self, x: Tensor, threshold_scale: float, *, buffers: Buffers | None = None
+    ) -> SparseLatents:
         """See GivenSae."""
-        return self.sae.encode((x - self.mean) / self.sigma, buffers=buffers)
+        sae = self.sae
+        if sae.threshold is not None and threshold_scale != 1.0:
+            sae = sae.with_threshold(sae.threshold * threshold_scale)
+        return sae.encode((x - self.mean) / self.sigma, buffers=buffers)
 
     def decode(self, latents: Tensor, /) -> Tensor:
         """See Coder."""
@@ -240,8 +247,8 @@ class NormalisedTopK:
         """See Coder."""
         return self.sae.decoder_weight * self.sigma
 
-    def rebuild(self, x: Tensor) -> Rebuilt:
+    def rebuild(self, x: Tensor, threshold_scale: float) -> Rebuilt:
         """See GivenSae; before any shift."""
-        latents = self.encode_sparse(x)
+        latents = self.encode_sparse(x, threshold_scale)
         rec = self.sae.decode(latents)
         return Rebuilt(self.sigma * rec + self.mean, (latents.values != 0).sum(1))

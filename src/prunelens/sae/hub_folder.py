@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from prunelens.cards import CARD_FILE, RECORD_FILE, Sharing, version
 from prunelens.prune.checkpoint import check_target
-from prunelens.sae.card import OWN, SAELENS, SPARSIFY, prunings_of, sae_card
-from prunelens.sae.export import export_sae
+from prunelens.sae.card import OWN, prunings_of, sae_card
+from prunelens.sae.export import export_sae, formats_of
 from prunelens.sae.own_folder import PLACE_FILE
 from prunelens.sae.record import QUALITY_FILE, SaeRecord, TrainingRecord, sae_record
 from prunelens.temporary import new_folder
@@ -47,9 +47,9 @@ def write_hub_folder(
 ) -> HubFolder:
     """Write SAEs as a folder that can be uploaded to the hub as it is.
 
-    Every SAE has three folders, `prunelens/`, `saelens/` and `sparsify/`, which hold the same
-    weights; README.md is the card and prunelens.json says the same to programs. They are written
-    beside `out`, flushed to disk and renamed, so `out` is whole or not there.
+    Every SAE has the folders `prunelens/`, `saelens/` and, where it is TopK, `sparsify/`, which
+    hold the same weights; README.md is the card and prunelens.json says the same to programs. They
+    are written beside `out`, flushed to disk and renamed, so `out` is whole or not there.
 
     Args:
         sources: by folder within the repository; the key "" stands for the repository itself.
@@ -64,7 +64,7 @@ def write_hub_folder(
     check_target(out)
     with new_folder(out) as partial:
         for path, source in sources.items():
-            _write_layouts(source.folder, partial / path, _model_name(records[path], sharing))
+            _write_layouts(source.folder, partial / path, records[path], sharing)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
         facts = {
             "kind": "sparse autoencoders",
@@ -78,14 +78,16 @@ def write_hub_folder(
     return HubFolder(out, tuple(path or "." for path in sources))
 
 
-def _write_layouts(folder: pathlib.Path, out: pathlib.Path, model: str | None) -> None:
+def _write_layouts(
+    folder: pathlib.Path, out: pathlib.Path, record: SaeRecord, sharing: Sharing
+) -> None:
     own = out / OWN
     own.mkdir(parents=True)
     for name in (*_NEEDED, *_OPTIONAL):
         if name in _NEEDED or (folder / name).exists():
             shutil.copyfile(folder / name, own / name)
-    export_sae(folder, out / SAELENS, format="saelens", model=model)
-    export_sae(folder, out / SPARSIFY, format="sparsify", model=model)
+    for name in formats_of(record.architecture):
+        export_sae(folder, out / name, format=name, model=_model_name(record, sharing))
 
 
 def _model_name(record: SaeRecord, sharing: Sharing) -> str | None:

@@ -1,6 +1,6 @@
-"""Sparse encode, decode and gradients of a TopK SAE: the short reference and the fast path.
+"""Sparse encode, decode and gradients of an SAE: the short reference and the fast path.
 
-Only k of the latents of a token are active, so all but the encoder product is sparse. On a CPU the
+Only some k of a token's latents are active, so all but the encoder product is sparse. On a CPU the
 fast path is made of PyTorch's own operators (long trainings take `cpu_descent` instead):
 `embedding_bag` sums k decoder rows per token (and, over the transposed pattern, tokens per latent,
 which gives both weight gradients), and its gradient with respect to its weights takes the k inner
@@ -38,7 +38,10 @@ class Weights(NamedTuple):
 
 
 class SparseLatents(NamedTuple):
-    """The k kept latents of each token, in no particular order; a latent fires where value > 0."""
+    """The kept latents of each token, in no particular order; a latent fires where value > 0.
+
+    Where tokens keep different numbers, k is the most, and the others are filled up with zeros.
+    """
 
     values: Float[Tensor, "tokens k"]
     """Activations after the ReLU, 0 where fewer than k latents were positive."""
@@ -67,29 +70,24 @@ class Gradients(NamedTuple):
         return weights.encoder_weight[first:last], weights.decoder_weight[first:last]
 
 
-def encode(
+def pre_activations(
     x_hat: Float[Tensor, "tokens d_model"],
     weight: Float[Tensor, "latents d_model"],
     bias: Float[Tensor, " latents"],
-    k: int,
     *,
     dtype: torch.dtype = torch.float32,
     buffers: Buffers | None = None,
-) -> SparseLatents:
-    """TopK(ReLU(W_enc x_hat + b_enc), k) (methods §5).
+) -> Float[Tensor, "tokens latents"]:
+    """W_enc x_hat + b_enc (methods §5), in a buffer until the next call where there are `buffers`.
 
-    Differentiable in float32 without buffers. `dtype` is the precision of the product alone; the
-    values come back as float32.
+    Differentiable in float32 without buffers. `dtype` is the precision of the product.
     """
     if dtype == torch.bfloat16:
-        pre = _bfloat16_pre(x_hat, weight, bias, buffers or Buffers())
-    elif buffers is None:
-        pre = torch.addmm(bias, x_hat, weight.T)
-    else:
-        out = buffers.take("pre", (len(x_hat), len(weight)), dtype, x_hat.device)
-        pre = torch.addmm(bias, x_hat, weight.T, out=out)
-    values, indices = top_k(pre, k)
-    return SparseLatents(values.float(), indices)
+        return _bfloat16_pre(x_hat, weight, bias, buffers or Buffers())
+    if buffers is None:
+        return torch.addmm(bias, x_hat, weight.T)
+    out = buffers.take("pre", (len(x_hat), len(weight)), dtype, x_hat.device)
+    return torch.addmm(bias, x_hat, weight.T, out=out)
 
 
 def _bfloat16_pre(x_hat: Tensor, weight: Tensor, bias: Tensor, buffers: Buffers) -> Tensor:
@@ -234,11 +232,11 @@ def top_k(pre: Float[Tensor, "tokens latents"], k: int) -> SparseLatents:
 
     There the latents are dealt into groups. The k largest lie in the k groups with the largest
     maxima (or tie with what lies there), so only those groups are searched. Values are gathered
-    from `pre` and carry its gradient.
+    from `pre` and carry its gradient; they are float32 whatever its precision.
     """
     if pre.device.type != "cpu":
         values, indices = pre.topk(k, sorted=False)
-        return SparseLatents(values.clamp_min(0), indices)
+        return SparseLatents(values.clamp_min(0).float(), indices)
     B, F = pre.shape
     size = group_size(F, k)
     num_groups = F // size  # group g holds the latents g, g + num_groups, ...
@@ -249,7 +247,7 @@ def top_k(pre: Float[Tensor, "tokens latents"], k: int) -> SparseLatents:
     candidates = members.gather(2, groups[:, None, :].expand(B, size, k)).view(B, size * k)
     found = _largest(candidates, k)
     indices = found // k * num_groups + groups.gather(1, found % k)
-    return SparseLatents(pre.gather(1, indices).clamp_min(0), indices)
+    return SparseLatents(pre.gather(1, indices).clamp_min(0).float(), indices)
 
 
 def group_size(num_latents: int, k: int) -> int:

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from prunelens.activations import Statistics
 from prunelens.config import Site
 from prunelens.errors import UserError
+from prunelens.sae.architectures import load_sae
 from prunelens.sae.formats import GivenSae, given
-from prunelens.sae.topk import TopKSAE
 
 PLACE_FILE = "place.json"  # site and layer that an SAE of ours was trained at
 
@@ -26,7 +26,7 @@ def own_sae(folder: pathlib.Path, *, name: str, device: str = "cpu") -> GivenSae
     Raises: UserError where the folder is incomplete or damaged, or holds a control of a study that
         was trained in a rotated space.
     """
-    sae = TopKSAE.load(folder).to(device)
+    sae = load_sae(folder).to(device)
     _refuse_rotated(folder)
     normalisation = _normalisation(folder, sae.d_model)
     found = given(sae, normalisation, name=name, nominal_l0=_measured_l0(folder, sae.k))

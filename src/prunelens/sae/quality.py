@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunelens.errors import UserError
+from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.buffers import Buffers
-from prunelens.sae.topk import TopKSAE
 from prunelens.sae.training import TokenActivations
 
 _BATCH_TOKENS = 4096
@@ -39,7 +39,7 @@ class SaeQuality(NamedTuple):
 
 
 def evaluate_sae(
-    sae: TopKSAE,
+    sae: SparseAutoencoder,
     data: TokenActivations,
     *,
     dense_variance: float,
@@ -93,7 +93,9 @@ class _Sums(NamedTuple):
 
 
 @torch.no_grad()
-def _add_up(sae: TopKSAE, data: TokenActivations, first_tokens: int, batch_tokens: int) -> _Sums:
+def _add_up(
+    sae: SparseAutoencoder, data: TokenActivations, first_tokens: int, batch_tokens: int
+) -> _Sums:
     """Squared error, shifted values and their squares per dimension; firings per latent."""
     device, num_latents = sae.decoder_bias.device, sae.num_latents
     error, total, squares = torch.zeros(3, sae.d_model, dtype=torch.float64, device=device)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from prunelens.config import ActivationConfig, SaeConfig, Site
 from prunelens.errors import UserError
 from prunelens.prune.record import ModelRecord, PruningRecord, TextRecord
-from prunelens.sae.formats import NormalisedTopK
+from prunelens.sae.formats import NormalisedSae
 from prunelens.sae.own_folder import PLACE_FILE, own_sae
 
 QUALITY = ("fvu", "fvu_raw", "fvu_dense_var", "l0", "alive", "num_latents", "mean_init_retention")
@@ -66,6 +66,7 @@ class TrainingRecord:
         }
 
 
+_OWN = ("architecture", "d_model", "num_latents", "k")
 _OF_A_STUDY = ("seeds", "control_seeds", "checkpoint_every", "warm_steps")
 
 
@@ -73,12 +74,14 @@ _OF_A_STUDY = ("seeds", "control_seeds", "checkpoint_every", "warm_steps")
 class SaeRecord:
     """One SAE, as a card tells of it."""
 
+    architecture: str
+    """Its name as studies have it."""
     d_model: int
     """Width of the activations."""
     num_latents: int
     """Size of the dictionary."""
     k: int
-    """Latents kept per token."""
+    """Latents kept per token; of batchtopk in the mean."""
     site: Site | None
     """Where it belongs; None where its files do not say."""
     layer: int | None
@@ -90,10 +93,9 @@ class SaeRecord:
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for `prunelens.json`; what is not a number becomes null."""
-        own = {name: getattr(self, name) for name in ("d_model", "num_latents", "k")}
+        own = {name: getattr(self, name) for name in _OWN}
         quality = {name: x if math.isfinite(x) else None for name, x in self.quality.items()}
         return {
-            "architecture": "topk",
             **own,
             "site": self.site,
             "layer": self.layer,
@@ -109,8 +111,9 @@ def sae_record(folder: pathlib.Path, training: TrainingRecord | None) -> SaeReco
     """
     _check_place(folder / PLACE_FILE)
     given = own_sae(folder, name=folder.name)
-    assert isinstance(given.coder, NormalisedTopK)
+    assert isinstance(given.coder, NormalisedSae)
     return SaeRecord(
+        given.architecture,
         given.d_model,
         given.num_latents,
         given.coder.sae.k,

@@ -8,15 +8,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.buffers import Buffers
-from prunelens.sae.topk import TopKSAE
 
 _ENCODER_SCALE = 0.2  # of the living latents' mean encoder norm
 
 
 @torch.no_grad()
 def restart_dead(
-    sae: TopKSAE,
+    sae: SparseAutoencoder,
     dead: Bool[Tensor, " latents"],
     pool: Int[Tensor, " inputs"],
     rows: Callable[[Tensor], Tensor],
@@ -74,7 +74,7 @@ def draw_by_weight(
 
 
 def _squared_error(
-    sae: TopKSAE, x_hat: Float[Tensor, "tokens d_model"], buffers: Buffers
+    sae: SparseAutoencoder, x_hat: Float[Tensor, "tokens d_model"], buffers: Buffers
 ) -> Float[Tensor, " tokens"]:
     """Per token; 0 for an input at b_dec, which has no direction to restart at."""
     has_direction = (x_hat != sae.decoder_bias).any(1)

@@ -16,7 +16,7 @@ from prunelens.sae.kernels import SparseLatents
 
 @runtime_checkable
 class SparseEncoder(Protocol):
-    """What gives latents: a `TopKSAE` of normalised activations, a `GivenSae` of raw ones."""
+    """What gives latents: a `SparseAutoencoder` of normalised activations, a `GivenSae` of raw."""
 
     @property
     def num_latents(self) -> int:

@@ -9,22 +9,29 @@ import torch
 
 from prunelens.config import SaeConfig
 from prunelens.errors import UserError
-from prunelens.sae.topk import TopKSAE
+from prunelens.sae.architectures import ARCHITECTURES
+from prunelens.sae.autoencoder import SparseAutoencoder
 
 _NORM_TOLERANCE = 1e-3  # float32 leaves a trained row within 1e-6 of unit norm
 
 
 def starting_sae(
-    d_model: int, config: SaeConfig, *, init_seed: int, start: TopKSAE | None
-) -> TopKSAE:
+    d_model: int, config: SaeConfig, *, init_seed: int, start: SparseAutoencoder | None
+) -> SparseAutoencoder:
     """A new SAE to be trained: initialised from `init_seed` (methods §5), or a copy of `start`.
 
-    Raises: UserError where k exceeds the dictionary, or `start` has another shape or decoder rows
-    that are not of unit norm, as no training leaves them.
+    Raises: UserError where k exceeds the dictionary, or `start` has another architecture or shape,
+    or decoder rows that are not of unit norm, as no training leaves them.
     """
     num_latents = config.expansion * d_model
     if start is None:
-        return TopKSAE.initialise(d_model, num_latents, config.k, init_seed=init_seed)
+        kind = ARCHITECTURES[config.architecture]
+        return kind.initialise(d_model, num_latents, config.k, init_seed=init_seed)
+    if start.architecture != config.architecture:
+        raise UserError(
+            f"start: the SAE is a {start.architecture!r} one, but sae.architecture is"
+            f" {config.architecture!r}; start from an SAE of that architecture"
+        )
     given, wanted = (start.d_model, start.num_latents, start.k), (d_model, num_latents, config.k)
     if given != wanted:
         raise UserError(
@@ -41,9 +48,9 @@ def starting_sae(
     return copy.deepcopy(start)
 
 
-def fingerprint(sae: TopKSAE) -> str:
-    """SHA-256 of an SAE's four weights."""
+def fingerprint(sae: SparseAutoencoder) -> str:
+    """SHA-256 of an SAE's weights."""
     digest = hashlib.sha256()
-    for weight in sae.weights:
-        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    for weight in sae.state_dict().values():
+        digest.update(weight.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

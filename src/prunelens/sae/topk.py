@@ -1,178 +1,20 @@
-"""The TopK sparse autoencoder (methods §5)."""
+"""TopK: every token keeps its k largest latents (methods §5)."""
 
 from __future__ import annotations
 
-import json
-import pathlib
-from collections.abc import Mapping
-
-import safetensors
-import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from prunelens.errors import UserError
 from prunelens.sae import kernels
-from prunelens.sae.buffers import Buffers
-from prunelens.sae.kernels import SparseLatents, Weights
-
-_WEIGHTS_FILE = "sae.safetensors"
-_DESCRIPTION_FILE = "sae.json"
+from prunelens.sae.autoencoder import SparseAutoencoder
+from prunelens.sae.kernels import SparseLatents
 
 
-def refuse_other_sizes(tensors: Mapping[str, Tensor], *, width: int, latents: int) -> None:
-    """Raises ValueError where a dictionary of such sizes would not fit among these tensors.
+class TopKSAE(SparseAutoencoder):
+    """z = TopK(ReLU(W_enc x_hat + b_enc), k), in training as everywhere."""
 
-    Asked before memory is reserved: a description may speak of any size.
-    """
-    held = sum(tensor.numel() for tensor in tensors.values())
-    if width * latents > held:
-        raise ValueError(f"{latents} latents of width {width} are described, {held} numbers held")
+    architecture, title = "topk", "TopK"
 
-
-class TopKSAE(nn.Module):
-    """z = TopK(ReLU(W_enc x_hat + b_enc), k); x_rec = W_dec z + b_dec, in normalised space.
-
-    `encoder_weight` and `decoder_weight` are both [latents, d_model]: row i of the decoder is the
-    feature vector of latent i. `encoder_bias` is [latents], `decoder_bias` [d_model]; all float32.
-    """
-
-    def __init__(self, d_model: int, num_latents: int, k: int) -> None:
-        super().__init__()
-        if k < 1 or d_model < 1:
-            raise UserError(f"sae.k: k {k} and d_model {d_model} must be at least 1")
-        if k > num_latents:
-            raise UserError(
-                f"sae.k: {k} is more than the {num_latents} latents of the dictionary; lower"
-                " sae.k or raise sae.expansion"
-            )
-        self.k = k
-        self.encoder_weight = nn.Parameter(torch.zeros(num_latents, d_model))
-        self.encoder_bias = nn.Parameter(torch.zeros(num_latents))
-        self.decoder_weight = nn.Parameter(torch.zeros(num_latents, d_model))
-        self.decoder_bias = nn.Parameter(torch.zeros(d_model))
-
-    @classmethod
-    def initialise(cls, d_model: int, num_latents: int, k: int, *, init_seed: int) -> TopKSAE:
-        """An untrained SAE: Gaussian decoder rows of unit norm, encoder = decoder, biases 0.
-
-        Raises: UserError where k exceeds the number of latents.
-        """
-        sae = cls(d_model, num_latents, k)
-        generator = torch.Generator().manual_seed(init_seed)
-        rows = torch.randn(num_latents, d_model, generator=generator)
-        rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        with torch.no_grad():
-            sae.decoder_weight.copy_(rows)
-            sae.encoder_weight.copy_(rows)
-        return sae
-
-    @property
-    def num_latents(self) -> int:
-        """Size of the dictionary."""
-        return len(self.encoder_weight)
-
-    @property
-    def d_model(self) -> int:
-        """Width of the activations."""
-        return len(self.decoder_bias)
-
-    @property
-    def weights(self) -> Weights:
-        """The four parameters."""
-        return Weights(
-            self.encoder_weight, self.encoder_bias, self.decoder_weight, self.decoder_bias
-        )
-
-    def encode(
-        self, x_hat: Float[Tensor, "tokens d_model"], *, buffers: Buffers | None = None
-    ) -> SparseLatents:
-        """The k kept latents of every token, in float32.
-
-        Who encodes many batches without gradients gives `buffers`, which spares fresh memory.
-        """
-        return kernels.encode(
-            x_hat, self.encoder_weight, self.encoder_bias, self.k, buffers=buffers
-        )
-
-    def encode_sparse(
-        self, x: Float[Tensor, "tokens d_model"], *, buffers: Buffers | None = None
-    ) -> SparseLatents:
-        """`encode`, under the name that all SAEs have for it (see SparseEncoder)."""
-        return self.encode(x, buffers=buffers)
-
-    def decode(self, latents: SparseLatents) -> Float[Tensor, "tokens d_model"]:
-        """The reconstruction, in normalised space."""
-        return kernels.decode(latents, self.decoder_weight, self.decoder_bias)
-
-    def dense_latents(self, latents: SparseLatents) -> Float[Tensor, "tokens latents"]:
-        """The latents with their zeros written out."""
-        return kernels.dense_latents(latents, self.num_latents)
-
-    def forward(self, x_hat: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
-        """decode(encode(x_hat))."""
-        return self.decode(self.encode(x_hat))
-
-    def refuse_non_finite(self) -> None:
-        """Raise UserError where a weight is NaN or infinite: top k could pass over it unnoticed."""
-        for name, weight in self.weights._asdict().items():
-            if not bool(weight.isfinite().all()):
-                raise UserError(f"sae: {name} holds NaN or infinity; train or export it again")
-
-    def save(self, folder: str | pathlib.Path) -> None:
-        """Write `sae.safetensors` and `sae.json` into `folder`, which is made if missing."""
-        folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
-        save_file(tensors, folder / _WEIGHTS_FILE)
-        description = {
-            "architecture": "topk",
-            "d_model": self.d_model,
-            "num_latents": self.num_latents,
-            "k": self.k,
-        }
-        text = json.dumps(description, indent=2) + "\n"
-        (folder / _DESCRIPTION_FILE).write_text(text, encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: str | pathlib.Path) -> TopKSAE:
-        """The SAE that `save` wrote.
-
-        Raises: UserError where the files are missing, damaged, do not fit each other, or hold
-            weights that are no numbers.
-        """
-        folder = pathlib.Path(folder)
-        try:
-            text = (folder / _DESCRIPTION_FILE).read_text(encoding="utf-8")
-            described = json.loads(text)
-            if described["architecture"] != "topk":
-                raise UserError(
-                    f"sae: {folder} holds a {described['architecture']!r} SAE, not 'topk'"
-                )
-            sizes = [described[name] for name in ("d_model", "num_latents", "k")]
-            if not all(type(size) is int for size in sizes):
-                raise TypeError(f"d_model, num_latents and k are {sizes}, not integers")
-            tensors = load_file(folder / _WEIGHTS_FILE)
-            refuse_other_sizes(tensors, width=sizes[0], latents=sizes[1])
-            sae = cls(*sizes)
-            sae.load_state_dict(tensors)
-            sae.refuse_non_finite()
-        except FileNotFoundError as error:
-            raise UserError(
-                f"sae: {folder} lacks {pathlib.Path(str(error.filename or _WEIGHTS_FILE)).name};"
-                " give a folder that TopKSAE.save wrote"
-            ) from None
-        except (
-            OSError,  # a folder in a file's place
-            KeyError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-            safetensors.SafetensorError,
-        ) as error:
-            problem = " ".join(str(error).split())[:150]
-            raise UserError(
-                f"sae: {folder} is damaged or incomplete ({problem}); make it again"
-            ) from None
-        return sae
+    def read(self, pre: Float[Tensor, "tokens latents"]) -> SparseLatents:
+        """The k largest of each token, and 0 where fewer are positive."""
+        return kernels.top_k(pre, self.k)

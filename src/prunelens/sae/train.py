@@ -1,4 +1,4 @@
-"""Training TopK SAEs, one or several at once (methods §5)."""
+"""Training SAEs, one or several at once (methods §5)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prunelens.config import SaeConfig
+from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.buffers import Buffers
 from prunelens.sae.order import TokenOrder
-from prunelens.sae.topk import TopKSAE
 from prunelens.sae.training import StepLog, TokenActivations, Training
 
-Observer = Callable[[int, TopKSAE], None]
+Observer = Callable[[int, SparseAutoencoder], None]
 
 
 class TrainedSae(NamedTuple):
     """An SAE and what its training left behind."""
 
-    sae: TopKSAE
+    sae: SparseAutoencoder
     init_retention: Float[Tensor, " latents"]
     """Cosine of the final decoder row with the row it (re)started from."""
     resampled: Bool[Tensor, " latents"]
@@ -41,7 +41,7 @@ class SaeRequest(NamedTuple):
     """Fixes the initial weights, nothing else; changes nothing where `start` is given."""
     data_seed: int
     """Fixes the order of the tokens and the inputs that latents restart at."""
-    start: TopKSAE | None = None
+    start: SparseAutoencoder | None = None
     """An SAE whose weights training starts from (a warm start) instead of random ones. It is
     copied. Only weights are taken over: Adam's moments and the rate start anew."""
     checkpoint: pathlib.Path | None = None
@@ -52,7 +52,7 @@ class SaeRequest(NamedTuple):
     steps that a resumed training repeats. Must not change the SAE."""
     progress: Callable[[int], None] | None = None
     """Called with the step after every step."""
-    logged: Callable[[StepLog, TopKSAE], None] | None = None
+    logged: Callable[[StepLog, SparseAutoencoder], None] | None = None
     """Called with every new point of the training curve and the SAE, which it must not change."""
 
 
@@ -62,7 +62,7 @@ def train_sae(
     *,
     init_seed: int,
     data_seed: int,
-    start: TopKSAE | None = None,
+    start: SparseAutoencoder | None = None,
     checkpoint: pathlib.Path | None = None,
     observe: Mapping[int, Observer] | None = None,
     progress: Callable[[int], None] | None = None,

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from prunelens.config import SaeConfig
 from prunelens.errors import UserError
+from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.buffers import Buffers
 from prunelens.sae.checked import load_checked, save_checked
 from prunelens.sae.engine import descent_of
 from prunelens.sae.order import TokenOrder, derived_generator
 from prunelens.sae.resample import restart_dead
 from prunelens.sae.start import fingerprint, starting_sae
-from prunelens.sae.topk import TopKSAE
 
 _ROWS = 256  # of a weight matrix, looked at at a time
 
@@ -83,7 +83,7 @@ class Training:
         *,
         init_seed: int,
         data_seed: int,
-        start: TopKSAE | None = None,
+        start: SparseAutoencoder | None = None,
         order: TokenOrder | None = None,
         buffers: Buffers | None = None,
     ) -> None:
@@ -184,7 +184,7 @@ class Training:
         for group, weights in groups.items():
             for name, tensor in weights._asdict().items():
                 named[f"{group}.{name}"] = tensor
-        return named
+        return named | {f"sae.{name}": tensor for name, tensor in self.sae.named_buffers()}
 
     def save(self, path: pathlib.Path) -> None:
         """Write a checkpoint beside `path`, then put it in place at once.

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from prunelens.activations import Activations, Statistics, random_rotation
 from prunelens.config import SaeConfig
+from prunelens.sae.architectures import load_sae
+from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.checked import load_checked, save_checked
 from prunelens.sae.own_folder import PLACE_FILE
 from prunelens.sae.quality import SaeQuality, evaluate_sae
-from prunelens.sae.topk import TopKSAE
 from prunelens.sae.train import SaeRequest, TrainedSae, train_saes
 from prunelens.sae.training import StepLog
 from prunelens.study.cost import Cost, Costed, sae_size, training_flops
@@ -58,7 +59,7 @@ def _request(work: Work, seen: _Seen, tracker: Tracker) -> SaeRequest:
         training,
         config["init_seed"],
         config["data_seed"],
-        start=TopKSAE.load(work.parents["start"]) if "start" in work.parents else None,
+        start=load_sae(work.parents["start"]) if "start" in work.parents else None,
         checkpoint=seen.checkpoint,
         observe=dict.fromkeys(config["checkpoints"], seen.look),
         progress=lambda step: work.progress(step / training.steps),
@@ -109,7 +110,7 @@ def decoders_by_step(folder: pathlib.Path) -> dict[int, Tensor]:
     end = int(pd.read_parquet(folder / "curve.parquet")["step"].max())
     path = folder / CHECKPOINTS_FILE
     early = {int(step): rows for step, rows in load_file(path).items()} if path.exists() else {}
-    return {**early, end: TopKSAE.load(folder).decoder_weight.detach()}
+    return {**early, end: load_sae(folder).decoder_weight.detach()}
 
 
 class _Seen:
@@ -124,12 +125,12 @@ class _Seen:
         self.checkpoint = self._folder / "checkpoint.safetensors"
         self._forget_if_damaged()
 
-    def look(self, step: int, sae: TopKSAE) -> None:
+    def look(self, step: int, sae: SparseAutoencoder) -> None:
         """Measure the SAE after a step, and keep its decoder."""
         note = json.dumps(self.quality(sae).fvu)
         save_checked({str(step): sae.decoder_weight}, self._path(step), note=note)
 
-    def quality(self, sae: TopKSAE) -> SaeQuality:
+    def quality(self, sae: SparseAutoencoder) -> SaeQuality:
         """On all tokens of eval."""
         return evaluate_sae(
             sae,

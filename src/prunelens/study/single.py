@@ -38,9 +38,9 @@ from prunelens.prune.checkpoint import (
 from prunelens.prune.masks import masks_sha256
 from prunelens.prune.on_disk import NotOnDiskError, copy_to_disk
 from prunelens.prune.record import ModelRecord, PruningRecord, TextRecord
+from prunelens.sae.architectures import load_sae
 from prunelens.sae.formats import check_fits
 from prunelens.sae.pretrained import load_given_sae
-from prunelens.sae.topk import TopKSAE
 from prunelens.study.model_stages import EVAL
 from prunelens.study.run import resolve_device
 
@@ -138,7 +138,7 @@ def match_saes(folder_a: pathlib.Path, folder_b: pathlib.Path) -> list[MatchRate
     """
     decoders = []
     for folder in (folder_a, folder_b):
-        decoder = TopKSAE.load(folder).decoder_weight.detach()
+        decoder = load_sae(folder).decoder_weight.detach()
         path = folder / "normalisation.safetensors"
         decoders.append(decoder * Statistics.load(path).sigma if path.exists() else decoder)
     a, b = decoders

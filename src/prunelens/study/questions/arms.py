@@ -14,7 +14,8 @@ from prunelens.analyses.survival import (
     control_arms,
     pruned_arms,
 )
-from prunelens.sae.topk import TopKSAE
+from prunelens.sae.architectures import load_sae
+from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.study.parents import Sae, Training
 from prunelens.study.work import Work
 
@@ -34,12 +35,12 @@ class Compared(NamedTuple):
         """Of the SAE."""
         return self.which.init_seed
 
-    def sae(self) -> TopKSAE:
+    def sae(self) -> SparseAutoencoder:
         """As it was trained, or as it was at step 0."""
-        sae = TopKSAE.load(self.folder)
+        sae = load_sae(self.folder)
         if not self.untrained:
             return sae
-        return TopKSAE.initialise(sae.d_model, sae.num_latents, sae.k, init_seed=self.init_seed)
+        return type(sae).initialise(sae.d_model, sae.num_latents, sae.k, init_seed=self.init_seed)
 
     def statistics(self) -> Statistics:
         """The normalisation that it was trained under."""

@@ -12,7 +12,7 @@ from prunelens.activations import Statistics
 from prunelens.analyses.causal import Ablations, ablate, nothing_ablated
 from prunelens.analyses.causal_groups import SeedAblations, causal_summary, latent_groups
 from prunelens.corpus import spread_over_documents
-from prunelens.sae.topk import TopKSAE
+from prunelens.sae.architectures import load_sae
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table
@@ -101,7 +101,7 @@ def _ablations(
         random = rows["group"] == "random_direction"
         found[seed] = ablate(
             upper,
-            TopKSAE.load(folder).to(work.device),
+            load_sae(folder).to(work.device),
             Statistics.load(folder / "normalisation.safetensors"),
             latents=sorted(set(rows.loc[~random, column])),
             random_direction_latents=sorted(set(rows.loc[random, column])),

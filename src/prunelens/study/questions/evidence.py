@@ -26,8 +26,8 @@ from prunelens.analyses.persistence import persistence
 from prunelens.analyses.token_effects import token_effects, unembedding
 from prunelens.config import CheckpointConfig
 from prunelens.model import LanguageModel
+from prunelens.sae.architectures import load_sae
 from prunelens.sae.pretrained import load_given_sae
-from prunelens.sae.topk import TopKSAE
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Cost, Costed, sae_size
 from prunelens.study.kind import Question
@@ -53,7 +53,7 @@ def _of_ours(work: Work) -> None:
     reads = [role for role in ("dense_sae", "sae") if role in work.parents]
     for number, role in enumerate(reads):
         folder = work.parents[role]
-        sae = TopKSAE.load(folder).to(work.device)
+        sae = load_sae(folder).to(work.device)
         normalisation = Statistics.load(folder / "normalisation.safetensors")
         rows = _rows(work, "activations", normalisation)
         progress = work.share(len(reads) * rows.num_tokens, before=number * rows.num_tokens)

@@ -23,7 +23,7 @@ from prunelens.analyses.grades import (
     undertrained_grades,
 )
 from prunelens.match import match_dictionaries
-from prunelens.sae.topk import TopKSAE
+from prunelens.sae.architectures import load_sae
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.kind import Question, Table
 from prunelens.study.parents import sae_role
@@ -89,7 +89,7 @@ class _Truth:
     def of(self, sae: pathlib.Path, *, decoder: Tensor | None = None) -> pd.DataFrame:
         """The fate of every latent of a dense SAE, or of a decoder from earlier in its training."""
         if decoder is None:
-            decoder = TopKSAE.load(sae).decoder_weight.detach()
+            decoder = load_sae(sae).decoder_weight.detach()
         sigma = Statistics.load(sae / "normalisation.safetensors").sigma
         return latent_truth(decoder, sigma, self._before, self._after, self._truth)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from prunelens.activations import Activations, Statistics
 from prunelens.analyses.noise import CommonChange
 from prunelens.corpus import document_groups
-from prunelens.sae.topk import TopKSAE
+from prunelens.sae.architectures import load_sae
 from prunelens.study.work import Work, read_json
 
 
@@ -76,7 +76,7 @@ def by_dense_sae(
     total = len(tokens) * len(folders)
     latents, summaries = [], []
     for number, (seed, folder) in enumerate(folders.items()):
-        sae = TopKSAE.load(folder).to(work.device)
+        sae = load_sae(folder).to(work.device)
         progress = work.share(total, before=number * len(tokens))
         table = measure(
             sae, dense, pruned, tokens, change=change, groups=groups, seed=seed, progress=progress

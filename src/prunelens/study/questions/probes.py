@@ -20,7 +20,7 @@ from prunelens.analyses.probes import (
     sources,
 )
 from prunelens.concepts import Labels
-from prunelens.sae.topk import TopKSAE
+from prunelens.sae.architectures import load_sae
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table
@@ -48,7 +48,7 @@ def _probes(work: Work) -> None:
     halves = Halves(first, second, documents.numpy(), groups.numpy())
     found = probes(
         sources(both.dense, both.pruned, load_common_change(work), torch.arange(len(kept))),
-        {s.init_seed: TopKSAE.load(f).to(work.device) for s, f in work.saes("sae").items()},
+        {s.init_seed: load_sae(f).to(work.device) for s, f in work.saes("sae").items()},
         labels,
         halves,
         most=work.config["tokens"],

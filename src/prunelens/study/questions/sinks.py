@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prunelens.activations import Statistics
 from prunelens.analyses.sinks import MOVED, NORM_MULTIPLE, only_compressed, quality_on
-from prunelens.sae.topk import TopKSAE
+from prunelens.sae.architectures import load_sae
 from prunelens.study.kind import Question, Table
 from prunelens.study.questions.paired import eval_rows
 from prunelens.study.work import Work, read_json
@@ -48,7 +48,7 @@ def _with_and_without(work: Work, others: Tensor) -> dict[str, float]:
     if len(others) < len(kept):
         normal = Statistics.load(work.parents["statistics"] / "statistics.safetensors")
         dense, condition = eval_rows(work, ("dense", "activations"), others, normal)
-        saes = [TopKSAE.load(folder).to(work.device) for folder in folders]
+        saes = [load_sae(folder).to(work.device) for folder in folders]
         without = quality_on(saes, dense, condition)
     else:
         without = found

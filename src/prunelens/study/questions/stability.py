@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prunelens.analyses.stability import seed_stability
-from prunelens.sae.topk import TopKSAE
+from prunelens.sae.architectures import load_sae
 from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table
 from prunelens.study.work import Work
@@ -11,7 +11,7 @@ from prunelens.study.work import Work
 
 def _stability(work: Work) -> None:
     decoders = {
-        sae.init_seed: TopKSAE.load(folder).decoder_weight.detach()
+        sae.init_seed: load_sae(folder).decoder_weight.detach()
         for sae, folder in work.saes("sae").items()
     }
     seed_stability(decoders, work.config["taus"]).to_parquet(work.out / "stability.parquet")
