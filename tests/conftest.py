@@ -7,7 +7,7 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import typechecking
+import warm
 from prunelens.cli import main
 from prunelens.model import LanguageModel, as_language_model
 
@@ -73,6 +74,13 @@ def one_thread() -> None:
     than it gives; the test before may have set others.
     """
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def warm_workers() -> Iterator[None]:
+    """Studies of several workers have them without the seconds of imports."""
+    with warm.warm_workers():
+        yield
 
 
 class Ended(NamedTuple):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pandas as pd
@@ -11,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import warm
 from prunelens.sae.topk import TopKSAE
 
 
 def in_a_process(*arguments, cwd=None):
-    command = [sys.executable, "-c", "from prunelens.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    command = [sys.executable, "-c", warm.COMMAND_LINE, *map(str, arguments)]
+    return warm.run(command, cwd=cwd)
 
 
 @pytest.fixture

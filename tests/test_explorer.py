@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import warm
 from prunelens.activations import Statistics
 from prunelens.cli import studies
 from prunelens.config import study_from_data
@@ -441,8 +442,8 @@ def test_labels_are_asked_for_by_their_name(copied, monkeypatch):
 
 def test_the_command_prints_the_address_and_ends_with_ctrl_c(copied):
     write_study_explorer(copied)
-    command = [sys.executable, "-c", "from prunelens.cli import main; main()"]
-    process = subprocess.Popen(
+    command = [sys.executable, "-c", warm.COMMAND_LINE]
+    process = warm.Popen(
         [*command, "view", str(copied), "--no-browser"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -455,7 +456,7 @@ def test_the_command_prints_the_address_and_ends_with_ctrl_c(copied):
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (0, "")
     (copied / "study.yaml").unlink()
-    result = subprocess.run([*command, "view", copied], capture_output=True, text=True, check=False)
+    result = warm.run([*command, "view", copied])
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
 

@@ -171,6 +171,7 @@ class _DyingOnGroups(Executor):
         return future
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_members_of_a_group_that_kills_its_process_are_tried_alone(
     study, tmp_path, monkeypatch, groups
 ):
@@ -189,6 +190,7 @@ class _InThisProcess(Executor):
         return future
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_workers_make_groups_and_only_what_is_missing(study, tmp_path, monkeypatch, groups):
     monkeypatch.setattr(local, "ProcessPoolExecutor", lambda *_, **__: _InThisProcess())
     first = run_and_report(study, tmp_path, workers=2, quiet=True)

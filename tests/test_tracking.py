@@ -147,6 +147,7 @@ def test_a_study_is_the_same_with_and_without(data, tmp_path, monkeypatch):
     assert again.num_executed == 0 and len(service.opened) == len(trained) + 1
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_tensorboard_files_from_two_workers(data, tmp_path):
     accumulators = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"

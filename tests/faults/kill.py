@@ -9,11 +9,8 @@ Exit code 0 if every file of the results is byte-identical and nothing is left o
 from __future__ import annotations
 
 import argparse
-import atexit
 import bisect
 import contextlib
-import functools
-import json
 import os
 import pathlib
 import random
@@ -28,9 +25,18 @@ from typing import NamedTuple
 import pandas as pd
 import psutil
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # as pytest has it
+import warm
+
 STUDY = str(pathlib.Path(__file__).with_name("study.yaml"))
-COMMAND = [sys.executable, "-c", "from prunelens.cli import main; main()"]
+COMMAND = [sys.executable, "-c", warm.COMMAND_LINE]
+UNDRAWN = f"""
+from prunelens.report import write
+write.write_figures = write.write_page = lambda *_: None
+{warm.COMMAND_LINE}
+"""
 POLL_SECONDS = 0.01
+COME_AND_GO = ("activations", "damaged", "unfinished")
 ORPHAN_SECONDS = 60.0  # what imports looks for its parent when it is through: seconds, or many
 RUN_SECONDS = 3600.0  # the longest that an undisturbed run may take
 
@@ -125,95 +131,25 @@ def start(
 
 def start_at_once(
     study: str, folder: pathlib.Path, *more: str, workers: int = 1, is_drawn: bool = False
-) -> Forked:
-    """The same, forked from a process that has imported everything: where imports are not meant.
+) -> warm.Popen:
+    """The same without the seconds of imports, where no signal is meant to meet them.
 
     Figures and page take longer than a tiny study: `is_drawn` where they are meant.
     """
-    server = _fork_server()
-    assert server.stdin and server.stdout
-    left = pathlib.Path(tempfile.mkdtemp(prefix="prunelens-run-"))
+    code = warm.COMMAND_LINE if is_drawn else UNDRAWN
     arguments = _arguments(study, folder, *more, workers=workers)
-    order = [arguments, str(left), is_drawn, dict(os.environ)]
-    server.stdin.write(json.dumps(order) + "\n")
-    server.stdin.flush()
-    return Forked(int(server.stdout.readline()), left)
-
-
-class Forked:
-    """What `start_at_once` has started; the part of Popen that is needed here."""
-
-    def __init__(self, pid: int, left: pathlib.Path) -> None:
-        self.pid, self.returncode, self._left = pid, None, left
-
-    def poll(self) -> int | None:
-        """Its exit code, once there is one."""
-        code = self._left / "code"
-        if self.returncode is None and code.exists():
-            self.returncode = int(code.read_text())
-            self._said = (self._left / "stderr").read_text()
-            shutil.rmtree(self._left)
-        return self.returncode
-
-    def wait(self, timeout: float = RUN_SECONDS) -> int:
-        """Its exit code, when it has ended."""
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(COMMAND, timeout)
-            time.sleep(POLL_SECONDS)
-        return self.returncode
-
-    def communicate(self, timeout: float = RUN_SECONDS) -> tuple[None, str]:
-        """What it has said on stderr, when it has ended."""
-        self.wait(timeout)
-        return None, self._said
-
-    def kill(self) -> None:
-        """SIGKILL, where it has not ended meanwhile."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+    return warm.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
 
 
 def _arguments(study: str, folder: pathlib.Path, *more: str, workers: int) -> list[str]:
     arguments = ["run", study, "--out", str(folder), "--workers", str(workers), *more]
     return [*arguments, "--quiet", "--device", "cpu"]
-
-
-_SERVE = """
-import json, os, pathlib, signal, sys
-import matplotlib.pyplot, prunelens.cli.app, prunelens.report.write, transformers.modeling_utils
-from prunelens.cli import main
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-for line in sys.stdin:
-    arguments, left, is_drawn, environment = json.loads(line)
-    if os.fork():
-        continue
-    os.environ |= environment
-    if not is_drawn:
-        write = prunelens.report.write
-        write.write_figures = write.write_page = lambda *_: None
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if run := os.fork():  # this process waits for the run, and tells how it ended
-        print(run, flush=True)
-        code = os.waitstatus_to_exitcode(os.waitpid(run, 0)[1])
-        pathlib.Path(left, "half").write_text(str(code))
-        os.rename(f"{left}/half", f"{left}/code")
-        os._exit(0)
-    os.setsid()
-    for number, path in enumerate([os.devnull, os.devnull, f"{left}/stderr"]):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
-    sys.argv = ["prunelens", *arguments]
-    main()
-"""
-
-
-@functools.cache
-def _fork_server() -> subprocess.Popen[str]:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    server = subprocess.Popen([sys.executable, "-c", _SERVE], text=True, **pipes)
-    atexit.register(server.communicate)  # which closes its stdin, so that it ends
-    return server
 
 
 def results_of(folder: pathlib.Path) -> dict[str, bytes]:
@@ -245,9 +181,10 @@ def leftovers(folder: pathlib.Path) -> list[str]:
 
 def num_artifacts(folder: pathlib.Path) -> int:
     """Finished artifacts, without the activation stores, which come and go."""
-    paths = folder.glob("artifacts/*/*/meta.json")
-    kinds = [path.parts[-3] for path in paths if not path.parts[-2].endswith(".tmp")]
-    return sum(kind not in ("activations", "damaged", "unfinished") for kind in kinds)
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder / "artifacts") as kinds:
+        kept = [kind for kind in kinds if kind.name not in COME_AND_GO and kind.is_dir()]
+        return sum(not name.endswith(".tmp") for kind in kept for name in os.listdir(kind))  # noqa: PTH208
+    return 0
 
 
 def on_a_busy_machine(seconds: float) -> float:
@@ -265,10 +202,13 @@ def wait_for_orphans(session: int, seconds: float = ORPHAN_SECONDS) -> list[str]
 
 def _members(session: int) -> list[str]:
     found = []
-    for process in psutil.process_iter():
+    for number in psutil.pids():
         with contextlib.suppress(OSError, psutil.Error):  # it has ended meanwhile
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(f"{process.pid} {' '.join(process.cmdline())[:80]}")
+            if os.getsid(number) != session:
+                continue
+            process = psutil.Process(number)
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(f"{number} {' '.join(process.cmdline())[:80]}")
     return found
 
 
@@ -282,7 +222,7 @@ def _draw(undisturbed: Timeline, moments: int, generator: random.Random) -> list
     return kills
 
 
-def _kill(process: Forked, folder: pathlib.Path, kill: Kill, startup: float) -> bool:
+def _kill(process: subprocess.Popen[str], folder: pathlib.Path, kill: Kill, startup: float) -> bool:
     """Whether the moment came before the run had ended.
 
     Where what the moment waits for was there from the start, the run first gets the time in which

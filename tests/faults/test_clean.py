@@ -10,6 +10,7 @@ import sys
 import filelock
 import pytest
 
+import warm
 from faults.kill import leftovers as half_done
 from faults.kill import results_of
 from prunelens.config import study_from_data
@@ -206,7 +207,7 @@ def test_what_another_process_is_writing_stays(folder):
     )
     words = [sys.executable, "-c", code, str(folder / "artifacts"), sae.name]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(words, text=True, **pipes) as process:
+    with warm.Popen(words, text=True, **pipes) as process:
         assert process.stdout.readline() == "held\n"
         assert leftovers(folder) == []
         process.communicate()

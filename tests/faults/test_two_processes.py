@@ -15,6 +15,7 @@ import warnings
 
 import pytest
 
+import warm
 from faults.kill import leftovers, results_of, start_at_once
 from prunelens.errors import UserError
 from prunelens.report.write import run_and_report, write_report
@@ -64,7 +65,7 @@ def study(tiny_data, tmp_path):
 
 def noting(study, folder, made):
     command = [sys.executable, "-c", NOTING, "run", str(study), "--out", str(folder), "--quiet"]
-    return subprocess.Popen(
+    return warm.Popen(
         [*command, "--workers", "1", "--device", "cpu"],
         env={**os.environ, "MADE": str(made)},
         stderr=subprocess.PIPE,
@@ -130,7 +131,7 @@ def test_a_claim_ends_with_its_process(tmp_path):
 
     claims = Claims(tmp_path / ".claims")
     command = [sys.executable, "-c", CLAIMING, str(tmp_path / ".claims")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with warm.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         assert not claims.is_free("x") and claims.is_free("y")
         process.kill()
@@ -145,7 +146,7 @@ def test_what_is_being_written_is_not_swept(tmp_path):
     left = tmp_path / "sae" / "x.123.tmp"
     left.mkdir(parents=True)
     command = [sys.executable, "-c", CLAIMING, str(tmp_path / ".claims")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with warm.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         Store(tmp_path).sweep_temporary()
         assert left.exists()
@@ -238,9 +239,7 @@ def test_a_file_of_the_folder_bears_two_writers(tmp_path):
     dead, live = (tmp_path / f".runs.csv.{part}.tmp" for part in (_owner(2**22 + 1), _owner(1)))
     dead.write_text("half")
     live.write_text("half")
-    writers = [
-        subprocess.Popen([sys.executable, "-c", WRITING, str(path), letter]) for letter in "ab"
-    ]
+    writers = [warm.Popen([sys.executable, "-c", WRITING, str(path), letter]) for letter in "ab"]
     while any(writer.poll() is None for writer in writers):
         if path.exists():
             assert path.read_text() in ("a" * 5000, "b" * 5000)

@@ -5,6 +5,8 @@ And as shells have them: 130 after Ctrl-C, 143 after SIGTERM.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 
 from prunelens.interruption import interruptible
@@ -14,6 +16,7 @@ from prunelens.terminal import say
 def main() -> None:
     """Entry point; `prunelens.cli.app` has the commands."""
     code, became = 0, None
+    atexit.register(gc.freeze)  # Python would end with a look at all that was imported: seconds
     with interruptible() as received:
         try:
             # Half a second and more, in which a signal may come already.
