@@ -37,6 +37,7 @@ from prunelens.model import load_tokenizer
 from prunelens.report.write import run_and_report
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.plan import plan_study
+from prunelens.study.preflight.preview import preflight
 from tiny_study import tiny_study
 
 # --- labels -------------------------------------------------------------------------------------
@@ -389,5 +390,6 @@ def test_without_labels_nothing_is_asked(
         study_from_data({**data, "questions": ["persistence", "probes"], "probes": {}})
     )
     assert not any("probes" in run.stages for run in plan.runs)
-    with pytest.raises(UserError, match=r"questions: 'probes' needs labels"):
-        study_from_data({**data, "probes": {}})
+    checks = preflight(plan.study, calibration_seconds=0).checks
+    (told,) = [check for check in checks if check["check"] == "probes"]
+    assert "nothing labels the text" in told["what"] and "probes.concepts" in told["fix"]

@@ -86,7 +86,10 @@ def kill_again_and_again(
     problems = []
     landed = 0
     for number, kill in enumerate(_draw(undisturbed, moments, generator), start=1):
-        process = start_at_once(study, folder, workers=kill.workers, is_drawn=True)
+        if number == 1:  # as people start it: what it imports, and its workers' too, may be met
+            process: subprocess.Popen[str] | warm.Popen = start(study, folder, workers=kill.workers)
+        else:
+            process = start_at_once(study, folder, workers=kill.workers, is_drawn=True)
         is_killed = _kill(process, folder, kill, startup=undisturbed.published[0])
         landed += is_killed
         if left := wait_for_orphans(process.pid):

@@ -185,17 +185,6 @@ class StudyConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _probes_have_labels(self) -> Self:
-        """Who does not name the questions gets probes where there are labels."""
-        named = "questions" in self.model_fields_set and "probes" in self.questions
-        if named and self.concepts is None and not self.models[0].is_planted:
-            raise ValueError(
-                "questions: 'probes' needs labels; name in probes.concepts the field of the text's"
-                " rows that holds them, or give 'python'"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _the_planted_world_stands_alone(self) -> Self:
         planted = [model.is_planted for model in self.models]
         planted += [pruning.criterion == PLANTED for pruning in self.prunings]
