@@ -13,17 +13,9 @@ import pytest
 import torch
 
 from independent import probes as slow
+from prunelens.analyses.concept_fates import DISTURBED, concept_fates, probe_grades, rarity
 from prunelens.analyses.noise import fit_common_change
-from prunelens.analyses.probes import (
-    DISTURBED,
-    PENALTY,
-    Halves,
-    concept_fates,
-    probe_grades,
-    probes,
-    rarity,
-    sources,
-)
+from prunelens.analyses.probes import PENALTY, Halves, probes, sources
 from prunelens.concepts import (
     LabelledText,
     Labels,
@@ -127,6 +119,13 @@ def test_labels_find_parts_of_documents_again(tokenizer: Any) -> None:
     assert (found.has[0] == found.known).all()
     said = tokenizer.decode(stream[torch.from_numpy(found.has[1])])
     assert said.strip() == "needle"
+
+
+def test_labels_of_another_text_are_refused(tokenizer: Any) -> None:
+    stream, starts = stream_of(["alpha beta gamma delta " * 9], tokenizer)
+    other = [LabelledText("omega psi chi " * 20, lambda: {"all": [(0, 9)]})]
+    with pytest.raises(UserError, match="no document of eval is among those"):
+        label_tokens(stream, starts, other, tokenizer, bos_token=None)
 
 
 def test_labels_are_read_as_they_were_written(tmp_path: pathlib.Path) -> None:
@@ -390,6 +389,9 @@ def test_without_labels_nothing_is_asked(
         study_from_data({**data, "questions": ["persistence", "probes"], "probes": {}})
     )
     assert not any("probes" in run.stages for run in plan.runs)
+    tokens = {**data["corpus"], "source": "tokens"}
+    with pytest.raises(UserError, match=r"source 'tokens' is no text; give the text"):
+        plan_study(study_from_data({**data, "corpus": tokens}), resolve=False)
     checks = preflight(plan.study, calibration_seconds=0).checks
     (told,) = [check for check in checks if check["check"] == "probes"]
     assert "nothing labels the text" in told["what"] and "probes.concepts" in told["fix"]

@@ -132,7 +132,8 @@ def label_tokens(
         labelled: documents, among them those of the stream. Read until all of those are found.
         tokenizer: that made the stream.
         bos_token: whose ids the stream lacks.
-    Raises: UserError where the tokenizer does not tell which characters a token stands for.
+    Raises: UserError where the tokenizer does not tell which characters a token stands for, or no
+        document is found.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
@@ -156,6 +157,11 @@ def label_tokens(
                 places[name].append(first + inside.nonzero()[0])
         if not wanted:
             break
+    if not known.any():
+        raise UserError(
+            "probes.corpus: no document of eval is among those that are labelled; give the text"
+            " that the study reads, with its labels"
+        )
     names = sorted(places)
     has = np.zeros((len(names), len(ids)), dtype=bool)
     for row, name in zip(has, names, strict=True):

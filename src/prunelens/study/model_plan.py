@@ -22,6 +22,7 @@ from prunelens.model import ModelShape, model_fingerprint, model_shape
 from prunelens.study.artifacts.store import Source, Stage
 from prunelens.study.cost import Costed
 from prunelens.study.stages import STAGES
+from prunelens.text import reader_of
 
 
 class Sources:
@@ -179,6 +180,11 @@ class ModelPlan:
         skip = self.study.activations.skip_first
         config = {"concepts": self.study.concepts, "skip_first": skip}
         text = self.study.probes.corpus or self.study.corpus
+        if reader_of(text).rows:
+            raise UserError(
+                f"probes.concepts: {self.study.concepts!r}, but corpus.source {text.source!r} is no"
+                " text; give the text with its labels as probes.corpus, or leave it out"
+            )
         return self._tokenised("labels", text, config, self.corpus)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from prunelens.analyses.probes import GONE, KEPT, READS
+from prunelens.analyses.concept_fates import GONE, KEPT, READS
 from prunelens.report.panels.panel import Panel, Points, Site, Tables, conditions, rows_of
 from prunelens.report.questions.by_run import KEYS
 from prunelens.report.questions.question import FigureOf, Question

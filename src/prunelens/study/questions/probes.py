@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
-from prunelens.analyses.probes import (
-    COLUMNS,
+from prunelens.analyses.concept_fates import (
     CONCEPT_COLUMNS,
     RARITY_COLUMNS,
-    Halves,
     concept_fates,
     probe_grades,
-    probes,
     rarity,
-    sources,
 )
+from prunelens.analyses.probes import COLUMNS, Halves, probes, sources
 from prunelens.concepts import Labels
 from prunelens.sae.architectures import load_sae
 from prunelens.study.artifacts.store import Stage
