@@ -55,12 +55,13 @@ def concept_fates(readings: pd.DataFrame) -> pd.DataFrame:
     for concept, part in readings.groupby("concept", sort=False):
         row: dict[str, Any] = {"concept": concept, "frequency": part["frequency"].iloc[0]}
         reason = part["reason"].dropna()
+        auc, count = _Auc(part), part["num_positive"].iloc[0]
         for source in DISTURBED:
             row = row | {"source": source}
             if len(reason):
                 rows.append(row | {"verdict": "undecided", "reason": reason.iloc[0]})
             else:
-                rows.append(row | _fate(_Auc(part), source, int(part["num_positive"].iloc[0])))
+                rows.append(row | _fate(auc, source, int(count)))
     return pd.DataFrame(rows).reindex(columns=CONCEPT_COLUMNS)
 
 
@@ -73,14 +74,14 @@ def rarity(fates: pd.DataFrame, readings: pd.DataFrame) -> pd.DataFrame:
     planted world where fates do not depend on frequency, and is not given.)
     """
     rows = []
-    judged = fates[fates["auc_dense"] >= READS]
+    read = fates[fates["auc_dense"] >= READS].drop_duplicates("concept")
+    by_concept = readings[readings["concept"].isin(read["concept"])].groupby("concept", sort=False)
+    aucs = {name: _Auc(part) for name, part in by_concept}
+    frequency = read.set_index("concept")["frequency"].loc[list(aucs)].to_numpy(dtype=float)
     for source in ("pruned", "null"):
-        names = judged.loc[judged["source"] == source, "concept"]
-        parts = dict(list(readings[readings["concept"].isin(names)].groupby("concept")))
-        row: dict[str, Any] = {"source": source, "num_concepts": len(names)}
-        if len(names):
-            frequency = np.array([parts[name]["frequency"].iloc[0] for name in names])
-            values = np.stack([_beyond_noise(_Auc(parts[name]), source) for name in names])
+        row: dict[str, Any] = {"source": source, "num_concepts": len(aucs)}
+        if aucs:
+            values = np.stack([_beyond_noise(auc, source) for auc in aucs.values()])
             # A group without tokens of a concept changes nothing.
             values = np.where(np.isnan(values), values[:, :1], values)
             sample = RankSample(frequency, values[:, 0], values[:, 1:], frequency)

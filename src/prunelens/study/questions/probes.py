@@ -21,6 +21,7 @@ from prunelens.sae.architectures import load_sae
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table
+from prunelens.study.parents import sae_role
 from prunelens.study.questions.grades import COVERAGE_TABLE
 from prunelens.study.questions.paired import (
     load_common_change,
@@ -70,7 +71,7 @@ def _grades(work: Work) -> None:
 
 
 def _cost(costed: Costed) -> Cost:
-    """Every source by every SAE, and fits to some thousand tokens."""
+    """Every source by the SAE, and fits to some thousand tokens."""
     encodings = 4 * costed.eval_tokens * len(costed.saes("sae"))
     fits = CONCEPTS * PASSES * 4 * 2 * costed.config["tokens"] * 4.0 * costed.shape.d_model
     return Cost(costed.encoding(encodings) + fits)
@@ -86,8 +87,14 @@ def _plan(run: LayerPlan) -> Mapping[str, Stage]:
     labels = run.model.labels()
     if labels is None:
         return {}
-    config = {"tokens": run.study.probes.tokens}
-    return {"probes": run.stage("probes", config, run.paired() | {"labels": labels})}
+    first = run.dense.seeds()[0]  # one SAE is asked, as for the text on which latents fire
+    parents = {
+        **run.both_activations(),
+        "common_change": run.answer("common_change"),
+        "labels": labels,
+        sae_role("sae", first, plain=True): run.dense.saes[first],
+    }
+    return {"probes": run.stage("probes", {"tokens": run.study.probes.tokens}, parents)}
 
 
 def _plan_grades(run: LayerPlan) -> Mapping[str, Stage]:
