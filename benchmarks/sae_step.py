@@ -24,8 +24,8 @@ import torch
 
 from prunelens.config import SaeConfig
 from prunelens.sae import TopKSAE
-from prunelens.sae.rounding import has_bfloat16_units
-from prunelens.sae.training import Training
+from prunelens.sae.state import Training
+from prunelens.sae.steps.rounding import has_bfloat16_units
 from side_by_side import Mark, Times, options, publish, take_turns
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from prunelens.config import SaeConfig
 from prunelens.sae import TopKSAE
-from prunelens.sae.descent import Descent
 from prunelens.sae.kernels import Weights
-from prunelens.sae.training import Training
+from prunelens.sae.state import Training
+from prunelens.sae.steps.descent import Descent
 from sae_step import LEARNING_RATE, RandomActivations, Shape, sparsify_training
 from side_by_side import Mark, Times, options, publish, take_turns
 
@@ -120,7 +120,7 @@ def training_step(shape: Shape, data: RandomActivations) -> Callable[[], object]
 
 def kernel_step(shape: Shape, batch: Tensor) -> Callable[[], object]:
     """One captured step, and nothing around it."""
-    from prunelens.sae.cuda_descent import CudaDescent
+    from prunelens.sae.steps.cuda_descent import CudaDescent
 
     return stepping(
         CudaDescent(starting_weights(shape, batch), shape.k, dtype=torch.bfloat16), batch
@@ -174,7 +174,7 @@ def check(shape: Shape, device: str) -> dict[str, float]:
 
     Loose for the weights (see below): the kernels themselves are held tightly in the tests.
     """
-    from prunelens.sae.cuda_descent import CudaDescent
+    from prunelens.sae.steps.cuda_descent import CudaDescent
 
     batch = RandomActivations(shape.batch_tokens, shape.d_model, device).values
     start, ours, theirs = (starting_weights(shape, batch) for _ in range(3))

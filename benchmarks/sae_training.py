@@ -31,9 +31,10 @@ from prunelens.activations import Activations, capture, statistics
 from prunelens.config import ActivationConfig, CorpusConfig, ModelConfig, SaeConfig
 from prunelens.corpus import split_tokens, windows
 from prunelens.model import load_model, load_tokenizer
-from prunelens.sae import SaeRequest, TopKSAE, engine, evaluate_sae, train_sae, train_saes
+from prunelens.sae import SaeRequest, TopKSAE, evaluate_sae, train_sae, train_saes
 from prunelens.sae.order import TokenOrder
-from prunelens.sae.training import Training
+from prunelens.sae.state import Training
+from prunelens.sae.steps import engine
 from side_by_side import Mark, options, publish, take_turns
 
 PAPER = {"expansion": 8, "k": 64, "batch_tokens": 2048}

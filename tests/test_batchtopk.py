@@ -19,8 +19,8 @@ from prunelens.report.write import run_and_report
 from prunelens.sae import BatchTopKSAE, TopKSAE, evaluate_sae, kernels, load_given_sae, load_sae
 from prunelens.sae.architectures import ARCHITECTURES
 from prunelens.sae.batchtopk import batch_top_k
-from prunelens.sae.export import export_sae
-from prunelens.sae.training import Training
+from prunelens.sae.exchange.export import export_sae
+from prunelens.sae.state import Training
 from prunelens.study.exports import export_hub
 from prunelens.study.plan import plan_study
 from prunelens.study_file import read_study

@@ -10,19 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from prunelens.sae import (
-    cpu_descent,
-    cpu_kernels,
-    cpu_numbers,
-    engine,
-    kernels,
-    rounding,
-    train_sae,
-    training,
-)
-from prunelens.sae.cpu_descent import CpuDescent
-from prunelens.sae.descent import Descent
+from prunelens.sae import kernels, train_sae
+from prunelens.sae import state as training
 from prunelens.sae.kernels import SparseLatents, Weights
+from prunelens.sae.steps import cpu_descent, cpu_kernels, cpu_numbers, engine, rounding
+from prunelens.sae.steps.cpu_descent import CpuDescent
+from prunelens.sae.steps.descent import Descent
 from test_sae import inputs, random_sae
 from test_sae_train import SMALL, StopHereError, assert_same, clustered
 
@@ -245,7 +238,8 @@ def test_only_a_cpu_takes_them():
 
 _NO_PICKLE = """
 import pathlib, sys, torch
-from prunelens.sae import TopKSAE, cpu_descent
+from prunelens.sae import TopKSAE
+from prunelens.sae.steps import cpu_descent
 seen = []
 sys.addaudithook(lambda event, arguments: seen.append(arguments) if "pickle" in event else None)
 sys.addaudithook(lambda event, arguments: seen.append(arguments)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from prunelens.config import SaeConfig
-from prunelens.sae import engine
-from prunelens.sae.descent import Descent
+from prunelens.sae.steps import engine
+from prunelens.sae.steps.descent import Descent
 from prunelens.sae.train import train_sae
 from test_sae import InMemory
 

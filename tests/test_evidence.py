@@ -23,8 +23,8 @@ from prunelens.analyses.token_effects import token_effects, unembedding
 from prunelens.config import ModelConfig, PretrainedSaeConfig
 from prunelens.errors import UserError
 from prunelens.model import as_language_model, logits
-from prunelens.sae import formats
-from prunelens.sae.formats import GivenSae, given
+from prunelens.sae.exchange import formats
+from prunelens.sae.exchange.formats import GivenSae, given
 from prunelens.sae.kernels import dense_latents
 from prunelens.sae.sparse import SparseEncoder, sparse_latents
 from prunelens.sae.topk import TopKSAE

@@ -42,7 +42,7 @@ from prunelens.prune import (
 from prunelens.prune.apply import MatrixSparsity
 from prunelens.prune.card import checkpoint_card, data_sets
 from prunelens.prune.record import PerplexityRecord
-from prunelens.sae.pretrained import load_given_sae
+from prunelens.sae.exchange.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.alone import alone_in
 from prunelens.study.exports import _path, export_checkpoint, export_hub
@@ -737,7 +737,7 @@ def test_the_files_stay_where_an_upload_fails(hub, run, tmp_path):
     "options", [("hub",), ("saelens",), ("checkpoint", "--condition", "wanda-row-0.30")]
 )
 def test_a_link_is_refused_before_the_work(options, run, study, tmp_path, monkeypatch):
-    monkeypatch.setattr("prunelens.sae.export.own_sae", None)
+    monkeypatch.setattr("prunelens.sae.exchange.export.own_sae", None)
     monkeypatch.setattr("prunelens.study.exports._Facts", lambda *_: None)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     code, told = run("export", study, "--out", tmp_path / "link", "--format", *options)

@@ -34,7 +34,7 @@ from prunelens.analyses.statistics import mean_over
 from prunelens.analyses.subspace import subspace_overlaps
 from prunelens.analyses.survival import Comparison, Dictionary
 from prunelens.match import match_rates
-from prunelens.sae import pattern
+from prunelens.sae.steps import pattern
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.parents import Sae, sae_role

@@ -23,9 +23,9 @@ from prunelens.cli import main
 from prunelens.config import ActivationConfig, PretrainedSaeConfig, SaeConfig
 from prunelens.errors import UserError
 from prunelens.model import load_model
-from prunelens.sae.export import export_format, export_sae
-from prunelens.sae.pretrained import load_given_sae
-from prunelens.sae.sparsify import hookpoint
+from prunelens.sae.exchange.export import export_format, export_sae
+from prunelens.sae.exchange.pretrained import load_given_sae
+from prunelens.sae.exchange.sparsify import hookpoint
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.train import train_sae
 

@@ -42,7 +42,7 @@ from prunelens.model import as_language_model, logits, run_to_site
 from prunelens.perplexity import measure_perplexity
 from prunelens.prune import calibrate, input_norms, prune_model
 from prunelens.sae import TopKSAE, evaluate_sae
-from prunelens.sae.formats import given as given_sae
+from prunelens.sae.exchange.formats import given as given_sae
 from prunelens.upper_blocks import UpperBlocks
 from test_properties import SEEDS, exactly, examples, fates, persistence_of, rare_sae
 from test_sae import InMemory

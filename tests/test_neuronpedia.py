@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from prunelens.config import PretrainedSaeConfig
-from prunelens.sae.neuronpedia import neuronpedia_id
+from prunelens.sae.exchange.neuronpedia import neuronpedia_id
 
 
 def test_neuronpedia_names_from_files_alone(tmp_path):

@@ -26,8 +26,8 @@ from prunelens.errors import UserError
 from prunelens.model import logits, run_to_site
 from prunelens.prune.masks import save_masks
 from prunelens.sae import kernels
+from prunelens.sae.state import Training
 from prunelens.sae.topk import TopKSAE
-from prunelens.sae.training import Training
 from prunelens.study.cost import Costed, forward_flops, training_flops
 from prunelens.study.footprint import disk_use, memory_use
 from prunelens.study.kind import WORK_KINDS

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from prunelens.activations import Statistics
 from prunelens.config import CorpusConfig, ModelConfig, PretrainedSaeConfig, PruningConfig
 from prunelens.errors import UserError
-from prunelens.sae.formats import check_fits, check_l0
-from prunelens.sae.pretrained import load_given_sae
+from prunelens.sae.exchange.formats import check_fits, check_l0
+from prunelens.sae.exchange.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
 
 D, LATENTS, K = 12, 40, 5

@@ -6,10 +6,11 @@ import torch
 
 from independent import sae as independent
 from prunelens.errors import UserError
-from prunelens.sae import TopKSAE, evaluate_sae, kernels, rounding
+from prunelens.sae import TopKSAE, evaluate_sae, kernels
 from prunelens.sae.buffers import Buffers
 from prunelens.sae.kernels import SparseLatents, Weights
-from prunelens.sae.pattern import TransposedPattern
+from prunelens.sae.steps import rounding
+from prunelens.sae.steps.pattern import TransposedPattern
 
 
 class InMemory:

@@ -9,7 +9,7 @@ from prunelens.errors import UserError
 from prunelens.sae import SaeRequest, TopKSAE, evaluate_sae, train_sae, train_saes
 from prunelens.sae.order import TokenOrder, derived_generator
 from prunelens.sae.resample import draw_by_weight, restart_dead
-from prunelens.sae.training import Training
+from prunelens.sae.state import Training
 from test_sae import InMemory, inputs
 
 SMALL = SaeConfig(

@@ -98,7 +98,7 @@ def test_checkpoints_of_what_was_published_just_before_a_kill_are_swept(tmp_path
 def test_what_another_machine_may_be_writing_is_swept_only_when_old(tmp_path, monkeypatch):
     """Where the file system has no locks, a claim looks free to everybody."""
     store = Store(tmp_path)
-    monkeypatch.setattr(store.claims, "is_free", lambda _identity: True)
+    monkeypatch.setattr(store.locks, "is_free", lambda _identity: True)
     with store.writing(stage()) as ours:
         theirs = ours.with_name(f"{stage().identity}.elsewhere-1-ab.tmp")
         dead = ours.with_name(ours.name.replace(f"-{os.getpid()}-", "-999999999-"))

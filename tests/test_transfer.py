@@ -41,8 +41,8 @@ from prunelens.config import (
 )
 from prunelens.errors import UserError
 from prunelens.model import as_language_model, logits, replace_at_site, run_to_site
-from prunelens.sae.formats import GivenSae, check_fits, check_l0, given
-from prunelens.sae.own_folder import own_sae
+from prunelens.sae.exchange.formats import GivenSae, check_fits, check_l0, given
+from prunelens.sae.exchange.own_folder import own_sae
 from prunelens.sae.topk import TopKSAE
 
 D, LATENTS, LAYER, CONTEXT = 16, 40, 1, 24

@@ -14,9 +14,10 @@ import sys
 import pytest
 import torch
 
-from prunelens.sae import engine, kernels
-from prunelens.sae.descent import Descent
+from prunelens.sae import kernels
 from prunelens.sae.kernels import SparseLatents, Weights
+from prunelens.sae.steps import engine
+from prunelens.sae.steps.descent import Descent
 
 pytest.importorskip("triton", reason="triton is not installed (it comes with torch for CUDA)")
 
@@ -157,7 +158,7 @@ def test_adam_rows_is_torchs_fused_adam(normalise, width):
 @on_device
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 def test_gradients_are_the_dense_references(dtype, within):
-    from prunelens.sae import cuda_descent
+    from prunelens.sae.steps import cuda_descent
 
     weights, x_hat = some_weights(), normal(B, D, seed=5)
     latents = kernels.top_k(kernels.pre_activations(x_hat, *weights[:2]), K)
@@ -181,7 +182,7 @@ def test_a_training_goes_as_on_the_cpu(dtype, within, share):
     steps go by the signs of the gradients. Where those are nearly 0 bfloat16 may turn them, and
     with them a latent's whole row: so only half of the rows must agree.
     """
-    from prunelens.sae.cuda_descent import CudaDescent
+    from prunelens.sae.steps.cuda_descent import CudaDescent
 
     ours = some_weights()
     theirs, start = (Weights(*(w.cpu().clone() for w in ours)) for _ in range(2))
@@ -213,7 +214,7 @@ def test_a_training_goes_as_on_the_cpu(dtype, within, share):
 @on_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_they_hold_the_trial_that_decides_whether_they_are_used(dtype):
-    from prunelens.sae.cuda_descent import CudaDescent
+    from prunelens.sae.steps.cuda_descent import CudaDescent
 
     assert engine._problem(CudaDescent, torch.device(DEVICE), dtype, D, F, K) == ""
 
@@ -221,7 +222,7 @@ def test_they_hold_the_trial_that_decides_whether_they_are_used(dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="on a CPU the kernels' programs run one by one")
 def test_same_input_same_bits():
-    from prunelens.sae.cuda_descent import CudaDescent
+    from prunelens.sae.steps.cuda_descent import CudaDescent
 
     runs = []
     for _ in range(2):
@@ -273,13 +274,13 @@ def compile_for_hopper(kernel, precision, constants):
 
 def triton_kernels():
     """Imported where it is used: the module is no part of an ordinary CPU run."""
-    from prunelens.sae import triton_kernels
+    from prunelens.sae.steps import triton_kernels
 
     return triton_kernels
 
 
 def triton_products():
-    from prunelens.sae import triton_products
+    from prunelens.sae.steps import triton_products
 
     return triton_products
 

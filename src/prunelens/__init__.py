@@ -92,10 +92,10 @@ if TYPE_CHECKING:
     from prunelens.report.write import run_and_report, write_report
     from prunelens.sae.architectures import load_sae
     from prunelens.sae.batchtopk import BatchTopKSAE
-    from prunelens.sae.export import export_sae
-    from prunelens.sae.formats import GivenSae
-    from prunelens.sae.own_folder import own_sae
-    from prunelens.sae.pretrained import load_given_sae
+    from prunelens.sae.exchange.export import export_sae
+    from prunelens.sae.exchange.formats import GivenSae
+    from prunelens.sae.exchange.own_folder import own_sae
+    from prunelens.sae.exchange.pretrained import load_given_sae
     from prunelens.sae.quality import evaluate_sae
     from prunelens.sae.topk import TopKSAE
     from prunelens.sae.train import SaeRequest, train_sae, train_saes

@@ -202,7 +202,7 @@ def test_what_another_process_is_writing_stays(folder):
     killed(sae).mkdir()
     code = (
         "import pathlib, sys\nfrom prunelens.study.artifacts.store import Store\n"
-        "with Store(pathlib.Path(sys.argv[1])).claims.holding(sys.argv[2]):\n"
+        "with Store(pathlib.Path(sys.argv[1])).locks.holding(sys.argv[2]):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )
     words = [sys.executable, "-c", code, str(folder / "artifacts"), sae.name]

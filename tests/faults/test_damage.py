@@ -9,7 +9,7 @@ import pytest
 
 from faults.kill import results_of
 from prunelens.report.write import run_and_report
-from prunelens.sae.training import Training
+from prunelens.sae.state import Training
 from prunelens.study.plan import plan_study
 
 

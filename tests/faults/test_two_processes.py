@@ -20,7 +20,7 @@ from faults.kill import leftovers, results_of, start_at_once
 from prunelens.errors import UserError
 from prunelens.report.write import run_and_report, write_report
 from prunelens.study.alone import alone_in
-from prunelens.study.artifacts.claims import NO_LOCKS, warn_of_no_locks
+from prunelens.study.artifacts.locks import NO_LOCKS, warn_of_no_locks
 from prunelens.study.executor import Here
 from prunelens.study.run import run_study
 from prunelens.study.work import Work
@@ -32,8 +32,8 @@ fcntl = pytest.importorskip("fcntl", reason="Windows has neither such locks nor 
 NOTING = """
 import os, time
 from prunelens.study import stages
-from prunelens.study.artifacts.claims import Claims
-begin, hold, begun = stages.Work.__init__, Claims.holding, set()
+from prunelens.study.artifacts.locks import Locks
+begin, hold, begun = stages.Work.__init__, Locks.holding, set()
 def noting(self, stage, *rest):
     begun.add(stage.name)
     with open(os.environ["MADE"], "a") as made:
@@ -48,7 +48,7 @@ def patient(self, identity):
 def makers():
     with open(os.environ["MADE"]) as made:
         return {line.split()[0] for line in made}
-stages.Work.__init__, Claims.holding = noting, patient
+stages.Work.__init__, Locks.holding = noting, patient
 from prunelens.report import write
 write.write_figures = write.write_page = lambda *_: None  # which would take longer than the study
 from prunelens.cli import main
@@ -119,17 +119,17 @@ def test_an_artifact_that_another_process_has_published_stays(tmp_path):
 
 CLAIMING = """
 import pathlib, sys, time
-from prunelens.study.artifacts.claims import Claims
-with Claims(pathlib.Path(sys.argv[1])).holding("x"):
+from prunelens.study.artifacts.locks import Locks
+with Locks(pathlib.Path(sys.argv[1])).holding("x"):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
 def test_a_claim_ends_with_its_process(tmp_path):
-    from prunelens.study.artifacts.claims import Claims
+    from prunelens.study.artifacts.locks import Locks
 
-    claims = Claims(tmp_path / ".claims")
+    claims = Locks(tmp_path / ".claims")
     command = [sys.executable, "-c", CLAIMING, str(tmp_path / ".claims")]
     with warm.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"

@@ -23,7 +23,7 @@ from prunelens.config import CorpusConfig, ModelConfig, PretrainedSaeConfig
 from prunelens.corpus import split_tokens
 from prunelens.errors import UserError
 from prunelens.prune.masks import FORMAT, load_masks, save_masks
-from prunelens.sae.pretrained import load_given_sae
+from prunelens.sae.exchange.pretrained import load_given_sae
 from prunelens.sae.topk import TopKSAE
 
 PLACES = ("our SAE", "its normalisation", "SAELens", "sparsify", "tokens", "masks", "model")

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from prunelens.analyses import contrasts
+from prunelens.analyses import claim_numbers
 from prunelens.analyses.contrast import Contrast, NotMeasuredError, Tables
 from prunelens.analyses.statistics import Estimate, holm_adjusted
 
@@ -46,91 +46,91 @@ CLAIMS: dict[int, Claim] = {
     1: Claim(
         "Rare latents survive pruning better than frequent ones",
         "survival (shared_init, tau 0.7) of Q1 minus Q5 is above 0",
-        contrasts.rare_minus_frequent_as_published,
+        claim_numbers.rare_minus_frequent_as_published,
         "persistence relative to shuffled noise (a ratio of group means), Q1 minus Q5, is above 0"
         " in every condition",
-        contrasts.rare_minus_frequent,
+        claim_numbers.rare_minus_frequent,
     ),
     2: Claim(
         "Wanda preserves more features than magnitude pruning at equal sparsity",
         "survival (shared_init, tau 0.7), Wanda minus magnitude, is above 0",
-        contrasts.wanda_survival,
+        claim_numbers.wanda_survival,
         "mean persistence, Wanda minus magnitude, is above 0 at every sparsity, but not on the"
         " null",
-        contrasts.wanda_persistence,
+        claim_numbers.wanda_persistence,
     ),
     3: Claim(
         "Wanda consistently has the lower perplexity at equal sparsity",
         "nats per token at the shortest window, Wanda minus magnitude, below 0 at every sparsity",
-        lambda t: contrasts.wanda_nll(t, "shortest"),
+        lambda t: claim_numbers.wanda_nll(t, "shortest"),
         "the same at the longest window",
-        lambda t: contrasts.wanda_nll(t, "longest"),
+        lambda t: claim_numbers.wanda_nll(t, "longest"),
     ),
     4: Claim(
         "The dense SAE stays usable on activations pruned by Wanda to 50 %",
         "its raw FVU over all positions is below 0.025",
-        contrasts.fvu_at_half,
+        claim_numbers.fvu_at_half,
         "norm-filtered, fvu_dense_var and fvu_raw are below 1.25 x dense and CE recovered above"
         " dense - 0.02, of every SAE",
-        contrasts.usable_at_half,
+        claim_numbers.usable_at_half,
     ),
     5: Claim(
         "Geometric survival does not predict causal importance",
         "KL (paper), robust minus fragile, lies within 10 % of the mean isolated KL around 0",
-        contrasts.robust_equals_fragile,
+        claim_numbers.robust_equals_fragile,
         "isolated KL where the latent fires, matched minus fragile (grouped by persistence), lies"
         " within 10 % of the mean isolated KL around 0",
-        contrasts.matched_equals_fragile,
+        claim_numbers.matched_equals_fragile,
     ),
     6: Claim(
         "Seeds disagree in their features but agree in the pattern of survival",
         "MNN between dense seeds (tau 0.7) is below 0.5, and survival by quintile correlates"
         " above 0 between seeds",
-        contrasts.seeds_as_published,
+        claim_numbers.seeds_as_published,
         "MNN of other starts beyond chance is below 0.5, and persistence relative to noise by"
         " quintile correlates above 0 between seeds on different documents, in every condition",
-        contrasts.seeds_controlled,
+        claim_numbers.seeds_controlled,
         True,
     ),
     7: Claim(
         "Firing rate and sparsity predict survival",
         "AUC in sample on survival (shared_init, tau 0.7) is above 0.5",
-        contrasts.predictive,
+        claim_numbers.predictive,
         "of who persists better than under noise: the AUC of the rarer within conditions is above"
         " 0.5, and above that of the distance from the start",
-        contrasts.predictive_beyond_start,
+        claim_numbers.predictive_beyond_start,
     ),
     8: Claim(
         "Rare latents (Q1, Q2) are robust up to 40-50 % sparsity",
         "survival (shared_init, tau 0.7) of Q1 and of Q2 is above 0.5 in every such condition",
-        contrasts.rare_at_half_as_published,
+        claim_numbers.rare_at_half_as_published,
         "mean persistence of Q1 and of Q2 is above 0.7 and above what noise of equal size leaves,"
         " in every such condition",
-        contrasts.rare_at_half,
+        claim_numbers.rare_at_half,
     ),
     9: Claim(
         "Single ablations have less effect after pruning",
         "KL (paper), pruned minus dense, is below 0",
-        lambda t: contrasts.ablation_after_pruning(t, "paper", "final"),
+        lambda t: claim_numbers.ablation_after_pruning(t, "paper", "final"),
         "isolated KL where the latent fires, pruned minus dense, is below 0",
-        lambda t: contrasts.ablation_after_pruning(t, "isolated", "firing"),
+        lambda t: claim_numbers.ablation_after_pruning(t, "isolated", "firing"),
         True,
     ),
     10: Claim(
         "FVU falls after pruning because activations get simpler",
         "FVU of the pruned model's SAE minus that of the dense one is below 0",
-        contrasts.fvu_falls,
+        claim_numbers.fvu_falls,
         "fvu_dense_var, and the participation ratio of the activations' covariance, both fall",
-        contrasts.activations_get_simpler,
+        claim_numbers.activations_get_simpler,
         True,
     ),
     11: Claim(
         "Survival stands at least 18 times above the seed floor",
         "survival (shared_init, tau 0.7, sparsity at most 30 %) minus 18 times the stability of"
         " dense seeds is above 0",
-        contrasts.above_seed_floor,
+        claim_numbers.above_seed_floor,
         "survival (shared_start) minus 18 times that of a space with nothing in common is above 0",
-        contrasts.above_start_floor,
+        claim_numbers.above_start_floor,
         True,
     ),
 }

@@ -15,7 +15,7 @@ from prunelens.analyses.recovered import Where
 from prunelens.analyses.refit import Errors, Moments, Refitted, refit
 from prunelens.errors import UserError
 from prunelens.model import forward_tokens, run_to_site
-from prunelens.sae.formats import GivenSae
+from prunelens.sae.exchange.formats import GivenSae
 
 
 class Reading(NamedTuple):

@@ -29,7 +29,7 @@ from prunelens.model import (
     with_hidden,
 )
 from prunelens.perplexity import LOGITS_AT_ONCE, next_token_nll
-from prunelens.sae.formats import GivenSae
+from prunelens.sae.exchange.formats import GivenSae
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Shaped
 from torch import Tensor
 
-from prunelens.sae.formats import GivenSae
+from prunelens.sae.exchange.formats import GivenSae
 
 _BATCH_TOKENS, _BATCH_LATENTS = 2048, 2**25  # dense latents held at a time: 128 MB in float32
 

@@ -34,7 +34,7 @@ from prunelens.analyses.persistence import BATCH_TOKENS, FEWEST_FIRINGS
 from prunelens.analyses.statistics import FEWEST_UNITS
 from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.kernels import SparseLatents, decode
-from prunelens.sae.pattern import TransposedPattern
+from prunelens.sae.steps.pattern import TransposedPattern
 
 SOURCES = ("dense", "pruned", "null", "noise_isotropic", "unpaired")
 SMALLEST_DENSE_SLOPE = 0.1  # below it, the ratio divides by noise

@@ -34,7 +34,7 @@ from prunelens.analyses.verdict import (
 from prunelens.config import Site
 from prunelens.corpus import document_groups, spread_over_documents
 from prunelens.model import LanguageModel
-from prunelens.sae.formats import GivenSae, check_fits, check_l0
+from prunelens.sae.exchange.formats import GivenSae, check_fits, check_l0
 
 __all__ = [
     "POSITIONS",

@@ -15,8 +15,8 @@ from torch import Tensor
 from prunelens.analyses.noise import Rows
 from prunelens.sae.buffers import Buffers
 from prunelens.sae.kernels import SparseLatents
-from prunelens.sae.pattern import order_by_latent
 from prunelens.sae.sparse import SparseEncoder
+from prunelens.sae.steps.pattern import order_by_latent
 
 BATCH_TOKENS = 2048  # about; batches are whole windows
 NUMBERS_AT_ONCE = 2**24  # activations written out with their zeros at a time: 64 MB

@@ -136,7 +136,7 @@ def _write(
         from prunelens.study.exports import export_hub
 
         return {"saes": list(export_hub(source, out, sharing=sharing, artifacts=artifacts).saes)}
-    from prunelens.sae.export import export_format, export_sae
+    from prunelens.sae.exchange.export import export_format, export_sae
 
     exported = export_sae(source, out, format=export_format(file_format), model=sharing.base_model)
     return {"hook": exported.hook}

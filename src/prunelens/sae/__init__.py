@@ -3,13 +3,13 @@ and SAEs as they are given, ours or others'."""
 
 from prunelens.sae.architectures import load_sae
 from prunelens.sae.batchtopk import BatchTopKSAE
-from prunelens.sae.formats import GivenSae
+from prunelens.sae.exchange.formats import GivenSae
+from prunelens.sae.exchange.pretrained import load_given_sae
 from prunelens.sae.kernels import SparseLatents
-from prunelens.sae.pretrained import load_given_sae
 from prunelens.sae.quality import SaeQuality, evaluate_sae
+from prunelens.sae.state import StepLog, TokenActivations
 from prunelens.sae.topk import TopKSAE
 from prunelens.sae.train import SaeRequest, TrainedSae, train_sae, train_saes
-from prunelens.sae.training import StepLog, TokenActivations
 
 __all__ = [
     "BatchTopKSAE",

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from prunelens.sae.buffers import Buffers
-from prunelens.sae.pattern import TransposedPattern
-from prunelens.sae.rounding import rounded_inputs, with_column
+from prunelens.sae.steps.pattern import TransposedPattern
+from prunelens.sae.steps.rounding import rounded_inputs, with_column
 
 
 class Weights(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from prunelens.errors import UserError
 from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.buffers import Buffers
-from prunelens.sae.training import TokenActivations
+from prunelens.sae.state import TokenActivations
 
 _BATCH_TOKENS = 4096
 

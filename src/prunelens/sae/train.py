@@ -13,7 +13,7 @@ from prunelens.config import SaeConfig
 from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.buffers import Buffers
 from prunelens.sae.order import TokenOrder
-from prunelens.sae.training import StepLog, TokenActivations, Training
+from prunelens.sae.state import StepLog, TokenActivations, Training
 
 Observer = Callable[[int, SparseAutoencoder], None]
 
@@ -29,7 +29,7 @@ class TrainedSae(NamedTuple):
     log: list[StepLog]
     """About a hundred points, and every observed step."""
     engine: str
-    """What took the steps: `pytorch`, `compiled loops` or `triton` (sae/engine.py)."""
+    """What took the steps: `pytorch`, `compiled loops` or `triton` (sae/steps/engine.py)."""
 
 
 class SaeRequest(NamedTuple):

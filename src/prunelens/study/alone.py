@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import filelock
 
 from prunelens.errors import UserError
-from prunelens.study.artifacts.claims import NO_LOCKS, warn_of_no_locks
 from prunelens.study.artifacts.links import refuse_links_out
+from prunelens.study.artifacts.locks import NO_LOCKS, warn_of_no_locks
 from prunelens.study.artifacts.store import CLAIMS_FILE
 
 

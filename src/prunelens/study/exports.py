@@ -29,8 +29,8 @@ from prunelens.prune.record import (
     TextRecord,
 )
 from prunelens.prune.stored import MASKS, apply_pruning
-from prunelens.sae.hub_folder import HubFolder, SaeSource, write_hub_folder
-from prunelens.sae.record import TrainingRecord
+from prunelens.sae.exchange.hub_folder import HubFolder, SaeSource, write_hub_folder
+from prunelens.sae.exchange.record import TrainingRecord
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.folder import open_study
 from prunelens.study.matrix import Run

@@ -19,10 +19,10 @@ from prunelens.config import SaeConfig
 from prunelens.sae.architectures import load_sae
 from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.checked import load_checked, save_checked
-from prunelens.sae.own_folder import PLACE_FILE
+from prunelens.sae.exchange.own_folder import PLACE_FILE
 from prunelens.sae.quality import SaeQuality, evaluate_sae
+from prunelens.sae.state import StepLog
 from prunelens.sae.train import SaeRequest, TrainedSae, train_saes
-from prunelens.sae.training import StepLog
 from prunelens.study.cost import Cost, Costed, sae_size, training_flops
 from prunelens.study.kind import StageKind
 from prunelens.study.tracking import Tracker

@@ -39,8 +39,8 @@ from prunelens.prune.masks import masks_sha256
 from prunelens.prune.on_disk import NotOnDiskError, copy_to_disk
 from prunelens.prune.record import ModelRecord, PruningRecord, TextRecord
 from prunelens.sae.architectures import load_sae
-from prunelens.sae.formats import check_fits
-from prunelens.sae.pretrained import load_given_sae
+from prunelens.sae.exchange.formats import check_fits
+from prunelens.sae.exchange.pretrained import load_given_sae
 from prunelens.study.model_stages import EVAL
 from prunelens.study.run import resolve_device
 

@@ -83,7 +83,7 @@ def make_stages(
     torch.set_num_threads(threads)
     with contextlib.ExitStack() as stack:
         for identity in sorted(stage.identity for stage in stages):  # so that no two wait in turn
-            stack.enter_context(store.claims.holding(identity))
+            stack.enter_context(store.locks.holding(identity))
         stages = [stage for stage in stages if not store.has(stage)]  # made while we waited
         if not stages:
             return

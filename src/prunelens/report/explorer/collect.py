@@ -31,7 +31,7 @@ from prunelens.report.explorer.evidence_files import (
     contexts_of,
 )
 from prunelens.report.explorer.source import Source, sources
-from prunelens.sae.neuronpedia import neuronpedia_id
+from prunelens.sae.exchange.neuronpedia import neuronpedia_id
 from prunelens.study.artifacts.store import Store
 from prunelens.study.matrix import Plan, Run
 from prunelens.study.results import sparsity_of

@@ -135,7 +135,7 @@ class ObjectStore(Store):
         for kind in STORES:
             cached = {path.name for path in (self.root / kind).glob("*") if "." not in path.name}
             for identity in cached - self.finished(kind) if cached else ():
-                if self.claims.is_free(identity):
+                if self.locks.is_free(identity):
                     remove(self.root / kind / identity)
 
     def _read_meta(self, stage: Stage) -> bytes:

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 from prunelens.config import CorpusConfig, ModelConfig, PretrainedSaeConfig
 from prunelens.errors import UserError
-from prunelens.study.artifacts.claims import Claims
 from prunelens.study.artifacts.links import is_plain
+from prunelens.study.artifacts.locks import Locks
 from prunelens.study.artifacts.seal import (
     identity_of,
     library_versions,
@@ -97,7 +97,7 @@ class Store:
     def __init__(self, root: pathlib.Path) -> None:
         self.root = root
         self._verified: set[str] = set()
-        self.claims = Claims(root / CLAIMS_FILE)
+        self.locks = Locks(root / CLAIMS_FILE)
 
     @property
     def address(self) -> str:
@@ -250,7 +250,7 @@ class Store:
             shutil.rmtree(folder, ignore_errors=True)
         for folder in (self.root / "unfinished").glob("*-*"):
             kind, _, identity = folder.name.rpartition("-")
-            if identity in self.finished(kind) and self.claims.is_free(identity):
+            if identity in self.finished(kind) and self.locks.is_free(identity):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def left_half_written(self) -> Iterator[pathlib.Path]:
@@ -262,7 +262,7 @@ class Store:
         for folder in self.root.glob("*/*.tmp"):
             if folder.parent.is_symlink():  # what it leads to is not ours
                 continue
-            if self.claims.is_free(folder.name.split(".")[0]) and is_left(folder):
+            if self.locks.is_free(folder.name.split(".")[0]) and is_left(folder):
                 yield folder
 
     def _place_aside(self, stage: Stage) -> pathlib.Path:

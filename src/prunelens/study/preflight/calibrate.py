@@ -26,7 +26,7 @@ from prunelens.errors import UserError
 from prunelens.match import match_dictionaries
 from prunelens.model import LanguageModel, as_language_model, forward_tokens, run_to_site
 from prunelens.prune.selection import threads_of_torch
-from prunelens.sae.training import Training
+from prunelens.sae.state import Training
 from prunelens.study.cost import (
     encoding_flops,
     forward_flops,

@@ -27,7 +27,7 @@ from prunelens.analyses.token_effects import token_effects, unembedding
 from prunelens.config import CheckpointConfig
 from prunelens.model import LanguageModel
 from prunelens.sae.architectures import load_sae
-from prunelens.sae.pretrained import load_given_sae
+from prunelens.sae.exchange.pretrained import load_given_sae
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Cost, Costed, sae_size
 from prunelens.study.kind import Question

@@ -16,9 +16,9 @@ from prunelens.analyses.sinks import NORM_MULTIPLE
 from prunelens.analyses.transfer import DenseReference, transfer, transfer_verdicts
 from prunelens.analyses.verdict import LIMITS
 from prunelens.corpus import spread_over_documents
-from prunelens.sae.formats import GivenSae
-from prunelens.sae.own_folder import own_sae
-from prunelens.sae.pretrained import load_given_sae
+from prunelens.sae.exchange.formats import GivenSae
+from prunelens.sae.exchange.own_folder import own_sae
+from prunelens.sae.exchange.pretrained import load_given_sae
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table

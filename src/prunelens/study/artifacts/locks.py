@@ -22,14 +22,14 @@ LOCKABLE = 2**62  # bytes; a lock may lie far behind the end of its file
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # the file system has none
 
 
-class Claims:
-    """The claims on the stages of one folder of artifacts, for all processes that see the file.
+class Locks:
+    """The locks on the stages of one folder of artifacts, for all processes that see the file.
 
-    A process holds each claim once: it is no lock between threads.
+    A process holds each once: threads are not kept apart.
     """
 
     _open: dict[str, int] = {}  # noqa: RUF012
-    """Path -> handle, never closed: that would end all claims that this process has there."""
+    """Path -> handle, never closed: that would end all locks that this process has there."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
@@ -63,7 +63,7 @@ class Claims:
     else:
 
         def _lock(self, identity: str, *, wait: bool) -> bool:
-            """Whether the claim is ours now."""
+            """Whether it is ours now."""
             import fcntl
 
             how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB

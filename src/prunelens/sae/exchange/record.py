@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 from prunelens.config import ActivationConfig, SaeConfig, Site
 from prunelens.errors import UserError
 from prunelens.prune.record import ModelRecord, PruningRecord, TextRecord
-from prunelens.sae.formats import NormalisedSae
-from prunelens.sae.own_folder import PLACE_FILE, own_sae
+from prunelens.sae.exchange.formats import NormalisedSae
+from prunelens.sae.exchange.own_folder import PLACE_FILE, own_sae
 
 QUALITY = ("fvu", "fvu_raw", "fvu_dense_var", "l0", "alive", "num_latents", "mean_init_retention")
 QUALITY_FILE = "quality.json"

@@ -22,10 +22,10 @@ from prunelens.errors import UserError
 from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.buffers import Buffers
 from prunelens.sae.checked import load_checked, save_checked
-from prunelens.sae.engine import descent_of
 from prunelens.sae.order import TokenOrder, derived_generator
 from prunelens.sae.resample import restart_dead
 from prunelens.sae.start import fingerprint, starting_sae
+from prunelens.sae.steps.engine import descent_of
 
 _ROWS = 256  # of a weight matrix, looked at at a time
 

@@ -21,7 +21,7 @@ from prunelens.config import SaeConfig
 from prunelens.errors import one_line
 from prunelens.sae.autoencoder import SparseAutoencoder
 from prunelens.sae.buffers import Buffers
-from prunelens.sae.descent import Descended, Descent
+from prunelens.sae.steps.descent import Descended, Descent
 from prunelens.sae.topk import TopKSAE
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def descent_of(
             _say_that_kernels_are_of_topk(sae.architecture)
         return PYTORCH, Descent(sae.weights, sae.k, dtype=dtype, buffers=buffers, keep=sae.keep)
     if device.type == "cpu" and _work(sae, config) >= COMPILED_FROM:
-        from prunelens.sae.cpu_descent import CpuDescent, compile_loops
+        from prunelens.sae.steps.cpu_descent import CpuDescent, compile_loops
 
         compile_loops(dtype)
         return COMPILED, CpuDescent(sae.weights, sae.k, dtype=dtype, buffers=buffers)
@@ -75,7 +75,7 @@ def _kernels_for(device: torch.device) -> Callable[..., Descent] | None:
     if not importlib.util.find_spec("triton"):
         _say_that_triton_is_missing()
         return None
-    from prunelens.sae.cuda_descent import CudaDescent
+    from prunelens.sae.steps.cuda_descent import CudaDescent
 
     return CudaDescent
 

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunelens.sae import triton_kernels, triton_products
-from prunelens.sae.copies import RoundedCopies
-from prunelens.sae.descent import Descended, Descent
 from prunelens.sae.kernels import Gradients, SparseLatents, Weights
-from prunelens.sae.rounding import width_with_column
+from prunelens.sae.steps import triton_kernels, triton_products
+from prunelens.sae.steps.copies import RoundedCopies
+from prunelens.sae.steps.descent import Descended, Descent
+from prunelens.sae.steps.rounding import width_with_column
 
 _WIDTH_MULTIPLE = 8  # bfloat16 values in the 16 bytes that a thread loads at once
 

@@ -11,8 +11,8 @@ from prunelens.cards import Sharing
 from prunelens.prune.card import base_models, data_sets
 from prunelens.prune.record import PruningRecord
 from prunelens.sae.architectures import ARCHITECTURES
-from prunelens.sae.export import formats_of
-from prunelens.sae.record import SaeRecord
+from prunelens.sae.exchange.export import formats_of
+from prunelens.sae.exchange.record import SaeRecord
 
 OWN = "prunelens"  # folder of an SAE's own layout; the others are called after their format
 

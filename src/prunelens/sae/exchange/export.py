@@ -20,11 +20,11 @@ from torch import Tensor
 from prunelens.activations import Statistics
 from prunelens.errors import UserError
 from prunelens.prune.checkpoint import check_target
-from prunelens.sae import sparsify
 from prunelens.sae.autoencoder import SparseAutoencoder
-from prunelens.sae.formats import GivenSae, NormalisedSae
+from prunelens.sae.exchange import sparsify
+from prunelens.sae.exchange.formats import GivenSae, NormalisedSae
+from prunelens.sae.exchange.own_folder import PLACE_FILE, own_sae
 from prunelens.sae.kernels import Weights
-from prunelens.sae.own_folder import PLACE_FILE, own_sae
 from prunelens.temporary import new_folder
 
 ExportFormat = Literal["saelens", "sparsify"]

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from prunelens.cards import CARD_FILE, RECORD_FILE, Sharing, version
 from prunelens.prune.checkpoint import check_target
-from prunelens.sae.card import OWN, prunings_of, sae_card
-from prunelens.sae.export import export_sae, formats_of
-from prunelens.sae.own_folder import PLACE_FILE
-from prunelens.sae.record import QUALITY_FILE, SaeRecord, TrainingRecord, sae_record
+from prunelens.sae.exchange.card import OWN, prunings_of, sae_card
+from prunelens.sae.exchange.export import export_sae, formats_of
+from prunelens.sae.exchange.own_folder import PLACE_FILE
+from prunelens.sae.exchange.record import QUALITY_FILE, SaeRecord, TrainingRecord, sae_record
 from prunelens.temporary import new_folder
 
 # Of an SAE's artifact, what it needs to be used; the others are about the study.

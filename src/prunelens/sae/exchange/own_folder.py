@@ -13,7 +13,7 @@ from prunelens.activations import Statistics
 from prunelens.config import Site
 from prunelens.errors import UserError
 from prunelens.sae.architectures import load_sae
-from prunelens.sae.formats import GivenSae, given
+from prunelens.sae.exchange.formats import GivenSae, given
 
 PLACE_FILE = "place.json"  # site and layer that an SAE of ours was trained at
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from prunelens.config import PretrainedSaeConfig, Site
 from prunelens.errors import UserError
-from prunelens.sae import sparsify
-from prunelens.sae.formats import GivenSae
-from prunelens.sae.own_folder import own_sae
+from prunelens.sae.exchange import sparsify
+from prunelens.sae.exchange.formats import GivenSae
+from prunelens.sae.exchange.own_folder import own_sae
 
 _OWN_FILE, _SAELENS_FILES = "sae.json", ("cfg.json", "sae_weights.safetensors")
 _SPARSIFY_FILES = (sparsify.CONFIG_FILE, sparsify.WEIGHTS_FILE)

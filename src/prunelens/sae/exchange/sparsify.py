@@ -23,8 +23,8 @@ from prunelens.activations import Statistics
 from prunelens.config import Site
 from prunelens.errors import UserError
 from prunelens.sae.autoencoder import refuse_other_sizes
-from prunelens.sae.formats import GivenSae, given
-from prunelens.sae.own_folder import PLACE_FILE
+from prunelens.sae.exchange.formats import GivenSae, given
+from prunelens.sae.exchange.own_folder import PLACE_FILE
 from prunelens.sae.topk import TopKSAE
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae.safetensors"

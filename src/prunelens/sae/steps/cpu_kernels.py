@@ -19,8 +19,8 @@ from typing import no_type_check
 
 import numpy as np
 
-from prunelens.sae.cpu_numbers import compiled, factor_of, keep_rounded, number_of
-from prunelens.sae.descent import BETA_MEAN, BETA_SQUARE, EPSILON
+from prunelens.sae.steps.cpu_numbers import compiled, factor_of, keep_rounded, number_of
+from prunelens.sae.steps.descent import BETA_MEAN, BETA_SQUARE, EPSILON
 
 # Constants of compiled code have to be of the precision that they are used in.
 _NEW_MEAN, _NEW_SQUARE = np.float32(1 - BETA_MEAN), np.float32(1 - BETA_SQUARE)

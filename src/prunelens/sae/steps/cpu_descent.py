@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunelens.sae import cpu_kernels, kernels, rounding
+from prunelens.sae import kernels
 from prunelens.sae.buffers import Buffers
-from prunelens.sae.copies import RoundedCopies
-from prunelens.sae.descent import BETA_MEAN, BETA_SQUARE, BIASES, Descended, Descent
 from prunelens.sae.kernels import Weights
+from prunelens.sae.steps import cpu_kernels, rounding
+from prunelens.sae.steps.copies import RoundedCopies
+from prunelens.sae.steps.descent import BETA_MEAN, BETA_SQUARE, BIASES, Descended, Descent
 
 log = logging.getLogger(__name__)
 
