@@ -88,8 +88,39 @@ def synthetic_runs(study: StudyConfig, failed: str | None = None) -> pd.DataFram
     return runs
 
 
+def _add_concepts(rows: dict[str, list[dict]], run: dict) -> None:
+    """Rarer ones are harmed more."""
+    for number in range(8):
+        concept = {"concept": f"concept {number}", "frequency": 0.5 / 2**number}
+        for source, harm in (("pruned", 0.05 * number), ("noise_shuffled", 0.02), ("null", 0.02)):
+            left, read = 1 - harm * run["sparsity"], 0.1 * number
+            found = concept | {
+                "source": source,
+                "verdict": "kept",
+                "auc_dense": 0.9,
+                "sae": "reads",
+            }
+            for name, value in (("left", left), ("left_refit", left + 0.01), ("sae_reads", read)):
+                found |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
+            beyond = {"beyond_noise": 0.02 - harm, "beyond_noise_low": -1, "beyond_noise_high": 1}
+            rows["concepts"].append(run | found | (beyond if source != "noise_shuffled" else {}))
+        reading = {
+            "reader": "probe",
+            "source": "dense",
+            "fit": "dense",
+            "auc": 0.9 + number / 1000,
+        }
+        rows["probes"].append(run | concept | reading)
+    for source in ("pruned", "null"):
+        rows["concept_rarity"].append(
+            run | {"source": source, "rho": 0.1, "low": -0.3, "high": 0.5}
+        )
+
+
 def _add_run(rows: dict[str, list[dict]], run: dict, draw: np.random.Generator) -> None:
     damage = run["sparsity"] * (1.0 if run["method"] == "wanda" else 1.6)
+    if run["method"] != "dense":
+        _add_concepts(rows, run)
     for context in (256, 2048):
         rows["perplexity"].append(
             run | {"corpus": "c", "context_tokens": context, "perplexity": 14 * np.exp(5 * damage)}

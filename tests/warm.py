@@ -68,18 +68,23 @@ def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[s
 @contextlib.contextmanager
 def warm_workers() -> Iterator[None]:
     """The process that this one forks its workers from is such a one."""
-    start = multiprocessing.util.spawnv_passfds
+    start, begun = multiprocessing.util.spawnv_passfds, list[int]()
 
     def begin(path: Any, words: list[str], files: Sequence[int]) -> int:
         if sys.platform != "linux" or "multiprocessing.forkserver" not in words[-1]:
             return start(path, words, files)
-        return _begin(words[-3:], {number: number for number in (0, 1, 2, *files)})
+        begun.append(_begin(words[-3:], {number: number for number in (0, 1, 2, *files)}))
+        return begun[-1]
 
     multiprocessing.util.spawnv_passfds = begin
     try:
         yield
     finally:
         multiprocessing.util.spawnv_passfds = start
+        for pid in begun:  # prunelens knows them by their command line, and these have another
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # multiprocessing reaps it
 
 
 def _begin(
