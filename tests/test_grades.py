@@ -541,7 +541,7 @@ def test_the_share_of_intervals_that_hold_the_truth_is_counted(monkeypatch):
 
 @pytest.mark.parametrize(("hits", "count"), [(0, 7), (7, 7), (3, 40), (190, 200), (1, 1)])
 def test_the_bounds_of_a_share_are_clopper_and_pearson_s(hits, count):
-    found = simulated._share_between(hits, count)
+    found = simulated.share_between(hits, count)
     assert found == pytest.approx(slow.share_between(hits, count), abs=1e-6)
 
 
