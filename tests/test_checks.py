@@ -17,7 +17,6 @@ from fake_hub import Repository, running_hub
 from prunelens import hub
 from prunelens.checkpoint import model_shape
 from prunelens.config import ModelConfig, study_from_data
-from prunelens.corpus import documents
 from prunelens.errors import UserError
 from prunelens.model import load_model, run_to_site
 from prunelens.prune import prune_model
@@ -41,6 +40,7 @@ from prunelens.study.preflight.text_checks import (
 )
 from prunelens.study.run import run_study
 from prunelens.study_file import read_study
+from prunelens.text import documents
 from tiny_study import tiny_study, write_text
 
 

@@ -21,19 +21,10 @@ from conftest import panicking
 from prunelens import text
 from prunelens.checkpoint import load_tokenizer
 from prunelens.config import CorpusConfig
-from prunelens.corpus import (
-    TokenSplits,
-    documents,
-    fingerprint,
-    joined_stream,
-    split_documents,
-    split_tokens,
-    stdlib_documents,
-    stdlib_held_out,
-    windows,
-)
+from prunelens.corpus import TokenSplits, joined_stream, split_documents, split_tokens, windows
 from prunelens.errors import UserError
 from prunelens.study_file import read_study
+from prunelens.text import documents, fingerprint, stdlib_documents, stdlib_held_out
 from prunelens.tokens import _encoder
 
 WIKITEXT = pathlib.Path(__file__).parents[2] / "shared" / "data" / "wikitext-2"

@@ -449,7 +449,10 @@ def statistics_of(mean, sigma):
     ("spoil", "message"),
     [
         (without("normalisation.safetensors"), r"lacks normalisation.safetensors"),
-        (without("sae.safetensors"), r"lacks sae.safetensors"),
+        (
+            without("sae.safetensors"),
+            r"lacks sae.safetensors; give a folder that TopKSAE.save wrote",
+        ),
         (damaged("normalisation.safetensors"), r"normalisation.safetensors cannot be read"),
         (damaged("sae.safetensors"), r"is damaged or incomplete"),
         (damaged("place.json"), r"place.json cannot be read"),

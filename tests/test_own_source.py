@@ -9,14 +9,13 @@ from collections.abc import Iterator
 import pytest
 
 from prunelens.config import SOURCES, CorpusConfig
-from prunelens.corpus import documents, fingerprint
 from prunelens.errors import UserError
 from prunelens.report.write import run_and_report
 from prunelens.study.exports import export_checkpoint
 from prunelens.study.plan import plan_study
 from prunelens.study.preflight.text_checks import text_check
 from prunelens.study_file import read_study
-from prunelens.text import READERS, Document, Reader, named, register
+from prunelens.text import READERS, Document, Reader, documents, fingerprint, named, register
 from tiny_study import SENTENCES, tiny_study
 
 NUMBER = 800

@@ -110,9 +110,11 @@ def test_everything_on_the_hub_is_pinned_and_found_again(data, tmp_path, monkeyp
     text = {"source": "hub", "dataset": "me/text"}
     data |= {"corpus": text, "perplexity": {"corpus": {**text, "dataset": "me/scored"}}}
     data["prunings"] = [{"checkpoint": "me/pruned"}]
+    data["probes"] = {"concepts": "tags", "corpus": {**text, "dataset": "me/labelled"}}
     study = study_from_data(data)
     first = pinned(study, tmp_path)
     assert sorted(asked) == [
+        ("me/labelled", "probes.corpus.dataset", "dataset", None),
         ("me/model", "models.name", "model", None),
         ("me/pruned", "prunings.checkpoint", "model", None),
         ("me/scored", "perplexity.corpus.dataset", "dataset", None),

@@ -21,7 +21,6 @@ from prunelens.concepts import (
     Labels,
     label_tokens,
     labelled_documents,
-    python_spans,
 )
 from prunelens.config import CorpusConfig, ModelConfig, study_from_data
 from prunelens.errors import UserError
@@ -30,6 +29,8 @@ from prunelens.report.write import run_and_report
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.plan import plan_study
 from prunelens.study.preflight.preview import preflight
+from prunelens.study.preflight.text_checks import text_check
+from prunelens.text.python_source import python_spans
 from tiny_study import tiny_study
 
 # --- labels -------------------------------------------------------------------------------------
@@ -389,6 +390,12 @@ def test_without_labels_nothing_is_asked(
         study_from_data({**data, "questions": ["persistence", "probes"], "probes": {}})
     )
     assert not any("probes" in run.stages for run in plan.runs)
+    named = {
+        **data,
+        "probes": {"concepts": "tag"},
+    }  # which no row has: `plan` says what `run` would
+    with pytest.raises(UserError, match=r"line 1 of text.jsonl has no field 'tag'"):
+        list(text_check(study_from_data(named), study_from_data(named).models[0]))
     tokens = {**data["corpus"], "source": "tokens"}
     with pytest.raises(UserError, match=r"source 'tokens' is no text; give the text"):
         plan_study(study_from_data({**data, "corpus": tokens}), resolve=False)

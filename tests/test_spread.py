@@ -20,14 +20,15 @@ from prunelens.activations import Statistics
 from prunelens.analyses.noise import CommonChange
 from prunelens.checkpoint import load_tokenizer
 from prunelens.config import StudyConfig, study_from_data
-from prunelens.corpus import (
+from prunelens.corpus import split_tokens
+from prunelens.model import load_model, run_to_site
+from prunelens.spread import (
+    DocumentStream,
     document_groups,
-    split_tokens,
+    one_of_each_stretch,
     spread_over_documents,
     window_documents,
 )
-from prunelens.model import load_model, run_to_site
-from prunelens.spread import DocumentStream, one_of_each_stretch
 from prunelens.study.artifacts.store import Stage, Store
 from prunelens.study.matrix import parents_first
 from prunelens.study.model_stages import load_window_documents, load_windows

@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from prunelens.corpus import stdlib_documents, stdlib_held_out
+from prunelens.text import stdlib_documents, stdlib_held_out
 
 VOCABULARY = 4096
 BOS = "<|bos|>"

@@ -21,41 +21,15 @@ from prunelens.config import CorpusConfig
 from prunelens.errors import UserError
 from prunelens.spread import (
     DocumentStream,
-    document_groups,
-    spread_over_documents,
     window_documents,
 )
 from prunelens.text import (
-    Document,
     documents,
     every_document,
-    fingerprint,
     named,
     reader_of,
-    stdlib_documents,
-    stdlib_held_out,
 )
 from prunelens.tokens import Tokenizer, bos_of, encoder, token_rows
-
-__all__ = [
-    "Document",
-    "TokenSplits",
-    "Tokenizer",
-    "check_ids",
-    "check_splits",
-    "document_groups",
-    "documents",
-    "fingerprint",
-    "joined_stream",
-    "split_documents",
-    "split_tokens",
-    "spread_over_documents",
-    "stdlib_documents",
-    "stdlib_held_out",
-    "token_rows",
-    "window_documents",
-    "windows",
-]
 
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 500_000
 _MOST_OF_TOKEN = 16  # characters: no text has so many on average

@@ -22,8 +22,8 @@ from prunelens.analyses.statistics import (
     no_estimate,
     ratio_of_means,
 )
-from prunelens.corpus import document_groups
 from prunelens.errors import UserError
+from prunelens.spread import document_groups
 
 GROUPS = ("robust", "fragile", "matched", "random", "random_direction")
 MEASURED = (

@@ -126,16 +126,22 @@ def probes(
             found += [row | which for row in _by_latents(latents, drawn, by_seed[seed])]
             if progress:
                 progress(next(done) / total)
-    best = [
-        {"concept": name, "seed": seed, "latent": int(latent), "apart": float(apart)}
-        for seed, readers in by_seed.items()
-        for name, each in ((n, r) for (n, reader), r in readers.items() if reader == "latents_5")
-        for latent, apart in zip(each.columns, each.apart, strict=True)
-    ]
     table = pd.DataFrame(found).reindex(columns=[*COLUMNS, "auc_without"])
     frequency = dict(zip(labels.names, labels.has[:, labels.known].mean(1), strict=True))
     table["frequency"] = table["concept"].map(frequency)
-    return Probed(table, pd.DataFrame(best, columns=["concept", "seed", "latent", "apart"]))
+    return Probed(table, _best(by_seed))
+
+
+def _best(by_seed: Mapping[int, Mapping[tuple[str, ...], _Reader]]) -> pd.DataFrame:
+    """The latents of the readers of every seed."""
+    rows = [
+        (name, seed, int(latent), float(apart))
+        for seed, readers in by_seed.items()
+        for (name, reader), each in readers.items()
+        if reader == "latents_5"
+        for latent, apart in zip(each.columns, each.apart, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["concept", "seed", "latent", "apart"])
 
 
 class _Draw(NamedTuple):

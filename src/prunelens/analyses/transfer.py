@@ -32,9 +32,9 @@ from prunelens.analyses.verdict import (
     transfer_verdicts,
 )
 from prunelens.config import Site
-from prunelens.corpus import document_groups, spread_over_documents
 from prunelens.model import LanguageModel
 from prunelens.sae.exchange.formats import GivenSae, check_fits, check_l0
+from prunelens.spread import document_groups, spread_over_documents
 
 __all__ = [
     "POSITIONS",

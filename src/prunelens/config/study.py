@@ -207,6 +207,12 @@ class StudyConfig(Frozen):
         text = self.probes.corpus or self.corpus
         return self.probes.concepts or ("python" if text.source == "stdlib" else None)
 
+    @property
+    def labelled_text(self) -> CorpusConfig | None:
+        """The text that probes get their labels from; None where there are none to ask."""
+        asked = self.concepts is not None and "probes" in self.questions
+        return (self.probes.corpus or self.corpus) if asked else None
+
     def followed(self) -> Condition | None:
         """The pruned condition whose SAEs are followed while they are trained."""
         wanted = self.sufficiency.condition

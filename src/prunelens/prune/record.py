@@ -47,7 +47,7 @@ class TextRecord:
     corpus: CorpusConfig
     """As in the study."""
     content: str
-    """What `corpus.fingerprint` gives: a hub data set's commit, else a SHA-256."""
+    """What `text.fingerprint` gives: a hub data set's commit, else a SHA-256."""
 
     @property
     def dataset(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import json
 import pathlib
@@ -33,7 +34,7 @@ def refuse_other_sizes(tensors: Mapping[str, Tensor], *, width: int, latents: in
         raise ValueError(f"{latents} latents of width {width} are described, {held} numbers held")
 
 
-class SparseAutoencoder(nn.Module):
+class SparseAutoencoder(nn.Module, abc.ABC):
     """z = read(W_enc x_hat + b_enc); x_rec = W_dec z + b_dec, in normalised space.
 
     `encoder_weight` and `decoder_weight` are both [latents, d_model]: row i of the decoder is the
@@ -66,9 +67,9 @@ class SparseAutoencoder(nn.Module):
         self.decoder_bias = nn.Parameter(torch.zeros(d_model))
         self.register_buffer("threshold", None)
 
+    @abc.abstractmethod
     def read(self, pre: Float[Tensor, "tokens latents"]) -> SparseLatents:
         """The latents that these pre-activations keep wherever the SAE is used."""
-        raise NotImplementedError
 
     def keep(self, pre: Float[Tensor, "tokens latents"]) -> SparseLatents:
         """The latents that a training step keeps of its batch, and what the SAE learns by it."""
@@ -188,7 +189,7 @@ class SparseAutoencoder(nn.Module):
         except FileNotFoundError as error:
             raise UserError(
                 f"sae: {folder} lacks {pathlib.Path(str(error.filename or _WEIGHTS_FILE)).name};"
-                " give a folder that {cls.__name__}.save wrote"
+                f" give a folder that {cls.__name__}.save wrote"
             ) from None
         except (
             OSError,  # a folder in a file's place

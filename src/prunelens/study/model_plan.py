@@ -16,13 +16,12 @@ from prunelens.config import (
     PretrainedSaeConfig,
     StudyConfig,
 )
-from prunelens.corpus import fingerprint
 from prunelens.errors import UserError
 from prunelens.model import ModelShape, model_fingerprint, model_shape
 from prunelens.study.artifacts.store import Source, Stage
 from prunelens.study.cost import Costed
 from prunelens.study.stages import STAGES
-from prunelens.text import reader_of
+from prunelens.text import fingerprint, reader_of
 
 
 class Sources:
@@ -175,11 +174,11 @@ class ModelPlan:
 
     def labels(self) -> Stage | None:
         """Which tokens of eval have which concepts; None where nobody says."""
-        if self.study.concepts is None:
+        text = self.study.labelled_text
+        if text is None:
             return None
         skip = self.study.activations.skip_first
         config = {"concepts": self.study.concepts, "skip_first": skip}
-        text = self.study.probes.corpus or self.study.corpus
         if reader_of(text).rows:
             raise UserError(
                 f"probes.concepts: {self.study.concepts!r}, but corpus.source {text.source!r} is no"

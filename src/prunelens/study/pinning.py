@@ -135,7 +135,8 @@ def _walk(study: StudyConfig, revise: Callable[[Repository], Any]) -> StudyConfi
         "prunings": tuple(map(entry, study.prunings)),
         "corpus": text(study.corpus, "corpus"),
     }
-    if (scored := study.perplexity.corpus) is not None:
-        scored = text(scored, "perplexity.corpus")
-        update["perplexity"] = study.perplexity.model_copy(update={"corpus": scored})
+    for part in ("perplexity", "probes"):
+        if (own := getattr(study, part).corpus) is not None:
+            own = text(own, f"{part}.corpus")
+            update[part] = getattr(study, part).model_copy(update={"corpus": own})
     return study.model_copy(update=update)

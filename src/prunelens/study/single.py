@@ -23,7 +23,7 @@ from prunelens.config import (
     TransferConfig,
     part_from_data,
 )
-from prunelens.corpus import TokenSplits, fingerprint, split_documents, split_tokens, windows
+from prunelens.corpus import TokenSplits, split_documents, split_tokens, windows
 from prunelens.errors import UserError
 from prunelens.match import MatchRates, match_dictionaries, match_rates
 from prunelens.model import LanguageModel, described_model, load_model, model_fingerprint
@@ -43,6 +43,7 @@ from prunelens.sae.exchange.formats import check_fits
 from prunelens.sae.exchange.pretrained import load_given_sae
 from prunelens.study.model_stages import EVAL
 from prunelens.study.run import resolve_device
+from prunelens.text import fingerprint
 
 log = logging.getLogger(__name__)
 

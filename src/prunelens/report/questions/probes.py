@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from prunelens.analyses.concept_fates import GONE, KEPT, READS
-from prunelens.report.panels.panel import Panel, Points, Site, Tables, conditions, rows_of
+from prunelens.report.panels.panel import Panel, Site, Tables, conditions, points_of, rows_of
 from prunelens.report.questions.by_run import KEYS
 from prunelens.report.questions.question import FigureOf, Question
 
@@ -16,28 +16,18 @@ SAE = ("reads", "partly", "cannot")
 
 def _panels(tables: Tables, site: Site) -> list[Panel]:
     """What is left of each concept, by how frequent it is; and how well the dense SAE reads it."""
-    rows = rows_of(tables, "concepts", site)
-    if len(rows):
-        rows = rows[rows["auc_dense"] >= READS]
-        rows = rows.assign(log_frequency=np.log10(rows["frequency"].astype(float)))
-    left, read = [], []
-    pruned = rows[rows["source"] == "pruned"] if len(rows) else rows
-    for name, colour, marker, part in conditions(pruned):
-        part = part.sort_values("log_frequency")
-        x = part["log_frequency"].tolist()
-        left.append(
-            Points(name, x, part["left"].tolist(), colour=colour, marker=marker, line="none")
-        )
-        refit = part["left_refit"].tolist()
-        label = f"{name}, probe refitted"
-        left.append(Points(label, x, refit, colour=colour, marker=marker, line="none", hollow=True))
-    if len(pruned):
-        first = pruned[pruned["run"] == pruned["run"].iloc[0]].sort_values("log_frequency")
-        x = first["log_frequency"].tolist()
-        limits = (first["sae_reads_low"].tolist(), first["sae_reads_high"].tolist())
-        read.append(
-            Points("five best latents", x, first["sae_reads"].tolist(), *limits, line="none")
-        )
+    rows = rows_of(tables, "concepts", site, source="pruned")
+    rows = rows[rows["auc_dense"] >= READS]
+    rows = rows.assign(place=np.log10(rows["frequency"].astype(float)))
+    left, style = [], {"line": "none"}
+    for name, colour, marker, part in conditions(rows):
+        shown = {"colour": colour, "marker": marker, **style}
+        left.append(points_of(part, name, "place", "left", **shown))
+        refitted = f"{name}, probe refitted"
+        left.append(points_of(part, refitted, "place", "left_refit", hollow=True, **shown))
+    first = rows.drop_duplicates("concept")  # the dense SAE is the same for all conditions
+    columns = ("place", "sae_reads", "sae_reads_low", "sae_reads_high")
+    read = [points_of(first, "five best latents", *columns, **style)]
     names = ("concept frequency (log10 of the share of tokens)", "share of the dense AUC above 0.5")
     return [
         Panel("controlled", "What pruning leaves of a concept", *names, left),
@@ -94,7 +84,7 @@ PROBES = Question(
     more={
         "concepts": "Every concept",
         "concept_rarity": "Do rare concepts fare worse?",
-        "probes": "Every probe and the best latents of every seed",
+        "probes": "Every probe, and the best latents of the first dense SAE",
     },
     needs=("concepts",),
     made=_made,

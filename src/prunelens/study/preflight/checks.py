@@ -39,7 +39,7 @@ def study_checks(plan: Plan, shapes: Mapping[str, ModelShape]) -> Iterator[Findi
             yield from _pruned_at_all(study, model, shape)
         yield from _sae_sizes(study, model, shape)
     yield from _duplicates(plan)
-    if "probes" in study.questions and study.concepts is None and not study.models[0].is_planted:
+    if "probes" in study.questions and study.concepts is None:
         what = "no concept is probed: nothing labels the text"
         fix = "name in probes.concepts the field of its rows that has labels, or 'python'"
         yield Finding("ok", "probes", what, fix)

@@ -14,22 +14,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from prunelens.checkpoint import is_here, is_local, load_tokenizer, longest_context, text_config
+from prunelens.concepts import labelled_documents, refuse_without_places
 from prunelens.config import CorpusConfig, ModelConfig, StudyConfig
-from prunelens.corpus import (
-    Tokenizer,
-    check_ids,
-    check_splits,
-    documents,
-    joined_stream,
-    split_tokens,
-    token_rows,
-)
+from prunelens.corpus import check_ids, check_splits, joined_stream, split_tokens
 from prunelens.model import LanguageModel, load_model
 from prunelens.panics import TOKENIZER_FIX, panics_told
 from prunelens.perplexity import check_windows, measure_perplexity
 from prunelens.study.preflight.finding import Finding
 from prunelens.study.preflight.model_checks import running_checks
-from prunelens.text import reader_of
+from prunelens.text import documents, reader_of
+from prunelens.tokens import Tokenizer, token_rows
 
 PROBE = "The quick brown fox"
 DOCUMENTS_LOOKED_AT, LOOKED_AT = 100, 1000  # of each document so many characters
@@ -204,6 +198,7 @@ def text_check(study: StudyConfig, model: ModelConfig) -> Iterator[Finding]:
     texts = (
         ("corpus", study.corpus, _check_corpus),
         ("perplexity.corpus", study.perplexity.corpus, _check_text),
+        ("probes.concepts", study.labelled_text, _check_labels),
     )
     for field, corpus, check in texts:
         if corpus is None:
@@ -230,6 +225,14 @@ def _check_text(study: StudyConfig, model: ModelConfig, tokenizer: Tokenizer | N
     stream, bos_token = joined_stream(study.perplexity.corpus, tokenizer)
     check_ids(stream, text_config(model).vocab_size, model.label)
     _check_lengths(study, model, len(stream), bos_token)
+
+
+def _check_labels(study: StudyConfig, _model: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    """The first document's, for all are read by `run` alone."""
+    assert study.labelled_text and study.concepts
+    refuse_without_places(tokenizer)
+    for document in itertools.islice(labelled_documents(study.labelled_text, study.concepts), 1):
+        document.spans()
 
 
 def _check_lengths(

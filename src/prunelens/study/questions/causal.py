@@ -11,8 +11,8 @@ from torch import Tensor
 from prunelens.activations import Statistics
 from prunelens.analyses.causal import Ablations, ablate, nothing_ablated
 from prunelens.analyses.causal_groups import SeedAblations, causal_summary, latent_groups
-from prunelens.corpus import spread_over_documents
 from prunelens.sae.architectures import load_sae
+from prunelens.spread import spread_over_documents
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table

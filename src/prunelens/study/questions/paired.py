@@ -12,8 +12,8 @@ from torch import Tensor
 
 from prunelens.activations import Activations, Statistics
 from prunelens.analyses.noise import CommonChange
-from prunelens.corpus import document_groups
 from prunelens.sae.architectures import load_sae
+from prunelens.spread import document_groups
 from prunelens.study.work import Work, read_json
 
 

@@ -15,10 +15,10 @@ from prunelens.analyses.null_states import NullSource
 from prunelens.analyses.sinks import NORM_MULTIPLE
 from prunelens.analyses.transfer import DenseReference, transfer, transfer_verdicts
 from prunelens.analyses.verdict import LIMITS
-from prunelens.corpus import spread_over_documents
 from prunelens.sae.exchange.formats import GivenSae
 from prunelens.sae.exchange.own_folder import own_sae
 from prunelens.sae.exchange.pretrained import load_given_sae
+from prunelens.spread import spread_over_documents
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Cost, Costed
 from prunelens.study.kind import Question, Table
