@@ -16,7 +16,7 @@ from prunelens.config import NEEDS, study_from_data
 from prunelens.errors import UserError
 from prunelens.report.explorer.collect import _others
 from prunelens.report.explorer.study import write_study_explorer
-from prunelens.report.questions import QUESTIONS as SECTIONS
+from prunelens.report.questions import SECTIONS
 from prunelens.report.write import run_and_report
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.folder import open_study

@@ -28,7 +28,7 @@ from prunelens.report.page import page, write_page
 from prunelens.report.panels.panel import Panel, Points, Site, sites
 from prunelens.report.paper_tables import paper_tables, write_paper_tables
 from prunelens.report.published import beside_published
-from prunelens.report.questions import QUESTIONS, figures, overviews
+from prunelens.report.questions import SECTIONS, figures, overviews
 from prunelens.report.shown_table import number, shown
 from prunelens.report.sufficiency import known_of_the_others, not_enough, training_verdicts
 from prunelens.report.summary import summary
@@ -350,10 +350,10 @@ def test_unknown_numbers_say_why(made: Page) -> None:
 
 
 def test_what_is_assumed_of_the_paper_stands_under_its_tables(made: Page) -> None:
-    assert sum(len(question.assumed) for question in QUESTIONS) == 7
-    for question in QUESTIONS:
-        captions = question.tables | question.more
-        for name, words in question.assumed.items():
+    assert sum(len(section.assumed) for section in SECTIONS) == 7
+    for section in SECTIONS:
+        captions = section.tables | section.more
+        for name, words in section.assumed.items():
             assert made.text.count(words) == 1, name
             assert made.text.index(captions[name]) < made.text.index(words)
     asked = shown(pd.DataFrame({"run": ["a"]}), "caption")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prunelens.report.panels.panel import Panel, Points, Site, Tables, rows_of
-from prunelens.report.questions.question import FigureOf, Question
+from prunelens.report.questions.section import FigureOf, Section
 
 
 def _panels(tables: Tables, site: Site) -> list[Panel]:
@@ -13,7 +13,7 @@ def _panels(tables: Tables, site: Site) -> list[Panel]:
     return [Panel("controlled", "tokens in common", "sparsity", "share", [points], kind="dots")]
 
 
-CO_FIRING = Question(
+CO_FIRING = Section(
     "co_firing",
     "Do latents fire where they fired?",
     "On how many of its tokens does a latent still fire?",

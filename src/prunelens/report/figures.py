@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from prunelens.report.panels.panel import Panel, Points, Site, shortened, sites
 from prunelens.report.questions import figures
-from prunelens.report.questions.question import FigureOf
+from prunelens.report.questions.section import FigureOf
 from prunelens.temporary import replacing
 
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^"}

@@ -22,8 +22,8 @@ from prunelens.config import StudyConfig
 from prunelens.report.interactive import plotly_figure
 from prunelens.report.panels.panel import Panel, Tables, sites
 from prunelens.report.paper_tables import DEPTH, MATRIX, paper_tables
-from prunelens.report.questions import QUESTIONS, overviews
-from prunelens.report.questions.question import Question
+from prunelens.report.questions import SECTIONS, overviews
+from prunelens.report.questions.section import Section
 from prunelens.report.shown_table import Shown, number, shown
 from prunelens.report.sinks import sinks_found
 from prunelens.report.sufficiency import not_enough
@@ -61,10 +61,10 @@ class Group(NamedTuple):
         return any(panel.published for panel in self.panels)
 
 
-class Section(NamedTuple):
-    """A question with its answers."""
+class Filled(NamedTuple):
+    """A section with what stands in it here."""
 
-    question: Question
+    declared: Section
     groups: list[Group]
     images: list[tuple[str, str]]
     """The figures for print: title, and the PNG as a data address."""
@@ -96,9 +96,9 @@ def page(out: pathlib.Path, tables: Tables, runs: pd.DataFrame, study: StudyConf
     theirs = paper_tables(tables, study)
     every = {**tables, **overviews(tables), **theirs}
     sections = [
-        _section(question, tables, every, out, figures)
-        for question in QUESTIONS
-        if not question.needs or any(len(tables.get(name, ())) for name in question.needs)
+        _filled(section, tables, every, out, figures)
+        for section in SECTIONS
+        if not section.needs or any(len(tables.get(name, ())) for name in section.needs)
     ]
     scripts = {"plotly": _plotly() if figures else "", "own": _template_text("report.js")}
     return _environment().get_template("report.html.j2").render(
@@ -124,19 +124,19 @@ def page(out: pathlib.Path, tables: Tables, runs: pd.DataFrame, study: StudyConf
 # --- sections -------------------------------------------------------------------------------------
 
 
-def _section(
-    question: Question,
+def _filled(
+    section: Section,
     tables: Tables,
     every: Tables,
     out: pathlib.Path,
     figures: dict[str, Any],
-) -> Section:
+) -> Filled:
     groups = []
-    for label, panels in _panels(question, tables, every):
+    for label, panels in _panels(section, tables, every):
         drawn = []
         for panel in panels:
             if not panel.empty:
-                identifier = f"{question.anchor}-{len(figures)}"
+                identifier = f"{section.anchor}-{len(figures)}"
                 figures[identifier] = plotly_figure(panel)
                 published = panel.protocol == "paper"
                 drawn.append(Drawn(identifier, panel.title, panel.caption, published))
@@ -144,33 +144,31 @@ def _section(
             groups.append(Group(label, drawn))
     images = [
         (figure.title, _data_address(path))
-        for name, figure in question.figures.items()
+        for name, figure in section.figures.items()
         if (path := out / "figures" / f"{name}.png").is_file()
     ]
-    return Section(
-        question,
+    return Filled(
+        section,
         groups,
         images,
         *(
             [
-                _shown(name, every[name], caption, question.assumed.get(name, ""))
+                _shown(name, every[name], caption, section.assumed.get(name, ""))
                 for name, caption in told.items()
                 if len(every.get(name, ()))
             ]
-            for told in (question.tables, question.more)
+            for told in (section.tables, section.more)
         ),
     )
 
 
-def _panels(question: Question, tables: Tables, every: Tables) -> Iterator[tuple[str, list[Panel]]]:
+def _panels(section: Section, tables: Tables, every: Tables) -> Iterator[tuple[str, list[Panel]]]:
     """Label and panels, one per site; the paper's figures of a question stand together."""
-    needs = [figure.needs[0] for figure in question.figures.values()]
+    needs = [figure.needs[0] for figure in section.figures.values()]
     for site in sites(tables, needs):
-        panels = [
-            panel for each in question.figures.values() for panel in each.panels(tables, site)
-        ]
+        panels = [panel for each in section.figures.values() for panel in each.panels(tables, site)]
         yield f"{site.model}, layer {site.layer}", panels
-    yield from question.further(every).items()
+    yield from section.further(every).items()
 
 
 def _shown(name: str, table: pd.DataFrame, caption: str, assumed: str) -> Shown:

@@ -13,14 +13,14 @@ from prunelens.report.questions.perplexity import PERPLEXITY
 from prunelens.report.questions.predictor import PREDICTOR
 from prunelens.report.questions.probes import PROBES
 from prunelens.report.questions.quality import QUALITY
-from prunelens.report.questions.question import FigureOf
+from prunelens.report.questions.section import FigureOf
 from prunelens.report.questions.selftest import SELFTEST
 from prunelens.report.questions.stability import STABILITY
 from prunelens.report.questions.sufficiency import SUFFICIENCY
 from prunelens.report.questions.survival import SURVIVAL
 from prunelens.report.questions.transfer import TRANSFER
 
-QUESTIONS = [  # sections of the page in their order; append one of your own
+SECTIONS = [  # sections of the page in their order; append one of your own
     SELFTEST,
     PERPLEXITY,
     SUFFICIENCY,
@@ -39,10 +39,10 @@ QUESTIONS = [  # sections of the page in their order; append one of your own
 
 def figures() -> dict[str, FigureOf]:
     """All of them, by the names of their files."""
-    return {name: question.figures[name] for question in QUESTIONS for name in question.figures}
+    return {name: section.figures[name] for section in SECTIONS for name in section.figures}
 
 
 def overviews(tables: Tables) -> dict[str, pd.DataFrame]:
     """The tables that are made for the page alone, by name."""
-    made = {name: t for question in QUESTIONS for name, t in question.made(tables).items()}
+    made = {name: t for section in SECTIONS for name, t in section.made(tables).items()}
     return {name: table for name, table in made.items() if len(table)}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from prunelens.report.panels.causal import causal
-from prunelens.report.questions.question import FigureOf, Question
+from prunelens.report.questions.section import FigureOf, Section
 
-CAUSAL = Question(
+CAUSAL = Section(
     "causal",
     "RQ5: does the model rely on what survives?",
     "One latent at a time is taken out; how far does the model's output move?",

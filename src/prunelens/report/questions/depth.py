@@ -6,9 +6,9 @@ import pandas as pd
 
 from prunelens.report.panels.overall import depth
 from prunelens.report.paper_tables import DEPTH as TABLE
-from prunelens.report.questions.question import Question
+from prunelens.report.questions.section import Section
 
-DEPTH = Question(
+DEPTH = Section(
     "depth",
     "Over depth, and emerging features",
     "What each layer shows, as means. Emerging: the share of the pruned SAE's features that no"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from prunelens.report.panels.fragility import fragility, fragility_by_method
-from prunelens.report.questions.question import FigureOf, Question
+from prunelens.report.questions.section import FigureOf, Section
 
-FRAGILITY = Question(
+FRAGILITY = Section(
     "fragility",
     "RQ4: are rare latents harmed less than frequent ones?",
     "The living latents of the dense SAE are sorted by firing rate into five groups.",

@@ -7,7 +7,7 @@ import pandas as pd
 from prunelens.report.panels.identity import identity
 from prunelens.report.panels.panel import Tables, at_tau
 from prunelens.report.questions.by_run import of_dense, of_run, pruned_runs
-from prunelens.report.questions.question import FigureOf, Question
+from prunelens.report.questions.section import FigureOf, Section
 
 
 def _made(tables: Tables) -> dict[str, pd.DataFrame]:
@@ -65,7 +65,7 @@ def _warm_start(tables: Tables) -> pd.DataFrame:
     return made.drop(columns="layer")
 
 
-IDENTITY = Question(
+IDENTITY = Section(
     "identity",
     "Is it the same feature? Other ways to ask",
     "A direction that is found again need not mean that the feature is, nor the reverse.",

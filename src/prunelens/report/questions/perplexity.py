@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prunelens.report.questions.question import Question
+from prunelens.report.questions.section import Section
 
-PERPLEXITY = Question(
+PERPLEXITY = Section(
     "perplexity",
     "The models themselves",
     "How much did each pruning hurt the model as a whole?",

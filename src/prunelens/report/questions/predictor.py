@@ -7,7 +7,7 @@ import pandas as pd
 from prunelens.paper import published
 from prunelens.report.panels.overall import calibration
 from prunelens.report.panels.panel import PRIMARY_TAU, Tables, at_tau
-from prunelens.report.questions.question import Question
+from prunelens.report.questions.section import Section
 
 
 def _made(tables: Tables) -> dict[str, pd.DataFrame]:
@@ -35,7 +35,7 @@ def _predictor(tables: Tables) -> pd.DataFrame:
     return rows
 
 
-PREDICTOR = Question(
+PREDICTOR = Section(
     "predictor",
     "Predictor: can the fate of a latent be told before pruning?",
     "A logistic model of the logarithm of the firing rate and of the sparsity.",

@@ -8,7 +8,7 @@ import pandas as pd
 from prunelens.analyses.concept_fates import GONE, KEPT, READS
 from prunelens.report.panels.panel import Panel, Site, Tables, conditions, points_of, rows_of
 from prunelens.report.questions.by_run import KEYS
-from prunelens.report.questions.question import FigureOf, Question
+from prunelens.report.questions.section import FigureOf, Section
 
 VERDICTS = ("kept", "moved", "blurred", "gone", "undecided")
 SAE = ("reads", "partly", "cannot")
@@ -63,7 +63,7 @@ def _made(tables: Tables) -> dict[str, pd.DataFrame]:
     return {"concepts by run": made}
 
 
-PROBES = Question(
+PROBES = Section(
     "probes",
     "Are concepts still there? Probes without a dictionary",
     "A latent may be lost because the model no longer represents what it stood for, or because the"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prunelens.report.questions.question import Question
+from prunelens.report.questions.section import Section
 
-QUALITY = Question(
+QUALITY = Section(
     "quality",
     "Quality of the SAEs",
     "Means over seeds. fvu_dense_var divides by the variance of the dense activations, which"

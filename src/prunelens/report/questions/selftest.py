@@ -6,7 +6,7 @@ import pandas as pd
 
 from prunelens.report.panels.panel import Tables
 from prunelens.report.panels.selftest import selftest, world_of
-from prunelens.report.questions.question import FigureOf, Question
+from prunelens.report.questions.section import FigureOf, Section
 
 
 def _made(tables: Tables) -> dict[str, pd.DataFrame]:
@@ -43,7 +43,7 @@ def _nothing(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[names].assign(world=world_of(rows["run"]))[["world", *names]]
 
 
-SELFTEST = Question(
+SELFTEST = Section(
     "selftest",
     "Self-test: do the measures tell the truth?",
     "In this planted world it is known what became of every feature. AUC: are survived features"

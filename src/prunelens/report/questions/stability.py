@@ -8,7 +8,7 @@ from prunelens.report.panels.panel import Tables, at_tau
 from prunelens.report.panels.survival import seed_stability
 from prunelens.report.published import beside_published
 from prunelens.report.questions.by_run import KEYS
-from prunelens.report.questions.question import FigureOf, Question
+from prunelens.report.questions.section import FigureOf, Section
 
 
 def _made(tables: Tables) -> dict[str, pd.DataFrame]:
@@ -24,7 +24,7 @@ def _stability(table: pd.DataFrame) -> pd.DataFrame:
     return beside_published(made, "stability")
 
 
-STABILITY = Question(
+STABILITY = Section(
     "stability",
     "RQ1: do two seeds find the same features?",
     "Two SAEs of the same model that differ only in their seed: what share of their features"

@@ -8,7 +8,7 @@ from prunelens.analyses.sufficiency import FALL_LIMIT, RETENTION_LIMIT
 from prunelens.report.panels.panel import Tables
 from prunelens.report.panels.training import training
 from prunelens.report.questions.by_run import KEYS
-from prunelens.report.questions.question import FigureOf, Question
+from prunelens.report.questions.section import FigureOf, Section
 from prunelens.report.sufficiency import training_verdicts, verdict_words
 
 
@@ -26,7 +26,7 @@ def _training(verdicts: pd.DataFrame) -> pd.DataFrame:
     return made
 
 
-SUFFICIENCY = Question(
+SUFFICIENCY = Section(
     "sufficiency",
     "Were the SAEs trained enough to compare?",
     "Dictionaries that hardly left a shared start agree because of the start, and dictionaries"

@@ -9,7 +9,7 @@ from prunelens.report.panels.panel import Tables, at_tau, of_first_seed
 from prunelens.report.panels.survival import survival
 from prunelens.report.published import beside_published
 from prunelens.report.questions.by_run import KEYS
-from prunelens.report.questions.question import FigureOf, Question
+from prunelens.report.questions.section import FigureOf, Section
 
 
 def _made(tables: Tables) -> dict[str, pd.DataFrame]:
@@ -49,7 +49,7 @@ def _survival(tables: Tables) -> pd.DataFrame:
     return made
 
 
-SURVIVAL = Question(
+SURVIVAL = Section(
     "survival",
     "RQ2: which features are found again after pruning?",
     "Of the features of the dense model, how many does an SAE of the pruned model also have?",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from prunelens.analyses.transfer import TRANSFER_RULE
 from prunelens.report.panels.transfer import transfer
-from prunelens.report.questions.question import FigureOf, Question
+from prunelens.report.questions.section import FigureOf, Section
 
-TRANSFER = Question(
+TRANSFER = Section(
     "transfer",
     "RQ3: can SAEs of the dense model still be used?",
     "An SAE that was trained on the dense model reads activations of the pruned one.",

@@ -26,7 +26,7 @@ class FigureOf(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Question:
+class Section:
     """A section of the page."""
 
     anchor: str
