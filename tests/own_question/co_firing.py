@@ -7,7 +7,7 @@ import torch
 
 from prunelens.sae.topk import TopKSAE
 from prunelens.study.cost import Cost, Costed
-from prunelens.study.kind import Table, Told
+from prunelens.study.kind import Question, Table, Told
 from prunelens.study.questions.paired import paired_activations
 from prunelens.study.work import Work
 
@@ -39,7 +39,7 @@ def _by_latent(table: pd.DataFrame, seed: int, _seeds: object) -> pd.DataFrame:
     return own[["share"]].rename(columns={"share": "co_firing"})
 
 
-CO_FIRING = Section(
+CO_FIRING = Question(
     "co_firing",
     1,
     _co_firing,

@@ -19,6 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from prunelens.config import StudyConfig
+from prunelens.report.answer import ANSWERS
 from prunelens.report.interactive import plotly_figure
 from prunelens.report.panels.panel import Panel, Tables, sites
 from prunelens.report.paper_tables import DEPTH, MATRIX, paper_tables
@@ -104,6 +105,7 @@ def page(out: pathlib.Path, tables: Tables, runs: pd.DataFrame, study: StudyConf
     return _environment().get_template("report.html.j2").render(
         study=study,
         models=[model.label for model in study.models],
+        answers=_records(theirs.get(ANSWERS, pd.DataFrame())),
         claims=_claims(tables),
         verdicts=VERDICTS,
         sections=[each for each in sections if each.groups or each.tables or each.more],

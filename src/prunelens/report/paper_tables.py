@@ -1,4 +1,5 @@
-"""The paper's tables for this study: its numbers, and the published ones where they agree.
+"""The answer, and the paper's tables for this study: its numbers, and the published ones where
+they agree.
 
 Rows are those of the paper's tables for the study's own models and conditions; columns `paper_*`
 hold what the paper printed for the same model, method and sparsity, and `paper_layer` the layer
@@ -15,6 +16,7 @@ import pandas as pd
 from prunelens.analyses.verdict import LIMITS
 from prunelens.config import StudyConfig
 from prunelens.paper import published
+from prunelens.report.answer import ANSWERS, answers
 from prunelens.report.panels.causal import published_pairs
 from prunelens.report.panels.panel import Tables, at_tau, of_first_seed
 from prunelens.report.panels.transfer import OWN
@@ -29,18 +31,18 @@ PAIR = [*SITE, "ablated_in"]
 def write_paper_tables(
     tables: Tables, study: StudyConfig, out: pathlib.Path
 ) -> dict[str, pd.DataFrame]:
-    """Write `tables/table1_perplexity.csv` … `tableB1_quality.csv` and `tables/depth.csv`.
+    """Write `tables/answers.csv`, `table1_perplexity.csv` … `tableB1_quality.csv` and `depth.csv`.
 
     Returns them by name. One without rows is not written, and one from an earlier run is removed.
     """
     made = paper_tables(tables, study)
-    write_csvs(made, (*_BUILDERS, MATRIX, DEPTH), out)
+    write_csvs(made, (ANSWERS, *_BUILDERS, MATRIX, DEPTH), out)
     return made
 
 
 def paper_tables(tables: Tables, study: StudyConfig) -> dict[str, pd.DataFrame]:
     """Those tables by name; one whose results are not there is missing."""
-    made = {}
+    made = {ANSWERS: answers(tables)}
     for name, (needs, build) in _BUILDERS.items():
         if len(tables.get(needs, ())):
             made[name] = build(tables)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-LONG = 16  # more rows than this are collapsed
 UNKNOWN = "–"
 PUBLISHED = "paper_"  # columns with the paper's numbers
 REASONS = ("reason", "paper_note")
@@ -37,11 +36,6 @@ class Shown(NamedTuple):
     """The CSV that holds it in full, relative to the page."""
     assumed: str = ""
     """What differs from the paper, or is assumed of it."""
-
-    @property
-    def long(self) -> bool:
-        """Collapsed until it is asked for."""
-        return len(self.rows) > LONG
 
 
 def shown(

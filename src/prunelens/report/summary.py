@@ -1,25 +1,32 @@
-"""What a study found, on one screen: the paper's number and its control side by side."""
+"""What a study found: the answer first, then the paper's number and its control side by side."""
 
 from __future__ import annotations
 
 import pandas as pd
 from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from prunelens.console import Console
 from prunelens.match import TAU
+from prunelens.report.answer import ANSWERS
 from prunelens.report.sinks import sinks_found
 from prunelens.report.sufficiency import known_of_the_others, not_enough
 
 
 def summary(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> RenderableType:
-    """The tables of a study as one readable block, with what its numbers do and do not say."""
-    parts: list[RenderableType] = [_table(tables, runs)]
-    parts += [f"[bold red]warning[/] {escape(each.text)}" for each in not_enough(tables)]
+    """The answer in sentences, then a study's tables, with what its numbers do and do not say."""
+    warnings = [each.text for each in not_enough(tables)]
+    warnings += [f"{found.run}: {found.text}" for found in sinks_found(tables)]
+    parts: list[RenderableType] = [
+        Padding(f"[bold]{escape(row.run)}[/] {escape(row.answer)}", (0, 0, 1, 0))
+        for row in tables.get(ANSWERS, pd.DataFrame()).itertuples()
+    ]
+    parts += [f"[bold red]warning[/] {escape(text)}" for text in warnings]
+    sites = runs["run"].str.rpartition("/")[0]
     parts += [
-        f"[bold red]warning[/] {escape(f'{found.run}: {found.text}')}"
-        for found in sinks_found(tables)
+        _table(tables, site, list(part)) for site, part in runs["run"].groupby(sites, sort=False)
     ]
     parts += [f"  {line}" for line in _notes(tables)]
     if "claims" in tables:
@@ -33,28 +40,27 @@ def summary(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> RenderableTy
 
 def print_summary(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> None:
     """Print it to standard output."""
-    Console(width=None if Console().is_terminal else 140).print(summary(tables, runs))
+    Console(width=None if Console().is_terminal else 100).print(summary(tables, runs))
 
 
-def _table(tables: dict[str, pd.DataFrame], runs: pd.DataFrame) -> Table:
-    table = Table(title=f"What pruning did to the features (tau {TAU})", title_style="bold")
-    table.add_column("run", no_wrap=True)
+def _table(tables: dict[str, pd.DataFrame], site: str, runs: list[str]) -> Table:
+    """The runs of a model at a layer, in 80 letters."""
+    title = f"{escape(site)}: what pruning did to the features (tau {TAU})"
+    table = Table(title=title, title_style="bold", box=None, padding=(0, 1, 0, 0))
+    widest = max(len(run.rpartition("/")[2]) for run in runs)
+    table.add_column("condition", overflow="fold", min_width=min(widest, 22))
     for name in (
         "per-\nplexity",
-        "FVU",
         "seed\nstabil.",
         "survival\n(paper)",
         "corr.\nshared",
-        "corr.\ncross",
         "persist-\nence",
         "equal\nnoise",
-        "ratio\nto it",
-        "on the\nnull",
-        "dense SAE:",
+        "dense SAE",
     ):
         table.add_column(name, justify="right")
-    for run in runs["run"]:
-        table.add_row(escape(run), *_cells(tables, run))
+    for run in runs:
+        table.add_row(escape(run.rpartition("/")[2]), *_cells(tables, run))
     return table
 
 
@@ -78,6 +84,7 @@ def _cells(tables: dict[str, pd.DataFrame], run: str) -> list[str]:
         if name in rows:
             rows[name] = rows[name][rows[name]["tau"] == TAU]
     empty = pd.DataFrame()
+    answers = tables.get(ANSWERS, pd.DataFrame(columns=["run"])).set_index("run")
 
     def mean(name: str, column: str, digits: int = 3, **where: str) -> str:
         part = rows.get(name, empty)
@@ -92,26 +99,13 @@ def _cells(tables: dict[str, pd.DataFrame], run: str) -> list[str]:
         rows["perplexity"] = longest[longest["context_tokens"] == longest["context_tokens"].max()]
     return [
         mean("perplexity", "perplexity", 2),
-        mean("sae_quality", "fvu"),
         mean("stability", "mnn"),
         mean("survival", "mnn", arm="shared_init", coordinates="normalised"),
         mean("survival_corrected", "corrected", arm="shared"),
-        mean("survival_corrected", "corrected", arm="cross"),
         mean("persistence", "mean_correlation", source="pruned"),
         mean("persistence", "mean_correlation", source="noise_shuffled"),
-        mean("persistence", "relative_shuffled", source="pruned"),
-        mean("persistence", "relative_shuffled", source="null"),
-        _verdicts(rows.get("transfer", empty)),
+        answers.loc[run, "dense_sae"] if run in answers.index else "-",
     ]
-
-
-def _verdicts(rows: pd.DataFrame) -> str:
-    """What RQ3 says of the dense SAEs, norm-filtered; all that occur."""
-    if rows.empty:
-        return "-"
-    own = (rows["positions"] == "norm_filtered") & (rows["source"] == "pruned")
-    found = rows.loc[own, "verdict"]
-    return "/".join(sorted(set(found.dropna()) - {""})) or "-"
 
 
 def _notes(tables: dict[str, pd.DataFrame]) -> list[str]:
@@ -134,8 +128,7 @@ def _notes(tables: dict[str, pd.DataFrame]) -> list[str]:
     if "persistence" in tables:
         notes.append(
             "persistence is the correlation of the dense SAE's latents before and after pruning;"
-            " beside it what noise of equal size leaves (around the same common gain), the ratio of"
-            " the two, and that ratio on the null, where nothing is there: 1 but for chance."
+            " beside it what noise of equal size leaves (around the same common gain)."
         )
     if known := known_of_the_others(tables):
         notes.append(f"training: {known}.")

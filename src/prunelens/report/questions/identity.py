@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
+from prunelens.report.by_run import of_dense, of_run, pruned_runs
 from prunelens.report.panels.identity import identity
 from prunelens.report.panels.panel import Tables, at_tau
-from prunelens.report.questions.by_run import of_dense, of_run, pruned_runs
 from prunelens.report.questions.section import FigureOf, Section
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from prunelens.analyses.concept_fates import GONE, KEPT, READS
+from prunelens.report.by_run import KEYS
 from prunelens.report.panels.panel import Panel, Site, Tables, conditions, points_of, rows_of
-from prunelens.report.questions.by_run import KEYS
 from prunelens.report.questions.section import FigureOf, Section
 
 VERDICTS = ("kept", "moved", "blurred", "gone", "undecided")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
+from prunelens.report.by_run import KEYS
 from prunelens.report.panels.panel import Tables, at_tau
 from prunelens.report.panels.survival import seed_stability
 from prunelens.report.published import beside_published
-from prunelens.report.questions.by_run import KEYS
 from prunelens.report.questions.section import FigureOf, Section
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 
 from prunelens.analyses.sufficiency import FALL_LIMIT, RETENTION_LIMIT
+from prunelens.report.by_run import KEYS
 from prunelens.report.panels.panel import Tables
 from prunelens.report.panels.training import training
-from prunelens.report.questions.by_run import KEYS
 from prunelens.report.questions.section import FigureOf, Section
 from prunelens.report.sufficiency import training_verdicts, verdict_words
 

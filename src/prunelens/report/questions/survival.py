@@ -5,10 +5,10 @@ from __future__ import annotations
 import pandas as pd
 
 from prunelens.analyses.persistence import SOURCES
+from prunelens.report.by_run import KEYS
 from prunelens.report.panels.panel import Tables, at_tau, of_first_seed
 from prunelens.report.panels.survival import survival
 from prunelens.report.published import beside_published
-from prunelens.report.questions.by_run import KEYS
 from prunelens.report.questions.section import FigureOf, Section
 
 
