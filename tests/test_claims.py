@@ -13,6 +13,7 @@ from prunelens.analyses.statistics import (
     jackknifed,
     t_quantile,
 )
+from prunelens.columns import meanings_of
 
 SEEDS = (0, 1, 2)
 CAUSAL_KEY = ("ablated_in", "grouping", "group", "protocol", "contexts")
@@ -113,7 +114,7 @@ def test_a_verdict_and_its_interval_agree():
 
 def test_nothing_measured_is_undecided_and_says_so():
     table = judge_claims({})
-    assert list(table.columns) == COLUMNS
+    assert list(table.columns) == list(meanings_of(COLUMNS))
     assert list(table["claim"]) == list(range(1, 12)) == list(CLAIMS)
     for column in ("paper_protocol", "controlled", "verdict"):
         assert set(table[column]) == {"undecided"}

@@ -24,6 +24,7 @@ from prunelens.analyses.grades import (
     undertrained_grades,
 )
 from prunelens.analyses.statistics import Estimate
+from prunelens.columns import meanings_of
 
 ARMS = ("shared_init", "shared_start", "cross_init", "warm_start")
 NOISES = ("isotropic", "shuffled")
@@ -309,7 +310,7 @@ def test_a_measure_without_values_is_undefined_and_misses():
 def test_what_was_not_asked_has_no_row():
     found = grades(alone(latents(), 0.5).assign(subspace_cross_init=0.5), choice="independent")
     assert list(found["measure"]) == ["scaling", "subspace_cross_init"]
-    assert list(found.columns) == COLUMNS
+    assert list(found.columns) == list(meanings_of(COLUMNS))
 
 
 # ---- marks ----
@@ -458,7 +459,7 @@ def with_null(fates, *, leak=0.0, level=1.0, num_groups=10):
 
 def nothing_found(fates, choice="independent"):
     found = null_grades(fates, choice=choice)
-    assert list(found.columns) == NULL_COLUMNS
+    assert list(found.columns) == list(meanings_of(NULL_COLUMNS))
     return found.set_index(["source", "measure", "statistic"])
 
 
@@ -520,7 +521,7 @@ def test_an_interval_that_is_too_narrow_or_too_wide_is_reported(monkeypatch):
     kinds = {"right": 1.0, "narrow": 0.5, "wide": 3.0}
     monkeypatch.setattr(simulated, "SYNTHETIC", {name: drawn_at(e) for name, e in kinds.items()})
     found = simulated.coverage("synthetic", 400)
-    assert list(found.columns) == simulated.COLUMNS
+    assert list(found.columns) == list(meanings_of(simulated.COLUMNS))
     found = found.set_index("name")
     assert list(found["passed"]) == [True, False, False]
     assert list(found["measured"]) == pytest.approx([0.95, 0.673, 1.0], abs=0.03)
@@ -598,7 +599,7 @@ def test_false_survival_by_step_and_its_mark_on_the_first():
     assert list(found["step"]) == [5, 300, 600]
     assert list(found["false_survival"]) == [0.9, 0.25, 0.1]
     assert list(found["passed"].fillna("")) == [True, "", ""]
-    assert list(found.columns) == COLUMNS
+    assert list(found.columns) == list(meanings_of(COLUMNS))
     assert (found["num_latents"] == 21).all()
     assert list(found["reason"].fillna("none")) == ["", "none", "none"]
     honest = undertrained_grades(matches_by_step({5: 0.4, 300: 0.1}))

@@ -32,6 +32,7 @@ from prunelens.report.questions import SECTIONS, figures, overviews
 from prunelens.report.shown_table import number, shown
 from prunelens.report.sufficiency import known_of_the_others, not_enough, training_verdicts
 from prunelens.report.summary import summary
+from prunelens.study.results import column_meanings
 from synthetic_results import synthetic_runs, synthetic_study, synthetic_tables
 
 HOSTILE = '</script><img src=x onerror="alert(1)">\'&\u2028$x$'
@@ -359,6 +360,13 @@ def test_what_is_assumed_of_the_paper_stands_under_its_tables(made: Page) -> Non
             assert made.text.index(captions[name]) < made.text.index(words)
     asked = shown(pd.DataFrame({"run": ["a"]}), "caption")
     assert asked.assumed == ""
+
+
+def test_headings_of_columns_say_what_these_mean(made: Page) -> None:
+    titles = {a["title"] for tag, a in made.tags if tag == "th" and "title" in a}
+    sentences = {s for table in column_meanings().values() for s in table.values()}
+    assert len(titles) > 50 and titles <= sentences
+    assert any('"' in str(title) for title in titles)  # which did not end the attribute
 
 
 def test_nothing_is_loaded_and_only_our_scripts_run(made: Page) -> None:

@@ -1,6 +1,7 @@
 """The study runner on a tiny model: plan, run, resume, fail, repair."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from prunelens.study.folder import read_runs, study_status
 from prunelens.study.matrix import parents_first
 from prunelens.study.plan import plan_study
 from prunelens.study.predict import predict_latents
-from prunelens.study.results import study_results, table_columns
+from prunelens.study.results import latent_meanings, study_results, table_columns
 from tiny_study import run_with_pool, tiny_study, write_text
 
 FIGURES = (
@@ -115,6 +116,9 @@ def test_latents_have_one_row_per_run_seed_and_latent(finished):
     latents = pd.read_parquet(out / "latents.parquet")
     assert len(latents) == 3 * len(study.sae.seeds) * 64
     assert not latents.duplicated(["run", "seed", "latent"]).any()
+    arms = "|".join(pd.read_csv(out / "tables" / "survival.csv")["arm"].unique())
+    told = {re.sub(rf"_({arms})$", "_<arm>", name) for name in latents}
+    assert told == set(latent_meanings()) - {"concept"}  # of a text that has labels
     pruned = latents[latents["method"] != "dense"]
     assert pruned["cosine_shared_init"].notna().all()
     assert pruned["cosine_cross_init"].notna().all()

@@ -18,7 +18,7 @@ The public API on one page; importing it loads nothing heavy, names load on firs
     explorer  view_study, write_study_explorer
     share     export_hub, export_checkpoint, push_folder, Sharing
     study     plan_study, preflight, run_and_report, write_report, predict_latents, leftovers,
-              clean_study
+              clean_study, column_meanings
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ if TYPE_CHECKING:
     from prunelens.study.plan import plan_study
     from prunelens.study.predict import predict_latents
     from prunelens.study.preflight.preview import preflight
+    from prunelens.study.results import column_meanings
     from prunelens.study.single import transfer_sae
     from prunelens.study_file import read_study
     from prunelens.upper_blocks import UpperBlocks

@@ -54,7 +54,9 @@ CO_FIRING = Question(
             "pruned run, seed",
             "do latents fire where they fired",
             "means.parquet",
-            "seed mean_share",
+            """
+            seed
+            mean_share: Mean over latents of the share of its tokens on which each fires again.""",
         ),
     ),
     by_latent=_by_latent,

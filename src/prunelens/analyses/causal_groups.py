@@ -111,20 +111,8 @@ def causal_summary(
         seeds: all on the same prompts.
         documents: which document each prompt is from.
     Returns: a row per ablated_in, grouping, group, protocol and contexts.
-        ablated_in: `dense`, `pruned`, or `pruned_minus_dense`: of each latent whose match is alive
-        the difference between the models.
-        group: those of `latent_groups`, `robust_and_fragile` (both together), and the contrasts
-        robust_minus_fragile (of means) and matched_minus_fragile (the mean of the differences
-        between a fragile latent and its match in firing rate and strength).
-        kl_mean (nats): mean over seeds of the mean over latents of the latent's mean over its
-        contexts; ci_low and ci_high: its 95 % interval; error, df, least, most, skew, resampled:
-        see `Estimate`. num_seeds: seeds in which the group was measured; num_latents: latents (or
-        pairs) with a context, over all seeds, of the smaller side of a difference; num_prompts and
-        num_documents: with a context on every side. largest_share: of the mean, what each seed's
-        largest latent holds; of a difference that of the side where it is more. firing_share: share
-        of (latent, prompt) pairs where the latent fires at the last position. reconstruction_share:
-        mean KL(original || SAE) over kl_mean, protocol `paper` only. The last two are NaN for
-        differences. reason: why there is no number or no interval, or that one latent holds much.
+        The columns are those of `causal.csv`, and error, df, least, most and skew those of
+        `Estimate`.
     """
     prompts = _Prompts(documents, document_groups(torch.from_numpy(documents)).numpy())
     worlds = [_World(seed, prompts.groups) for seed in seeds]

@@ -19,14 +19,22 @@ import pandas as pd
 from prunelens.analyses import claim_numbers
 from prunelens.analyses.contrast import Contrast, NotMeasuredError, Tables
 from prunelens.analyses.statistics import Estimate, holm_adjusted
+from prunelens.columns import meanings_of
 
 Verdict = Literal["holds", "fails", "undecided"]
 LEVEL = 0.025  # in either direction, so that an interval of 95 % and a verdict agree
 
-COLUMNS = [
-    "claim", "paper_protocol", "controlled", "verdict", "why", "statement", "paper_rule",
-    "controlled_rule", "paper_contrasts", "controlled_contrasts",
-]  # fmt: skip
+COLUMNS = """
+claim: Number of the paper's claim, 1 to 11.
+paper_protocol: `holds`, `fails` or `undecided`, by `paper_rule`.
+controlled: `holds`, `fails` or `undecided`, by `controlled_rule`.
+verdict: The controlled one.
+why: The numbers that decided; or that nothing was measured.
+statement: What the paper says.
+paper_rule: When the claim holds by the paper's protocol.
+controlled_rule: When it holds by the controlled one.
+paper_contrasts controlled_contrasts: All numbers of that protocol, not only those that decided.
+"""
 
 
 class Claim(NamedTuple):
@@ -165,7 +173,7 @@ def judge_claims(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                 "controlled_contrasts": controlled_why.everything,
             }
         )
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=[*meanings_of(COLUMNS)])
 
 
 def verdicts_of(contrasts: Sequence[Contrast]) -> list[Verdict]:

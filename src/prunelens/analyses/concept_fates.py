@@ -17,16 +17,33 @@ from prunelens.analyses.coverage import COLUMNS as COVERAGE_COLUMNS
 from prunelens.analyses.coverage import MOST_WRONG, share_between, verdict_columns
 from prunelens.analyses.probes import SOURCES
 from prunelens.analyses.statistics import RankSample, jackknifed, rank_correlation
+from prunelens.columns import meanings_of
 
 DISTURBED = SOURCES[1:]
 READS = 0.65  # AUC below which a concept is not there to be lost
 KEPT, GONE = 0.9, 0.5  # shares of the dense AUC above chance
-CONCEPT_COLUMNS = [
-    "concept", "frequency", "source", "verdict", "auc_dense", "left", "left_low", "left_high",
-    "left_refit", "left_refit_low", "left_refit_high", "beyond_noise", "beyond_noise_low",
-    "beyond_noise_high", "sae", "sae_reads", "sae_reads_low", "sae_reads_high", "sae_left",
-    "sae_left_low", "sae_left_high", "reason",
-]  # fmt: skip
+CONCEPT_COLUMNS = """
+concept
+frequency
+source: `pruned`, `noise_shuffled` or `null`.
+verdict: `kept` (`left` at least 0.9), `moved` (only `left_refit` is), `blurred` (`left_refit`
+    below 0.9), `gone` (below 0.5), each by the whole interval, else `undecided`; `not read` where
+    `auc_dense` is below 0.65.
+auc_dense: AUC of the probe fitted on dense activations, on others.
+left: Share of its AUC above one half that the dense probe keeps on the source.
+left_low left_high
+left_refit: Share of the dense probe's AUC above one half that one fitted on the source has.
+left_refit_low left_refit_high
+beyond_noise: AUC of the dense probe on the source less that under noise of equal size.
+beyond_noise_low beyond_noise_high
+sae: Whether the dense SAE `reads` it (`sae_reads` at least 0.9), `partly`, `cannot` (below 0.5) or
+    `undecided`.
+sae_reads: AUC above one half of the SAE's five best latents, as a share of the probe's.
+sae_reads_low sae_reads_high
+sae_left: What is left of that AUC above one half on the source.
+sae_left_low sae_left_high
+reason: Why there is nothing.
+"""
 TRUE_VERDICTS = {  # planted fates -> what may be said of them
     ("kept", "rescaled"): ("kept",),
     ("weakened",): ("kept", "blurred", "gone"),
@@ -35,22 +52,18 @@ TRUE_VERDICTS = {  # planted fates -> what may be said of them
 }
 RIGHT = 0.95  # share of verdicts
 SMALLEST_P = 0.001  # of what is found where nothing is
-RARITY_COLUMNS = ["source", "rho", "low", "high", "p", "num_concepts", "reason"]
+RARITY_COLUMNS = """
+source: `pruned` or `null`.
+rho: Rank correlation over concepts of `frequency` with `beyond_noise`.
+low high
+p: Two-sided p of `rho`.
+num_concepts: Concepts that the dense probe reads.
+reason: Why there is no interval.
+"""
 
 
 def concept_fates(readings: pd.DataFrame) -> pd.DataFrame:
-    """A row per concept and disturbed source, with CONCEPT_COLUMNS.
-
-    `left` is what is left of the AUC above chance, as a share of the dense probe's on dense
-    activations: of the dense probe on the source, and of the probe fitted there (`left_refit`).
-    `verdict`: kept (the dense probe keeps at least KEPT of it), moved (only the refitted one does),
-    gone (the refitted one keeps less than GONE), blurred (it keeps less than KEPT), each where the
-    whole interval says so, else undecided. `beyond_noise`: AUC of the dense probe on the source
-    less that under noise of equal size: below 0 is harm of pruning's own. `sae_reads`: AUC above
-    chance of the five best latents of the dense SAE on dense activations as a share of the probe's,
-    mean over seeds; `sae` says reads, partly, cannot or undecided by the same limits. `sae_left`:
-    what is left of it on the source. Intervals are over documents.
-    """
+    """A row per concept and disturbed source, with CONCEPT_COLUMNS."""
     rows = []
     for concept, part in readings.groupby("concept", sort=False):
         row: dict[str, Any] = {"concept": concept, "frequency": part["frequency"].iloc[0]}
@@ -62,7 +75,7 @@ def concept_fates(readings: pd.DataFrame) -> pd.DataFrame:
                 rows.append(row | {"verdict": "undecided", "reason": reason.iloc[0]})
             else:
                 rows.append(row | _fate(auc, source, int(count)))
-    return pd.DataFrame(rows).reindex(columns=CONCEPT_COLUMNS)
+    return pd.DataFrame(rows).reindex(columns=[*meanings_of(CONCEPT_COLUMNS)])
 
 
 def rarity(fates: pd.DataFrame, readings: pd.DataFrame) -> pd.DataFrame:
@@ -90,7 +103,7 @@ def rarity(fates: pd.DataFrame, readings: pd.DataFrame) -> pd.DataFrame:
             row |= {"rho": found.value, "low": found.low, "high": found.high, "p": p}
             row["reason"] = found.resampled if math.isnan(found.low) else ""
         rows.append(row)
-    return pd.DataFrame(rows).reindex(columns=RARITY_COLUMNS)
+    return pd.DataFrame(rows).reindex(columns=[*meanings_of(RARITY_COLUMNS)])
 
 
 class _Auc:
@@ -222,7 +235,7 @@ def probe_grades(concepts: pd.DataFrame, rare: pd.DataFrame, world: str) -> pd.D
         row |= {"measured": found.rho, "low": found.low, "high": found.high}
         row |= {"num_sets": found.num_concepts, "num_undefined": 0}
         rows.append(row | verdict_columns(mark, bool(passed)))
-    return pd.DataFrame(rows).reindex(columns=COVERAGE_COLUMNS)
+    return pd.DataFrame(rows).reindex(columns=[*meanings_of(COVERAGE_COLUMNS)])
 
 
 def _grade(

@@ -25,15 +25,26 @@ from prunelens.analyses.predictor import fit_predictor
 from prunelens.analyses.simulation import simulated_fates
 from prunelens.analyses.statistics import Estimate
 from prunelens.analyses.synthetic import SYNTHETIC
+from prunelens.columns import meanings_of
 from prunelens.match import TAU
 
 COVERS = (0.92, 0.98)  # what counts as 95 %
 MOST_WRONG = 0.05  # share of sets in which a verdict may be reached that is wrong
 SURE = 0.01  # how seldom chance alone makes a mark missed
-COLUMNS = [
-    "world", "kind", "name", "truth", "measured", "low", "high", "num_sets", "num_undefined",
-    "mark", "passed", "reason",
-]  # fmt: skip
+COLUMNS = """
+world: `none`, `by_rate` or `synthetic`.
+kind: `interval` or `verdict`.
+name: What the interval is of, or which verdict.
+truth: What an interval should hold; empty of a verdict.
+measured: Share of sets in which the interval holds its truth, or that reach the verdict.
+low high: Between which the true share lies, 99 % (Clopper and Pearson).
+num_sets: Sets that were simulated.
+num_undefined: Those of them without an interval.
+mark: 92 to 98 % of intervals hold the truth, at most 5 % of sets reach a verdict that is wrong;
+    empty for one that is right.
+passed: Whether it does; missed only where `low` and `high` rule it out.
+reason: What the row misses.
+"""
 MEASURE = "relative_shuffled"
 STATISTICS = (*GROUPS, WITH_RATE)
 TRUTHS = {  # of MEASURE, in the order of STATISTICS
@@ -75,12 +86,6 @@ def coverage(
             `synthetic`.
         num_sets: simulated.
         progress: told after how many.
-    Returns: kind (interval, verdict), name, truth (of an interval), measured (the share of sets
-        whose interval holds it, or that reach the verdict), low and high (between which the true
-        share lies, 99 %: Clopper and Pearson), num_sets, num_undefined (of them without an
-        interval), mark, and whether it is reached: unless low and high say otherwise, 92 to 98 % of
-        intervals hold the truth, and at most 5 % of sets reach a verdict that is wrong. A verdict
-        that is right has no mark.
     """
     if world == "synthetic":
         drawn = _synthetic(num_sets)
@@ -91,7 +96,7 @@ def coverage(
         _row(world, str(kind), str(name), part)
         for (kind, name), part in found.groupby(["kind", "name"], sort=False)
     ]
-    return pd.DataFrame(rows).reindex(columns=COLUMNS)
+    return pd.DataFrame(rows).reindex(columns=[*meanings_of(COLUMNS)])
 
 
 def large_sample(

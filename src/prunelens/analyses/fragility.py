@@ -110,13 +110,7 @@ def fragility_contrasts(fates: pd.DataFrame) -> pd.DataFrame:
 def fragility_tests(fates: pd.DataFrame, taus: Sequence[float]) -> pd.DataFrame:
     """Rank correlation of firing rate and survival: over quintiles, and latent by latent.
 
-    Returns: measure, source, tau, then
-        rho, p_exact: Spearman over the five quintiles and its exact two-sided permutation p;
-        p_smallest: the smallest p that five quintiles allow, 2/120;
-        latent_rho, ci_low, ci_high: mean over seeds of the within-seed Spearman of firing rate and
-            value, with its 95 % interval; partial_rho, partial_low, partial_high: the same with
-            init_retention held fixed;
-        num_latents with a value; resampled: what the interval rests on; reason of every NaN.
+    Returns: the columns of `fragility_tests.csv`, but for those that `holm` adds.
     Source: methods §7 RQ4, §8; the interval is described at `rank_correlation`.
     """
     measures = _measures(fates, taus)

@@ -23,20 +23,46 @@ from prunelens.analyses.fragility import fragility_contrasts
 from prunelens.analyses.measures import FIRST_HALF, LatentMeasure, latent_measures
 from prunelens.analyses.persistence import relative_to_noise
 from prunelens.analyses.statistics import Estimate, RankSample, rank_correlation
+from prunelens.columns import meanings_of
 from prunelens.match import TAU, unit_rows
 
 AUC_MARK = 0.95
 FALSE_SURVIVAL_MARK = 0.5
 RHO_MARK = 0.1  # |rate_rho - truth_rho|; an interval alone gets wider the less is measured
-COLUMNS = [
-    "measure", "step", "threshold", "num_latents", "share_defined", "auc", "precision", "recall",
-    "false_survival", "bias", "bias_rotated", "rate_rho", "rate_low", "rate_high", "truth_rho",
-    "follows_rate", "mark", "passed", "reason", "share_rho",
-]  # fmt: skip
-NULL_COLUMNS = [
-    "measure", "source", "statistic", "value", "low", "high", "nothing", "says_nothing", "mark",
-    "passed", "reason",
-]  # fmt: skip
+COLUMNS = """
+measure
+step: Training step of a row of `shared_init` at a checkpoint; empty at the end of training.
+threshold: From which on (and mutual, of a match) a latent is called survived.
+num_latents: Living latents of the dense SAEs.
+share_defined: Share of these for which the measure has a value; grades are over those alone.
+auc precision recall: Telling survived (kept, rescaled) from destroyed (removed, rotated) latents;
+    to matching by activations, which does not look at directions, rotated ones survived.
+false_survival: Share of the destroyed that is called survived.
+bias: Mean over survived ones of the measure minus the planted cosine, or, of `scaling`, the
+    multiple of the direction that is there.
+bias_rotated: `bias` over rotated ones.
+rate_rho: Rank correlation of the measure with firing rate, whatever the fate.
+rate_low rate_high: Ends of its 95 % interval, over seeds and latents.
+truth_rho: `rate_rho` of the truth: the share of the feature that is left, or, for matching by
+    activations, how much fires where it did.
+follows_rate: Whether it is shown to depend on firing rate as the truth does; else False.
+mark: What the measure has to reach; empty where nothing is asked.
+passed
+reason: What it misses.
+share_rho: Rank correlation of measure and truth, whatever the rate.
+"""
+NULL_COLUMNS = """
+measure: As in `selftest.csv`; `beyond_noise` is the predictor's target.
+source: `null`; in the world `none` also `pruned`.
+statistic: `Q1 - Q5`, `all`, or the rank correlation with firing rate.
+value: What was found; its interval is over latents and documents.
+low high
+nothing: What it should be.
+says_nothing: Whether the interval holds that.
+mark: p at least 0.001; empty where no claim is decided by the row.
+passed
+reason: What it misses.
+"""
 
 GRADED = (*planted.SURVIVES, *planted.DESTROYED)  # of the others a part survived
 SAME_TOKENS = (*planted.SURVIVES, "rotated")  # a rotated direction fires where it did before
@@ -136,17 +162,6 @@ def grades(fates: pd.DataFrame, *, choice: planted.Choice) -> pd.DataFrame:
         fates: one row per seed and latent, as `analyses.fates` makes it, with `latent_truth`'s
             columns.
         choice: what the planted fates depend on.
-    Returns: `share_defined`: share of the alive latents with a fate of GRADED, over all seeds, for
-        which the measure has a value (the others count nowhere else); `auc`, `precision`, `recall`
-        of survived (kept, rescaled) against destroyed (removed, rotated) alive latents with a value
-        (for matching by activation, which does not look at directions, rotated ones survived);
-        `false_survival`: share of the destroyed ones that the measure calls survived; `bias`: mean
-        of measure minus truth over survived ones, `bias_rotated` over rotated ones; `rate_rho` with
-        a 95 % interval (over latents): rank correlation with firing rate over all of them, whatever
-        their fate; `truth_rho`: that of the truth itself (the share that survived; for matching by
-        activation how much fires where it did); `follows_rate`: whether the former is shown to be
-        that of the truth, by the rule of RATE_MARKS (False where it is undefined); `share_rho`:
-        rank correlation of measure and truth, whatever the rate. `passed` is NaN without a mark.
     """
     values = latent_measures(fates)
     alive = fates["alive"].to_numpy()
@@ -162,7 +177,7 @@ def grades(fates: pd.DataFrame, *, choice: planted.Choice) -> pd.DataFrame:
             row["share_rho"] = rank_correlation(_samples(fates, value, truth, value)).value
             row["follows_rate"] = _follows_rate(row, choice)
             rows.append(row | _judged(name, row, choice))
-    return pd.DataFrame(rows).reindex(columns=COLUMNS)
+    return pd.DataFrame(rows).reindex(columns=[*meanings_of(COLUMNS)])
 
 
 def undertrained_grades(matches: pd.DataFrame) -> pd.DataFrame:
@@ -182,7 +197,7 @@ def undertrained_grades(matches: pd.DataFrame) -> pd.DataFrame:
             mark = f"false survival of hardly trained SAEs >= {FALSE_SURVIVAL_MARK}"
             row |= _verdict({mark: bool(survived >= FALSE_SURVIVAL_MARK)})
         rows.append(row)
-    return pd.DataFrame(rows).reindex(columns=COLUMNS)
+    return pd.DataFrame(rows).reindex(columns=[*meanings_of(COLUMNS)])
 
 
 def null_grades(fates: pd.DataFrame, *, choice: planted.Choice) -> pd.DataFrame:
@@ -192,10 +207,6 @@ def null_grades(fates: pd.DataFrame, *, choice: planted.Choice) -> pd.DataFrame:
     on these as well, to which nothing was done but gains and noise.
 
     Args: fates: as for `grades`.
-    Returns: statistic (Q1 - Q5 and all: a ratio of group means; or the rank correlation of latents
-        with firing rate), value with its 95 % interval, nothing: what it should be, says_nothing:
-        whether the interval holds that. Marked are those that decide claims; `passed` is NaN for
-        the others. `beyond_noise` is the predictor's target.
     """
     rows = []
     contrasts = fragility_contrasts(fates)
@@ -212,7 +223,7 @@ def null_grades(fates: pd.DataFrame, *, choice: planted.Choice) -> pd.DataFrame:
         target = LatentMeasure(_beyond_noise(fates, source), None, FIRST_HALF)
         found = correlation_with_rate(fates, target)
         rows.append(_of_nothing("beyond_noise", source, WITH_RATE, found, 0.0))
-    return pd.DataFrame(rows).reindex(columns=NULL_COLUMNS)
+    return pd.DataFrame(rows).reindex(columns=[*meanings_of(NULL_COLUMNS)])
 
 
 def correlation_with_rate(fates: pd.DataFrame, measure: LatentMeasure) -> Estimate:

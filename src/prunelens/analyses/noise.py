@@ -17,12 +17,22 @@ from jaxtyping import Float, Float64, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prunelens.columns import meanings_of
+
 Kind = Literal["scalar", "diagonal", "low_rank"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 RANK = 8  # of what `low_rank` adds to a gain
 GAIN_PRECISION = 1e-9  # of the gain beside what is of low rank, which is searched for
 SMALLEST_GAIN = 0.05  # of the dense scale; a map that leaves less cannot be undone
-COLUMNS = ["kind", "gain", "difference", "share_shift", "share_map", "share_remainder"]
+COLUMNS = """
+kind: Of A: `scalar` (a gain), `diagonal`, `low_rank` (a gain plus a matrix of rank 8).
+gain: How many times its size A makes an activation; 1 is no gain.
+difference: Mean square of y - x, in mean squares of x.
+share_shift: What taking m from the difference takes away of its square.
+share_map: What taking (A - I)(x - mean) takes away beyond that.
+share_remainder: What is left; the three add up to 1, and the first two may be a little below 0,
+    for the change was fitted on other tokens.
+"""
 BATCH_TOKENS = 2048
 NULL_SEED = 999_999  # beside the seeds of the noise controls, which are 1,000 for each SAE's
 
@@ -118,11 +128,7 @@ def common_change_table(
     """How much of the squared difference of paired activations is common to all tokens.
 
     Args: tokens: others than those that the changes were fitted on.
-    Returns: per kind: kind, gain (1: none), difference (mean squared norm of y - x, in lengths of
-        the dense activations' own), share_shift, share_map and share_remainder, which add up to 1:
-        what taking m from the difference takes away of its square, what taking (A - I)(x - mean)
-        takes away beyond that, and what is left. A share may be a little below 0, for the change
-        was fitted on other tokens.
+    Returns: a row per kind, with COLUMNS.
     """
     sums = _Sums(dense, pruned, tokens)
     middle = sums.mean_x[None]
@@ -140,7 +146,7 @@ def common_change_table(
         parts = (total - shifted, shifted - rest, rest)
         shares = [part / total if total > 0 else float("nan") for part in parts]
         rows.append([kind, changes[kind].gain, total / size, *shares])
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=[*meanings_of(COLUMNS)])
 
 
 class NullRows:

@@ -110,14 +110,7 @@ def persistence(
 
 
 def persistence_summary(latents: pd.DataFrame) -> pd.DataFrame:
-    """One row per source from the per-latent table (columns of tables/persistence.csv).
-
-    `excess_z` is the mean over latents of Fisher z less that under shuffled noise: below 0 is harm
-    particular to pruning. relative_shuffled and relative_isotropic: mean correlation over latents
-    as a share of the mean under that noise, with intervals over latents and documents; below 1 is
-    harm beyond noise of equal size. All are of the rows `pruned` and `null` alone; what they say of
-    `null` they say of nothing.
-    """
+    """One row per source from the per-latent table (columns of tables/persistence.csv)."""
     by_source = {str(name): part for name, part in latents.groupby("source")}
     rows = []
     for source in SOURCES:

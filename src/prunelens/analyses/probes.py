@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prunelens.analyses.noise import CommonChange, NullRows, Rows
 from prunelens.analyses.statistics import jackknifed, pooled_auc
+from prunelens.columns import meanings_of
 from prunelens.concepts import Labels
 from prunelens.sae.buffers import Buffers
 from prunelens.sae.sparse import SparseEncoder
@@ -32,11 +33,21 @@ FEWEST_GROUPS = 5  # of documents that have it in the second half
 PENALTY = 0.01  # C of scikit-learn: little, for thousands of dimensions are fitted to 1,000 tokens
 NOISE_SEED = 500_003  # beside the null's and those of persistence's controls
 BATCH_TOKENS = 4096
-COLUMNS = [
-    "concept", "frequency", "reader", "seed", "source", "fit", "auc", "auc_low", "auc_high",
-    "balanced_accuracy", "balanced_accuracy_low", "balanced_accuracy_high", "num_positive",
-    "num_documents", "reason",
-]  # fmt: skip
+COLUMNS = """
+concept
+frequency
+reader: `probe`, or `latent`, `latents_5`: the one or five that tell it best.
+seed: Of these latents' dense SAE; empty for the probe.
+source: `dense`, or as in `concepts.csv`.
+fit: `dense`: fitted on dense activations; `refit`: on the source's own.
+auc: AUC on the second half of eval.
+auc_low auc_high
+balanced_accuracy: Mean of the shares of either class told right.
+balanced_accuracy_low balanced_accuracy_high
+num_positive: Tokens with the concept that it is measured on, and as many without.
+num_documents: Groups of documents.
+reason: Why there is nothing.
+"""
 
 
 class Halves(NamedTuple):
@@ -126,7 +137,7 @@ def probes(
             found += [row | which for row in _by_latents(latents, drawn, by_seed[seed])]
             if progress:
                 progress(next(done) / total)
-    table = pd.DataFrame(found).reindex(columns=[*COLUMNS, "auc_without"])
+    table = pd.DataFrame(found).reindex(columns=[*meanings_of(COLUMNS), "auc_without"])
     frequency = dict(zip(labels.names, labels.has[:, labels.known].mean(1), strict=True))
     table["frequency"] = table["concept"].map(frequency)
     return Probed(table, _best(by_seed))

@@ -101,16 +101,9 @@ def transfer(
             Used with the dense model.
         null: what the pruned model's null is made of; None: there is none.
         progress: told the share that is done, 0 to 1.
-    Returns: rows with sae, positions (all, without_first, norm_filtered), source (pruned: the
-        model's own activations, of the dense one as well; null), refit (none, b_dec, threshold),
-        fvu (errors and variance both divided by the dense sigma), fvu_raw, fvu_dense_var (raw
-        error / dense raw variance), l0, ce_recovered, ce_model, ce_mean_ablated, ce_sae (nats per
-        prediction made at a position of the set, where that set alone is replaced), num_windows,
-        num_documents (that these are measured on), fvu_dense_var_ratio, fvu_raw_ratio (to the SAE
-        as it is on the dense model), ce_drop (ce_recovered there, on the same windows, minus that
-        of the row), each of the three with _low, _high, _error, _df, _least and _most (see
-        Estimate), threshold_factor, nominal_l0, num_tokens, verdict (empty; see
-        `transfer_verdicts`), reason (why a number is NaN or has no interval).
+    Returns: rows with the columns of `transfer.csv`, verdict still empty (`transfer_verdicts`). An
+        interval has _error, _df, _least and _most (see Estimate), too; and there are
+        threshold_factor, nominal_l0, num_tokens.
     Raises: UserError where an SAE does not fit the site, its dense L0 is not the nominal one, or
         activations are not finite.
     """

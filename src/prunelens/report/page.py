@@ -28,6 +28,7 @@ from prunelens.report.questions.section import Section
 from prunelens.report.shown_table import Shown, number, shown
 from prunelens.report.sinks import sinks_found
 from prunelens.report.sufficiency import not_enough
+from prunelens.study.results import study_tables
 from prunelens.study.work import read_json
 from prunelens.temporary import replacing
 
@@ -181,7 +182,8 @@ def _shown(name: str, table: pd.DataFrame, caption: str, assumed: str) -> Shown:
     if "run" in table and (table["run"] == WHOLE_STUDY).all():
         table = table.drop(columns="run")
     file = None if " " in name else _file(name)
-    return shown(table, caption, drop=drop, file=file, assumed=assumed)
+    told = study_tables()[name].meanings if name in study_tables() else {}
+    return shown(table, caption, drop=drop, file=file, assumed=assumed, meanings=told)
 
 
 def _claims(tables: Tables) -> list[dict[str, Any]]:

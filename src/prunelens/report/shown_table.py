@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -36,6 +37,8 @@ class Shown(NamedTuple):
     """The CSV that holds it in full, relative to the page."""
     assumed: str = ""
     """What differs from the paper, or is assumed of it."""
+    meanings: Mapping[str, str] = {}
+    """What columns mean, as they are shown."""
 
 
 def shown(
@@ -45,6 +48,7 @@ def shown(
     drop: tuple[str, ...] = (),
     file: str | None = None,
     assumed: str = "",
+    meanings: Mapping[str, str] = {},
 ) -> Shown:
     """The table for reading; columns in `drop`, and those of which nothing is known, are left out.
 
@@ -76,7 +80,8 @@ def shown(
                 cell = cell._replace(note=notes.index(said) + 1)
             cells.append(cell)
         rows.append(cells)
-    return Shown(caption, [_heading(str(name)) for name in kept], rows, notes, file, assumed)
+    told = {_heading(name): meaning for name, meaning in meanings.items()}
+    return Shown(caption, [_heading(str(name)) for name in kept], rows, notes, file, assumed, told)
 
 
 def number(value: Any) -> str:

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from ruamel.yaml import YAML
 
+from prunelens.columns import meanings_of
 from prunelens.config import StudyConfig, study_from_data
 from prunelens.csv_table import as_csv, as_written
 from prunelens.errors import UserError
@@ -26,10 +27,13 @@ from prunelens.study.schedule import RunResult, finished_targets
 from prunelens.study_file import parse_yaml, read_text
 from prunelens.temporary import replacing
 
-RUN_COLUMNS = [
-    "run", "model", "layer", "method", "scope", "pattern", "sparsity",
-    "status", "reason", "wall_seconds",
-]  # fmt: skip
+RUN_MEANINGS = meanings_of("""
+    run model layer method scope pattern sparsity
+    status: `done` or `failed`.
+    reason: Why it failed, in one line; empty where it did not.
+    wall_seconds: What its stages took when they were made, shared ones too.
+""")
+RUN_COLUMNS = list(RUN_MEANINGS)
 WORDS = ("run", "model", "method", "scope", "pattern", "status", "reason")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 
+from prunelens.columns import meanings_of
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.cost import Cost, Costed
 from prunelens.study.work import Work
@@ -35,8 +37,13 @@ class Table(NamedTuple):
     """Of the artifact that has the rows of one run, where it has any; "" where they are put
     together from several."""
     columns: str
-    """Their names, after those of `leading`."""
+    """Names and meanings of those after `leading`, as `meanings_of` reads them."""
     leading: Sequence[str] = CONDITION
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """What each column means, in their order."""
+        return meanings_of("\n".join((*self.leading, inspect.cleandoc(self.columns))))
 
 
 class Told(NamedTuple):
@@ -45,7 +52,7 @@ class Told(NamedTuple):
     label: str
     """With `{arm}` where there is a column of every arm, whose name ends in it."""
     help: str
-    """One sentence; `{means}` is what the arm is."""
+    """One sentence; `({means})` is what the arm is."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,8 @@ class Question(StageKind):
     each latent of that SAE, for the study's own `latents.parquet`."""
     told: Mapping[str, Told] = field(default_factory=dict)
     """The columns of `by_latent` that the explorer shows, those of arms without the arm."""
+    latents: str = ""
+    """What the other columns of `by_latent` mean, or these elsewhere; see `latent_meanings`."""
     plan: Callable[[LayerPlan], Mapping[str, Stage]] | None = None
     """Role -> stage, in the place of `config` and `parents`: of several stages, or of none."""
 
@@ -113,3 +122,12 @@ class Question(StageKind):
         if self.plan:
             return self.plan(run)
         return {self.name: run.stage(self.name, self.config(run), self.parents(run))}
+
+    @property
+    def latent_meanings(self) -> dict[str, str]:
+        """What its columns of `latents.parquet` mean; those of arms end in `_<arm>`."""
+        told = {
+            f"{name}_<arm>" if "{arm}" in told.label else name: told.help.replace(" ({means})", "")
+            for name, told in self.told.items()
+        }
+        return told | meanings_of(self.latents)

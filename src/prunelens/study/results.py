@@ -15,6 +15,7 @@ import pandas as pd
 from prunelens.analyses.claims import COLUMNS as CLAIM_COLUMNS
 from prunelens.analyses.claims import judge_claims
 from prunelens.analyses.fragility import holm
+from prunelens.columns import meanings_of
 from prunelens.config import CheckpointConfig
 from prunelens.prune.stored import FACTS
 from prunelens.study.artifacts.store import Store
@@ -197,14 +198,33 @@ def _builders() -> dict[str, Callable[[Plan, Store], _Rows]]:
     }
 
 
+LATENT_COLUMNS = """
+run model layer method scope pattern sparsity
+latent: Index of the latent.
+seed
+firing_rate: Share of the eval tokens on which the latent fires.
+firing_rate_first_half: `firing_rate` on the first half of the eval documents.
+mean_activation: Mean activation over the tokens on which the latent fires.
+init_retention: Cosine of the latent's direction to the random one that it started from: near 1
+    training has hardly moved it, and any two SAEs that share the start will agree on it.
+resampled: Whether training has started the latent anew.
+"""
 _OWN = (  # of more than one kind of artifact, or of none
     Table(
         "perplexity",
         "run, window length",
         "how much the model itself suffered",
         "",
-        "model corpus method scope pattern sparsity achieved_sparsity context_tokens bos "
-        "num_tokens nll perplexity",
+        """
+        model
+        corpus: Text that is predicted: a data set, or the eval part of the study's.
+        method scope pattern sparsity
+        achieved_sparsity: Share of the prunable weights that the masks zero.
+        context_tokens: Length of the windows, which do not overlap.
+        bos: Whether every window opens with the BOS, which is context and never predicted.
+        num_tokens: Tokens that are predicted.
+        nll: Mean negative log likelihood of a predicted token, in nats.
+        perplexity: exp of `nll`.""",
         leading=("run",),
     ),
     Table(
@@ -212,21 +232,34 @@ _OWN = (  # of more than one kind of artifact, or of none
         "run, seed",
         "how well each SAE describes its activations",
         "",
-        "seed fvu fvu_raw fvu_dense_var l0 alive num_latents steps participation_ratio",
+        """
+        seed fvu fvu_raw fvu_dense_var l0
+        alive: Latents that fire at least once.
+        num_latents: Latents of the SAE.
+        steps
+        participation_ratio: How many directions share the activations' variance, 1 to d_model.""",
     ),
     Table(
         "sae_training",
         "run, SAE (controls too)",
         "how each SAE was trained, and where it is",
         "",
-        "init_seed data_seed rotated steps mean_init_retention fvu folder training fvu_raw",
+        """
+        init_seed: Seed of the start.
+        data_seed: Seed of the data order.
+        rotated: Whether it is the SAE of the `floor_*` arms.
+        steps mean_init_retention fvu
+        folder: Where the SAE is, for `prunelens match`.
+        training: `own`, from a random start; `warm`, begun from the dense SAE; `doubled`, twice as
+            long.
+        fvu_raw: As in `sae_quality.csv`; empty for rotated SAEs.""",
     ),
     Table(
         "claims",
         "claim of the paper",
         "what holds here, by the paper's protocol and by the controlled one",
         "",
-        " ".join(CLAIM_COLUMNS),
+        CLAIM_COLUMNS,
         leading=("run",),
     ),
 )
@@ -240,9 +273,20 @@ def study_tables() -> dict[str, Table]:
 
 def table_columns() -> dict[str, list[str]]:
     """The columns of each, by name."""
-    return {
-        name: [*table.leading, *table.columns.split()] for name, table in study_tables().items()
-    }
+    return {name: list(meanings) for name, meanings in column_meanings().items()}
+
+
+def column_meanings() -> dict[str, dict[str, str]]:
+    """What every column of the output contract means: table -> column -> a sentence."""
+    return {name: table.meanings for name, table in study_tables().items()}
+
+
+def latent_meanings() -> dict[str, str]:
+    """What the columns of `latents.parquet` mean; those of arms end in `_<arm>`."""
+    found = meanings_of(LATENT_COLUMNS)
+    for question in QUESTIONS:
+        found |= question.latent_meanings
+    return found
 
 
 def _folders(plan: Plan, store: Store, role: str) -> Iterator[tuple[Run, pathlib.Path]]:

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from prunelens.columns import meanings_of
 from prunelens.report.explorer.content import Column
 from prunelens.study.kind import Told
 from prunelens.study.questions import QUESTIONS
+from prunelens.study.results import LATENT_COLUMNS
 
 ARMS = {
     "shared_init": "as published: same start and data order",
@@ -20,16 +22,11 @@ ARMS = {
 }
 
 
+_MEANINGS = meanings_of(LATENT_COLUMNS)
 _OWN = {
-    "firing_rate": Told("firing rate", "Share of the eval tokens on which the latent fires."),
-    "mean_activation": Told(
-        "mean activation", "Mean activation over the tokens on which the latent fires."
-    ),
-    "init_retention": Told(
-        "init retention",
-        "Cosine of the latent's direction to the random one that it started from: near 1 training"
-        " has hardly moved it, and any two SAEs that share the start will agree on it.",
-    ),
+    name: Told(name.replace("_", " "), _MEANINGS[name])
+    for name in ("firing_rate", "mean_activation", "init_retention")
+} | {
     "causal_effect": Told(
         "causal effect",
         "KL divergence of the next token (nats) when the latent is ablated alone in the dense"

@@ -146,10 +146,17 @@ ACTIVATION_MATCHING = Question(
             "run, arm, pair of SAEs, tau",
             "do latents of the two SAEs fire alike, wherever they point",
             "rates.parquet",
-            "arm init_a order_a init_b order_b tau one_way mnn greedy one_way_reverse source",
+            """
+            arm init_a order_a init_b order_b
+            tau: The least correlation at which two latents match.
+            one_way mnn greedy one_way_reverse
+            source: What the SAE B reads: `pruned` or `null`; `dense` in the dense run.""",
         ),
     ),
     by_latent=activation_by_latent,
+    latents="""
+    activation_match_<arm>: The latent of B that fires most alike.
+    activation_mutual_<arm>: Whether the two are each other's most alike.""",
     told={
         "activation_correlation": Told(
             "activation match, {arm}",

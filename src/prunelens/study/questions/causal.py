@@ -156,9 +156,25 @@ CAUSAL = Question(
             "pruned run, model, grouping, group, protocol, contexts",
             "RQ5: do surviving latents matter more",
             "causal.parquet",
-            "grouping group protocol contexts kl_mean ci_low ci_high num_latents num_prompts "
-            "firing_share ablated_in reconstruction_share num_seeds num_documents "
-            "largest_share resampled error df least most skew reason",
+            """
+            grouping: By what latents are sorted: `cosine` (paper) or `persistence`.
+            group: Which latents are ablated, or between which the difference is.
+            protocol: `paper`, `isolated` or `error_preserving`.
+            contexts: Where: `final` or `firing`.
+            kl_mean: Mean KL divergence over latents and seeds, in nats.
+            ci_low ci_high: Ends of the 95 % interval, over what `resampled` says.
+            num_latents: Latents of all seeds (or pairs) that have a context.
+            num_prompts: Prompts that have a context.
+            firing_share: How often a latent fires where it is read; empty for differences.
+            ablated_in: `dense`, `pruned` or the difference `pruned_minus_dense`.
+            reconstruction_share: Share of the paper's KL with nothing ablated; of `paper` alone.
+            num_seeds: Seeds in which the group was measured.
+            num_documents: Documents of these prompts.
+            largest_share: Share of the mean that the largest latent of each seed holds.
+            resampled error df
+            least most: The mean without one group of documents, at the least and at the most.
+            skew: Third standardised moment: the interval reaches further there.
+            reason: Why there is no number or interval, or that one latent holds much.""",
         ),
     ),
 )

@@ -42,7 +42,7 @@ COMMON_CHANGE = Question(
             "pruned run, kind of map",
             "what pruning did to all activations alike",
             "common_change.parquet",
-            " ".join(COLUMNS),
+            COLUMNS,
         ),
     ),
 )

@@ -36,29 +36,51 @@ FRAGILITY = Question(
             "pruned run, measure, source, tau, quintile",
             "RQ4: do rare latents survive better",
             "quintiles.parquet",
-            "measure tau quintile firing_rate survival_rate num_latents source num_dropped",
+            """
+            measure tau
+            quintile: Fifth of the alive latents by firing rate, 1 rare to 5 frequent.
+            firing_rate survival_rate: Mean over seeds of the mean over its latents with a value.
+            num_latents source num_dropped""",
         ),
         Table(
             "fragility_by_seed",
             "pruned run, seed, measure, source, tau, quintile",
             "the same of every seed",
             "by_seed.parquet",
-            "seed measure tau quintile firing_rate survival_rate num_latents source num_dropped",
+            """
+            seed measure tau
+            quintile: Fifth of the alive latents by firing rate, 1 rare to 5 frequent.
+            firing_rate survival_rate: Mean over the latents that have a value.
+            num_latents source num_dropped""",
         ),
         Table(
             "fragility_contrasts",
             "pruned run, measure, source, group",
             "fifths, all latents and rarest minus most frequent, with intervals",
             "contrasts.parquet",
-            "measure source group value low high error df num_latents num_dropped resampled",
+            """
+            measure source
+            group: `Q1` (rare) to `Q5`, `all`, or the difference `Q1 - Q5`.
+            value: Mean over seeds of the measure's value of the group.
+            low high error df num_latents num_dropped resampled""",
         ),
         Table(
             "fragility_tests",
             "pruned run, measure, source, tau",
             "the same as rank correlations, with intervals and p-values",
             "tests.parquet",
-            "measure tau rho p_exact p_holm latent_rho ci_low ci_high partial_rho partial_low "
-            "partial_high p_smallest p_holm_smallest num_latents resampled reason source",
+            """
+            measure tau
+            rho: Spearman correlation of firing rate and survival over the quintiles.
+            p_exact: Exact two-sided permutation p of `rho`; never below `p_smallest`.
+            p_holm: `p_exact` adjusted over conditions; never below `p_holm_smallest`.
+            latent_rho: Rank correlation over latents of firing rate and survival; mean over seeds.
+            ci_low ci_high: Ends of the 95 % interval of `latent_rho`, made on Fisher's scale.
+            partial_rho: `latent_rho` with `init_retention` held fixed.
+            partial_low partial_high: Ends of that of `partial_rho`, made on Fisher's scale.
+            p_smallest: The smallest p that five quintiles allow, 2/120.
+            p_holm_smallest: The smallest adjusted p that so many conditions allow.
+            num_latents resampled reason source""",
         ),
     ),
 )

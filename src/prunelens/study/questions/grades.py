@@ -141,14 +141,14 @@ GRADES = Question(
             "planted run, measure, step",
             "which measures tell the truth where it is known (`prunelens selftest` alone)",
             "grades.parquet",
-            " ".join(COLUMNS),
+            COLUMNS,
         ),
         Table(
             "selftest_null",
             "planted run, measure, source, statistic",
             "what they find where nothing is (likewise)",
             "null.parquet",
-            " ".join(NULL_COLUMNS),
+            NULL_COLUMNS,
         ),
     ),
     plan=_plan_grades,
@@ -158,7 +158,7 @@ COVERAGE_TABLE = Table(
     "world, interval or verdict",
     "how often 95 % intervals hold the truth and verdicts are wrong (likewise)",
     "coverage.parquet",
-    " ".join(COVERAGE_COLUMNS),
+    COVERAGE_COLUMNS,
     leading=("run",),
 )
 COVERAGE = Question(

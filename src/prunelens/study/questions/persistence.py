@@ -35,13 +35,30 @@ PERSISTENCE = Question(
             "pruned run, seed, source",
             "does the dense SAE still fire on the same tokens",
             "persistence.parquet",
-            "seed source mean_correlation mean_jaccard share_above_0.7 num_silenced "
-            "num_undefined excess_z relative_shuffled relative_shuffled_low "
-            "relative_shuffled_high relative_isotropic relative_isotropic_low "
-            "relative_isotropic_high",
+            """
+            seed
+            source: What the SAE reads in place of dense activations.
+            mean_correlation: Mean over latents of the correlation with its dense activations.
+            mean_jaccard: Mean over latents of the overlap of the tokens that it fires on.
+            share_above_0.7: Share of latents whose correlation is above 0.7.
+            num_silenced: Latents that fire on dense, never on the other activations.
+            num_undefined: Latents with fewer than 10 dense firings; left out of the means.
+            excess_z: Mean over latents of Fisher z minus that under shuffled noise; below 0 is
+                harm of pruning's own. Of `pruned` and `null` alone.
+            relative_shuffled: Mean correlation over latents as a share of the mean under shuffled
+                noise; below 1 is harm beyond noise of equal size. Of `pruned` and `null` alone.
+            relative_shuffled_low relative_shuffled_high
+            relative_isotropic: As `relative_shuffled`, under isotropic noise.
+            relative_isotropic_low relative_isotropic_high""",
         ),
     ),
     by_latent=lambda table, seed, _: persistence_by_latent(table, seed),
+    latents="""
+    persistence_null persistence_undone persistence_noise_isotropic persistence_noise_shuffled
+        persistence_difference_shuffled: Correlation with that `source` of `persistence.csv`.
+    relative_shuffled relative_isotropic: Persistence as a multiple of what that noise leaves, not
+        cut; empty where it leaves less than 0.3.
+    relative_shuffled_error relative_isotropic_error: Standard error of it.""",
     told={
         "persistence": Told(
             "persistence",

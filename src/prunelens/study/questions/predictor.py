@@ -32,11 +32,26 @@ PREDICTOR = StageKind(
             "target, source, tau, evaluation, features",
             "can survival be told before pruning",
             "predictor.parquet",
-            "tau evaluation features auc accuracy coef_log_rate coef_sparsity num_rows target "
-            "auc_low auc_high auc_within auc_within_low auc_within_high base_rate "
-            "coef_log_rate_low coef_log_rate_high coef_sparsity_low coef_sparsity_high "
-            "standardised_log_rate standardised_sparsity num_conditions reason source gain "
-            "gain_low gain_high",
+            """
+            tau: The least cosine of a match, of targets that match.
+            evaluation: `in_sample`, `held_out_condition`, `held_out_model` or `stated_sign`.
+            features: What is known of a latent: `rate_sparsity`, or a baseline.
+            auc: AUC of the predictions over all rows.
+            accuracy: Share of rows told right; to be read beside `base_rate`.
+            coef_log_rate coef_sparsity: Coefficient of natural log firing rate and of sparsity.
+            num_rows: Rows of condition, seed and alive dense latent.
+            target: What counts as surviving.
+            auc_low auc_high
+            auc_within: AUC that compares latents of the same condition only.
+            auc_within_low auc_within_high
+            base_rate: Share of the larger class, which accuracy has to beat.
+            coef_log_rate_low coef_log_rate_high coef_sparsity_low coef_sparsity_high
+            standardised_log_rate standardised_sparsity: The coefficient per standard deviation.
+            num_conditions: Conditions that have a row.
+            reason
+            source: `pruned` or `null`.
+            gain: `auc_within` less that of "the nearer to its start the better".
+            gain_low gain_high""",
             leading=("run",),
         ),
         Table(
@@ -44,7 +59,11 @@ PREDICTOR = StageKind(
             "the same, bin",
             "does a predicted 30 % mean 30 %",
             "calibration.parquet",
-            "target tau evaluation features bin predicted observed num_rows",
+            """
+            target tau evaluation features: As in `predictor.csv`.
+            bin: Tenth of the rows, from the least likely, 1, to the likeliest, 10.
+            predicted observed: Mean prediction, and share of the rows where it came true.
+            num_rows: Rows of the bin.""",
             leading=("run",),
         ),
     ),

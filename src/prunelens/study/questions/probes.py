@@ -16,6 +16,7 @@ from prunelens.analyses.concept_fates import (
     rarity,
 )
 from prunelens.analyses.probes import COLUMNS, Halves, probes, sources
+from prunelens.columns import meanings_of
 from prunelens.concepts import Labels
 from prunelens.sae.architectures import load_sae
 from prunelens.study.artifacts.store import Stage
@@ -53,7 +54,7 @@ def _probes(work: Work) -> None:
         progress=work.progress,
     )
     fates = concept_fates(found.readings)
-    found.readings[COLUMNS].to_parquet(work.out / "readings.parquet")
+    found.readings[[*meanings_of(COLUMNS)]].to_parquet(work.out / "readings.parquet")
     found.best.to_parquet(work.out / "latents.parquet")
     fates.to_parquet(work.out / "concepts.parquet")
     rarity(fates, found.readings).to_parquet(work.out / "rarity.parquet")
@@ -119,24 +120,27 @@ PROBES = Question(
             "pruned run, concept, source",
             "is a concept kept, moved or gone, and can the dense SAE read it",
             "concepts.parquet",
-            " ".join(CONCEPT_COLUMNS),
+            CONCEPT_COLUMNS,
         ),
         Table(
             "concept_rarity",
             "pruned run, source",
             "do rare concepts fare worse (claim 1, asked without an SAE)",
             "rarity.parquet",
-            " ".join(RARITY_COLUMNS),
+            RARITY_COLUMNS,
         ),
         Table(
             "probes",
             "pruned run, concept, reader, seed, source, fit",
             "how well probes and latents read each concept",
             "readings.parquet",
-            " ".join(COLUMNS),
+            COLUMNS,
         ),
     ),
     by_latent=_by_latent,
+    latents="""
+    concept: What the dense latent tells best, of the concepts whose five best it is among; of the
+        first seed.""",
     plan=_plan,
 )
 PROBE_GRADES = Question(

@@ -40,10 +40,17 @@ SCALING = Question(
             "pruned run, seed, source",
             "how many times its own size is a dense direction in pruned activations",
             "scaling.parquet",
-            "seed source mean_scaling median_scaling share_above_half_median num_undefined",
+            """
+            seed
+            source: In what the dense SAE's directions are sought.
+            mean_scaling: Mean over latents of scaling: how many times its own size a direction is.
+            median_scaling: Median over latents of the same number.
+            share_above_half_median: Share of latents above half the median, where that is above 0.
+            num_undefined: Latents without a number, which are left out of the means.""",
         ),
     ),
     by_latent=lambda table, seed, _: scaling_by_latent(table, seed),
+    latents="scaling_null scaling_noise_isotropic scaling_unpaired: Scaling in that `source`.",
     told={
         "scaling": Told(
             "scaling",

@@ -73,8 +73,18 @@ SINKS = Question(
             "run, split",
             "tokens that no condition counts, and sinks of one condition alone",
             "sinks.parquet",
-            "split num_tokens num_left_out num_sinks largest_norm "
-            + " ".join(f"{name}{tail}" for name in MOVED for tail in ("", "_without")),
+            """
+            split: `train` or `eval`.
+            num_tokens: Tokens of the split.
+            num_left_out: Those beyond the limit in the **dense** model, left out everywhere.
+            num_sinks: Of the others, those that pass the same limit in this condition alone.
+            largest_norm: Of the others, the largest norm in this condition, in dense medians.
+            participation_ratio: As in `sae_quality.csv`; in rows `eval` alone.
+            participation_ratio_without: `participation_ratio` without those sinks.
+            fvu: As in `sae_quality.csv`, mean over the run's own SAEs; in rows `eval` alone.
+            fvu_without: `fvu` without those sinks.
+            fvu_dense_var: As `fvu`, raw error over the *dense* variance.
+            fvu_dense_var_without: `fvu_dense_var` without those sinks.""",
         ),
     ),
 )

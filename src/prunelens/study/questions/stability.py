@@ -37,7 +37,9 @@ STABILITY = Question(
             "run, pair of seeds, tau",
             "RQ1: do two seeds find the same features",
             "stability.parquet",
-            "seed_a seed_b tau one_way mnn greedy",
+            """
+            seed_a seed_b: Seed of the start of SAE A and of SAE B.
+            tau one_way mnn greedy""",
         ),
     ),
 )

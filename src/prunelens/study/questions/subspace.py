@@ -39,8 +39,12 @@ SUBSPACE = Question(
             "run, arm, pair of SAEs",
             "does a direction lie in the span of a few of the other SAE",
             "subspace.parquet",
-            "arm init_a order_a init_b order_b overlap",
+            """
+            arm init_a order_a init_b order_b
+            overlap: Mean over latents of A of the share (squared norm, 0 to 1) of its direction in
+                the span of the four nearest directions of B.""",
         ),
     ),
     by_latent=subspace_by_latent,
+    latents="subspace_<arm>: The latent's `overlap`, as in `subspace.csv`.",
 )

@@ -77,22 +77,36 @@ SUFFICIENCY = Question(
             "run",
             "were the SAEs trained enough to be compared",
             "verdict.parquet",
-            "trained_enough mean_init_retention fvu_fall fvu_fall_schedule "
-            "fvu_fall_beyond_schedule reason",
+            """
+            trained_enough: False where `mean_init_retention` is above 0.9 or
+                `fvu_fall_beyond_schedule` above 0.02, True where neither is; empty where that
+                cannot be said.
+            mean_init_retention: Mean cosine of decoder rows to their start, at the end; the
+                largest over seeds.
+            fvu_fall: 1 - FVU at the end / FVU at the checkpoint before; the largest over seeds.
+            fvu_fall_schedule: 1 - FVU at the end / FVU of the doubled training at the same step.
+            fvu_fall_beyond_schedule: 1 - FVU at the end of the doubled training / FVU at the end.
+            reason: The verdict in words, and why a number is empty.""",
         ),
         Table(
             "training_curves",
             "run, SAE, step",
             "how FVU and distance from the start went",
             "curves.parquet",
-            "seed total_steps step fvu mean_init_retention",
+            """
+            seed
+            total_steps: How long that SAE was trained in all; tells the doubled one apart.
+            step fvu mean_init_retention""",
         ),
         Table(
             "survival_by_step",
             "followed run, step, arm, pair of SAEs, tau",
             "what a shared start makes of survival while SAEs are trained",
             "survival_by_step.parquet",
-            "step arm init_a init_b tau mnn one_way greedy",
+            """
+            step
+            arm: `shared_init` or `cross_init`, of a dense and a pruned SAE of the same step.
+            init_a init_b tau mnn one_way greedy""",
         ),
     ),
 )

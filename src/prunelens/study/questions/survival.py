@@ -51,10 +51,14 @@ SURVIVAL = Question(
             "run, arm, pair of SAEs, coordinates, tau",
             "RQ2: how many dense features are found again",
             "survival.parquet",
-            "arm coordinates init_a order_a init_b order_b tau one_way mnn greedy one_way_reverse",
+            """
+            arm
+            coordinates: `normalised`, as the SAEs see the data, or `raw`.
+            init_a order_a init_b order_b tau one_way mnn greedy one_way_reverse""",
         ),
     ),
     by_latent=matches_by_latent,
+    latents="match_<arm>: The latent of B whose direction is nearest.",
     told={
         "mutual": Told(
             "mutual, {arm}",
@@ -83,7 +87,13 @@ CORRECTED = Question(
             "pruned run, arm, tau",
             "the same between its floor (0) and its ceiling (1)",
             "corrected.parquet",
-            "arm tau corrected low high interval reason",
+            """
+            arm: `shared`, `cross` or `warm`.
+            tau
+            corrected: (measured - floor) / (ceiling - floor); empty where ceiling - floor < 0.02.
+            low high
+            interval: How it was made; empty where there is none.
+            reason""",
         ),
     ),
 )

@@ -14,7 +14,6 @@ from prunelens.activations import Activations, Statistics
 from prunelens.analyses.null_states import NullSource
 from prunelens.analyses.sinks import NORM_MULTIPLE
 from prunelens.analyses.transfer import DenseReference, transfer, transfer_verdicts
-from prunelens.analyses.verdict import LIMITS
 from prunelens.sae.exchange.formats import GivenSae
 from prunelens.sae.exchange.own_folder import own_sae
 from prunelens.sae.exchange.pretrained import load_given_sae
@@ -164,10 +163,30 @@ TRANSFER = Question(
             "run, SAE, positions, refit",
             "RQ3: may a dense SAE still be used after pruning",
             "transfer.parquet",
-            "sae positions refit fvu fvu_raw fvu_dense_var l0 ce_recovered verdict ce_model "
-            "ce_mean_ablated ce_sae reason source "
-            + " ".join(f"{name}{tail}" for name in LIMITS for tail in ("", "_low", "_high"))
-            + " num_windows num_documents",
+            """
+            sae: `seed N` is our own dense SAE of that seed; others are named as in the study.
+            positions: Which tokens count: `all`, `without_first` or `norm_filtered`.
+            refit: What is fitted anew: `none`, `b_dec` or `threshold`.
+            fvu: As in `sae_quality.csv`, with errors and variance divided by the dense deviations.
+            fvu_raw fvu_dense_var l0
+            ce_recovered: (`ce_mean_ablated` - `ce_sae`) / (`ce_mean_ablated` - `ce_model`).
+            verdict: `keep`, `refit`, `retrain` or `undecided`; empty on the dense run, the
+                reference.
+            ce_model: Cross-entropy of the model as it is, in nats per prediction made at a
+                position of the set.
+            ce_mean_ablated: `ce_model` where these positions alone are replaced by the mean.
+            ce_sae: `ce_model` where these positions alone are replaced by the reconstruction.
+            reason: Why a number or an interval is empty, and what the verdict lacks.
+            source: `pruned`, the model's own activations (of the dense run, too), or `null`.
+            fvu_dense_var_ratio: `fvu_dense_var` over that of the same SAE, as it is, on the dense
+                model.
+            fvu_dense_var_ratio_low fvu_dense_var_ratio_high
+            fvu_raw_ratio: `fvu_raw` over that of the same SAE, as it is, on the dense model.
+            fvu_raw_ratio_low fvu_raw_ratio_high
+            ce_drop: `ce_recovered` of the same SAE, as it is, on the dense model, minus the row's.
+            ce_drop_low ce_drop_high
+            num_windows: Windows that cross-entropies are measured on.
+            num_documents: Documents of these windows.""",
         ),
     ),
     plan=_plan,
