@@ -81,7 +81,7 @@ def test_plan_shows_the_matrix_and_runs_nothing(tmp_path):
     assert plan["hours"] is None
     # 21 SAEs, two of twice the steps, six warm ones of a quarter
     steps = (21 + 2 * 2) * 400 + 6 * 100
-    assert sum(row["sae_tokens"] for row in plan["runs"]) == steps * 512
+    assert sum(row["sae_tokens"] for row in plan["runs"]) == steps * 256
     assert list(tmp_path.iterdir()) == []
 
 

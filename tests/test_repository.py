@@ -1,6 +1,6 @@
-"""The repository keeps its promises: README tree, pins, imports, no pickle, no machine's paths.
+"""The repository keeps its promises: tree of files, pins, imports, no pickle, no machine's paths.
 
-The file tree in README.md is a fenced block of this form, two spaces of indentation per level:
+The file tree in CONTRIBUTING.md is a fenced block of this form, two spaces of indentation a level:
 
     ```text
     prunelens/
@@ -39,7 +39,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "prunelens"
 
 
-# ---- the file tree in the README ----
+# ---- the file tree in CONTRIBUTING.md ----
 
 
 class Entry(NamedTuple):
@@ -47,12 +47,12 @@ class Entry(NamedTuple):
     is_leaf: bool  # nothing is listed below it
 
 
-def test_readme_tree_is_the_tree_on_disk() -> None:
+def test_the_tree_is_the_one_on_disk() -> None:
     """Every name exists and no file of a listed folder is missing."""
-    entries = tree_entries((ROOT / "README.md").read_text(encoding="utf-8"))
+    entries = tree_entries((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     missing, unlisted = compare(entries, [str(p.relative_to(ROOT)) for p in repository_files()])
-    assert not missing, f"README.md names what does not exist: {missing}"
-    assert not unlisted, f"README.md leaves out: {unlisted}"
+    assert not missing, f"CONTRIBUTING.md names what does not exist: {missing}"
+    assert not unlisted, f"CONTRIBUTING.md leaves out: {unlisted}"
 
 
 def test_tree_comparison_sees_both_kinds_of_difference() -> None:
@@ -70,9 +70,9 @@ def test_tree_comparison_sees_both_kinds_of_difference() -> None:
 
 
 def tree_entries(readme: str) -> list[Entry]:
-    """The entries of the README's tree, top-down."""
+    """The entries of a tree, top-down."""
     block = re.search(r"^```text\nprunelens/\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
-    assert block, "README.md has no ```text block whose first line is `prunelens/`"
+    assert block, "CONTRIBUTING.md has no ```text block whose first line is `prunelens/`"
     paths: list[str] = []
     folders: list[str] = []  # the folder that each level of indentation is in
     for line in block[1].splitlines():
@@ -80,7 +80,7 @@ def tree_entries(readme: str) -> list[Entry]:
             continue
         depth = (len(line) - len(line.lstrip())) // 2
         names = re.split(r"\s{2,}", line.strip())[0].split(", ")
-        assert 1 <= depth <= len(folders) + 1, f"README.md tree, odd indentation: {line!r}"
+        assert 1 <= depth <= len(folders) + 1, f"the tree, odd indentation: {line!r}"
         folders = folders[: depth - 1]
         paths += ["".join(folders) + name for name in names]
         if names[-1].endswith("/"):

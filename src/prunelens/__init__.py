@@ -17,8 +17,8 @@ The public API on one page; importing it loads nothing heavy, names load on firs
     evidence  collect_contexts, read_contexts, token_effects, study_contexts
     explorer  view_study, write_study_explorer
     share     export_hub, export_checkpoint, push_folder, Sharing
-    study     plan_study, preflight, run_and_report, write_report, predict_latents, leftovers,
-              clean_study, column_meanings
+    study     Study, plan_study, preflight, run_and_report, write_report, predict_latents,
+              leftovers, clean_study, column_meanings
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ if TYPE_CHECKING:
     from prunelens.study.clean import clean_study, leftovers
     from prunelens.study.contexts import study_contexts
     from prunelens.study.exports import export_checkpoint, export_hub
+    from prunelens.study.finished import Study
     from prunelens.study.plan import plan_study
     from prunelens.study.predict import predict_latents
     from prunelens.study.preflight.preview import preflight

@@ -29,7 +29,10 @@ Private = Annotated[bool, typer.Option("--private", help="With --push: a private
 
 def export(
     source: Annotated[
-        pathlib.Path, typer.Argument(metavar="SAE", help="Folder of an SAE of ours, or a study's.")
+        pathlib.Path,
+        typer.Argument(
+            metavar="SAE", help="Folder of an SAE of ours, runs/demo:dense:0, or a study's."
+        ),
     ],
     file_format: Annotated[
         str,
@@ -137,8 +140,11 @@ def _write(
 
         return {"saes": list(export_hub(source, out, sharing=sharing, artifacts=artifacts).saes)}
     from prunelens.sae.exchange.export import export_format, export_sae
+    from prunelens.study.finished import sae_place
 
-    exported = export_sae(source, out, format=export_format(file_format), model=sharing.base_model)
+    exported = export_sae(
+        sae_place(source), out, format=export_format(file_format), model=sharing.base_model
+    )
     return {"hook": exported.hook}
 
 

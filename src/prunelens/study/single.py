@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -41,11 +42,13 @@ from prunelens.prune.record import ModelRecord, PruningRecord, TextRecord
 from prunelens.sae.architectures import load_sae
 from prunelens.sae.exchange.formats import check_fits
 from prunelens.sae.exchange.pretrained import load_given_sae
+from prunelens.study.finished import sae_place
 from prunelens.study.model_stages import EVAL
 from prunelens.study.run import resolve_device
 from prunelens.text import fingerprint
 
 log = logging.getLogger(__name__)
+SaeName = str | os.PathLike[str]
 
 
 def prune_checkpoint(
@@ -132,20 +135,22 @@ def _pruned_and_told(
     return pruned, record
 
 
-def match_saes(folder_a: pathlib.Path, folder_b: pathlib.Path) -> list[MatchRates]:
-    """Match rates of two SAE folders at the default taus, in raw coordinates where both say theirs.
+def match_saes(sae_a: SaeName, sae_b: SaeName) -> list[MatchRates]:
+    """Match rates of two SAEs at the default taus, in raw coordinates where both say theirs.
 
-    Raises: UserError where a folder holds no SAE or the widths differ.
+    Args:
+        sae_a, sae_b: folders, or names as `sae_place` takes them.
+    Raises: UserError where there is no SAE or the widths differ.
     """
     decoders = []
-    for folder in (folder_a, folder_b):
+    for folder in map(sae_place, (sae_a, sae_b)):
         decoder = load_sae(folder).decoder_weight.detach()
         path = folder / "normalisation.safetensors"
         decoders.append(decoder * Statistics.load(path).sigma if path.exists() else decoder)
     a, b = decoders
     if a.shape[1] != b.shape[1]:
         raise UserError(
-            f"SAE_B: {str(folder_b)!r} has d_model {b.shape[1]}, SAE_A has {a.shape[1]};"
+            f"SAE_B: {str(sae_b)!r} has d_model {b.shape[1]}, SAE_A has {a.shape[1]};"
             " match SAEs of the same width"
         )
     taus = StudyConfig().taus
@@ -168,7 +173,8 @@ def transfer_sae(
     """Try an SAE of the dense model on a pruned one (methods §7, RQ3).
 
     Args:
-        sae: a folder that prunelens or SAELens saved, or `release:sae_id` as SAELens knows it.
+        sae: a folder that prunelens or SAELens saved, `release:sae_id` as SAELens knows it, or a
+            name as `sae_place` takes it.
         model: the dense model, and the site.
         corpus: text: measured on eval, refitted on train, calibrated (Wanda) on calibration.
         layer: the decoder block that the SAE is for; None: as the SAE's own files say.
@@ -238,7 +244,7 @@ def _text_for_transfer(
 
 def _named(sae: str) -> PretrainedSaeConfig:
     """A folder or `release:sae_id`; the layer, which loading does not look at, is left at 0."""
-    if (folder := pathlib.Path(sae).expanduser()).is_dir():
+    if (folder := sae_place(sae).expanduser()).is_dir():
         return part_from_data(PretrainedSaeConfig, {"layer": 0, "folder": str(folder)})
     release, separator, sae_id = sae.partition(":")
     if not separator or not release or not sae_id:
