@@ -21,7 +21,6 @@ from prunelens.checkpoint import model_shape
 from prunelens.cli.app import app
 from prunelens.cli.plan_view import show_preflight
 from prunelens.config import ModelConfig, SaeConfig, study_from_data
-from prunelens.console import Console
 from prunelens.errors import UserError
 from prunelens.model import logits, run_to_site
 from prunelens.prune.masks import save_masks
@@ -221,7 +220,7 @@ def test_one_more_condition_adds_only_its_own_row(data):
     assert grown == after.runs[-1]["sae_tokens"] == 3 * 24 * 64
 
 
-def test_hours_are_work_over_rate(study, monkeypatch):
+def test_hours_are_work_over_rate(study, monkeypatch, capsys):
     speeds = {kind: 1e6 * (1 + n) for n, kind in enumerate(WORK_KINDS)}
     rates = {kind: Rate(speed, 0.5) for kind, speed in speeds.items()}
     monkeypatch.setattr(preview_module, "calibrate", lambda *_args, **_options: rates)
@@ -234,10 +233,9 @@ def test_hours_are_work_over_rate(study, monkeypatch):
     assert found.hours["total"] == pytest.approx(sum(found.hours[kind] for kind in speeds))
     assert found.settings == {"sae.steps": "24"}
     assert sum("50% of a batch" in note for note in found.notes) == len(speeds)
-    console = Console(record=True, width=200)
-    show_preflight(found, console)
-    shown = console.export_text()
-    for words in ("tiny/L1/wanda-row-0.30", "total", "sae.steps=24", "hours:", "disk:", "memory:"):
+    show_preflight("tiny", found)
+    shown = capsys.readouterr().out
+    for words in ("tiny/L1/wanda-row-0.30", "total", "sae.steps=24", "time: ", "disk:", "memory:"):
         assert words in shown
 
 

@@ -181,7 +181,7 @@ def test_all_marks_reached_is_exit_code_0(told, finished, out, capsys):
     assert printed.err == ""
     for title in TITLES.values():
         table = printed.out.split(title)[1].split("Where nothing is")[0].split("Pruning ")[0]
-        assert all(table.count(f"  {measure} ") == 1 for measure in MEASURES)
+        assert all(table.count(f"\n{measure} ") == 1 for measure in MEASURES)
     marked = sum(map(len, MARKED.values())) + 1  # and one of SAEs that hardly learnt
     for rows in (finished.nulls, finished.coverage):
         marked += (rows["mark"] != "").sum()

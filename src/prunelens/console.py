@@ -1,4 +1,4 @@
-"""Rich's console for text from outside: tables, colours and progress, and nothing to obey."""
+"""Rich's console for text from outside, with nothing to obey, and durations in words."""
 
 from __future__ import annotations
 
@@ -23,3 +23,18 @@ class Console(rich.console.Console):
     def render_str(self, text: str, **how: Any) -> Text:
         """As Rich does; made inert before it is measured, so that nothing is cut."""
         return super().render_str(inert(text), **how)
+
+
+def in_words(seconds: float) -> str:
+    """A duration as people say it: `40 s`, `12 min`, `3 h 20 min`, `2.5 days`, `397 days`."""
+    if 0 < seconds < 1:
+        return "under 1 s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours < 2:
+        return f"{60 * hours + minutes} min"
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days = seconds / 86_400
+    return f"{days:.0f} days" if days >= 10 else f"{days:.1f} days"

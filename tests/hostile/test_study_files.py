@@ -25,7 +25,6 @@ import prunelens.study.preflight.text_checks
 from prunelens.cli import main
 from prunelens.cli.plan_view import show_preflight
 from prunelens.config import StudyConfig, study_from_data
-from prunelens.console import Console
 from prunelens.corpus import LookedAt
 from prunelens.errors import UserError
 from prunelens.study.preflight.preview import preflight
@@ -224,7 +223,8 @@ def laid_out(study: StudyConfig, **_: object) -> None:
             seen = LookedAt(eval_tokens=10_000, highest_id=torch.tensor(0), bos_token=None)
             patch.setattr(prunelens.study.preflight.text_checks, "check_splits", lambda *_: seen)
             found = preflight(study, calibration_seconds=0)
-        show_preflight(found, Console(file=io.StringIO(), width=140))
+        with contextlib.redirect_stdout(io.StringIO()):
+            show_preflight(study.name, found)
         json.dumps(found._asdict())
     raise UserError(PLANNED)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.logging import RichHandler
@@ -15,7 +16,6 @@ from prunelens.panics import is_panic
 from prunelens.terminal import say
 
 app = typer.Typer(
-    help="What did pruning do to a model's features, and can you trust the answer?",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,6 +36,17 @@ for command in (
     selftest.selftest,
 ):
     app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print it and exit.")] = False,
+) -> None:
+    """What did pruning do to a model's features, and can you trust the answer?"""
+    if version:
+        say(f"prunelens {importlib.metadata.version('prunelens')}")
+        raise typer.Exit
+
 
 # The base of typer's usage errors, which typer itself does not export.
 UsageError: Any = typer.BadParameter.__base__

@@ -43,7 +43,7 @@ Track = Annotated[
     str | None, typer.Option(help="Also show it in tensorboard, wandb or trackio; default: off.")
 ]
 Executor = Annotated[
-    str, typer.Option(help="local, or ray for the nodes of a cluster (needs prunelens[ray]).")
+    str, typer.Option(help="local, or ray for the nodes of a cluster (needs prunelens\\[ray]).")
 ]
 Address = Annotated[
     str | None,

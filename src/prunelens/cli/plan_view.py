@@ -5,50 +5,55 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rich.table import Table
-
-from prunelens.console import Console
+from prunelens.cli.printing import print_table, say_whole
+from prunelens.console import in_words
 from prunelens.study.preflight.preview import Preflight
 
 _STYLES = {"error": "bold red", "warning": "yellow", "ok": "dim"}  # in this order
-WIDE = 110  # letters, below which the matrix leaves columns out
+LONG = 24.0  # hours on a CPU, from which on a GPU is advised
 
 
-def show_preflight(found: Preflight, console: Console) -> None:
-    """Print the matrix as a table, then totals, needs and hours as lines, then the checks."""
-    totals = {"run": "total", **found.totals, "shared": "", "hours": None}
-    if found.hours:
-        totals["hours"] = found.hours["total"]
-    rows = [_cells(row) for row in [*found.runs, totals]]
-    left_out = {"stages", "shared", "FLOPs"} if console.width < WIDE else set()
-    if found.hours is None:
-        left_out.add("hours")
-    shown = [name for name in rows[0] if name not in left_out]
-    table = Table(*shown)
-    table.columns[0].no_wrap = True
-    for row in rows:
-        table.add_row(*(row[name] for name in shown))
-    console.print(table)
+def show_preflight(name: str, found: Preflight) -> None:
+    """Print the matrix as a table, then needs and times as lines, then the checks.
+
+    Args:
+        name: the study's.
+        found: all that is shown.
+    """
+    totals = found.totals
+    total = {"run": "total", **totals, "shared": "", "hours": (found.hours or {}).get("total")}
+    print_table(
+        f"{name}: {totals['runs']} runs, {totals['saes'] + totals['control_saes']} SAEs,"
+        f" {totals['stages']} stages{_how_long(found)}",
+        [_cells(row) for row in [*found.runs, total]],
+    )
     for line in _lines(found):
-        console.print(line, highlight=False, markup=False)
+        say_whole(line)
+    print_table(
+        "The schedule on so many workers",
+        [
+            {
+                "workers": row["workers"],
+                "makespan": _time(row["makespan_hours"]),
+                "critical path": _time(row["critical_path_hours"]),
+                "idle": "-" if row["idle_share"] is None else f"{row['idle_share']:.0%}",
+            }
+            for row in found.schedule
+        ],
+    )
     if found.schedule:
-        schedule = Table("workers", "hours", "critical path", "idle")
-        for row in found.schedule:
-            idle = "-" if row["idle_share"] is None else f"{row['idle_share']:.0%}"
-            hours = (f"{row[name]:.2f}" for name in ("makespan_hours", "critical_path_hours"))
-            schedule.add_row(str(row["workers"]), *hours, idle)
-        console.print(schedule)
-        chain = "critical path: " + " > ".join(found.schedule[0]["chain"])
-        console.print(chain, highlight=False, markup=False)
+        say_whole("critical path: " + " > ".join(found.schedule[0]["chain"]))
     for check in sorted(found.checks, key=lambda check: list(_STYLES).index(check["level"])):
         fix = f"; {check['fix']}" if check["fix"] else ""
         line = f"{check['level']} ({check['check']}): {check['what']}{fix}"
-        console.print(line, style=_STYLES[check["level"]], highlight=False, markup=False)
+        say_whole(line, _STYLES[check["level"]])
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
+    time = {} if row["hours"] is None else {"time": _time(row["hours"])}
     return {
         "run": row["run"],
+        **time,
         "SAEs": str(row["saes"]),
         "controls": str(row["control_saes"]),
         "stages": str(row["stages"]),
@@ -56,13 +61,27 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "forward": _short(row["forward_tokens"]),
         "trained on": _short(row["sae_tokens"]),
         "FLOPs": f"{row['flops']:.2e}",
-        "hours": f"{row['hours'] or 0:.2f}",
     }
+
+
+def _how_long(found: Preflight) -> str:
+    """As the end of the headline: the time of one worker, and what to do where it is long."""
+    if not found.hours:
+        return ""
+    hours, on_cpu = found.hours["total"], found.device["device"] == "cpu"
+    if not found.device["calibration_seconds"]:
+        return f", about {_time(hours)} at the given rates"
+    advice = ": use a GPU" if on_cpu and hours >= LONG else ""
+    return f", about {_time(hours)} on this {'CPU' if on_cpu else 'GPU'}{advice}"
+
+
+def _time(hours: float) -> str:
+    return in_words(3600 * hours)
 
 
 def _lines(found: Preflight) -> Iterator[str]:
     disk, memory, device = found.disk, found.memory, found.device
-    yield "shared: stages that runs above need as well; tokens, FLOPs and hours are counted once"
+    yield "shared: stages that runs above need as well; tokens, FLOPs and time are counted once"
     yield "stages: " + ", ".join(f"{count} {name}" for name, count in found.stages.items())
     yield (
         f"disk: {disk['peak_gigabytes']:.2f} GB at most (activation stores"
@@ -81,8 +100,8 @@ def _lines(found: Preflight) -> Iterator[str]:
         f" {device['cores']} cores"
     )
     if found.hours:
-        parts = [f"{kind} {hours:.2f}" for kind, hours in found.hours.items() if kind != "total"]
-        yield f"hours: {found.hours['total']:.2f} ({', '.join(parts)})"
+        parts = [f"{kind} {_time(hours)}" for kind, hours in found.hours.items() if kind != "total"]
+        yield f"time: {_time(found.hours['total'])} ({', '.join(parts)})"
     if found.settings:
         yield "set: " + ", ".join(f"{name}={value}" for name, value in found.settings.items())
     yield from (f"note: {note}" for note in found.notes)

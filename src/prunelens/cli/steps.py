@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import pathlib
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from prunelens.cli.export import (
     License,
@@ -30,14 +27,26 @@ from prunelens.cli.options import (
     Sparsity,
     single_step,
 )
-from prunelens.cli.printing import print_json, print_table, progress_bar, records
-from prunelens.console import Console
+from prunelens.cli.printing import (
+    print_json,
+    print_table,
+    progress_bar,
+    records,
+    say_whole,
+    with_intervals,
+)
 from prunelens.terminal import say
 
 TEXT = {  # of `transfer`: enough for its sums, and there in any corpus
     "train_tokens": 50_000,
     "eval_tokens": 50_000,
     "calibration_tokens": 50_000,
+}
+
+MEANING = {  # of a verdict that is reached
+    "keep": "on the pruned model the SAE passes as it is",
+    "refit": "on the pruned model the SAE fails as it is, and passes after refitting",
+    "retrain": "on the pruned model the SAE fails, refitted or not",
 }
 
 
@@ -135,10 +144,14 @@ def match(
     if as_json:
         print_json([row._asdict() for row in rates])
         return
-    table = Table("tau", "one-way", "MNN", "greedy", "one-way, B to A")
-    for row in rates:
-        table.add_row(f"{row.tau:g}", *(f"{value:.4f}" for value in row[1:]))
-    Console().print(table)
+    names = ("one-way", "MNN", "greedy", "one-way, B to A")
+    print_table(
+        "Share of the features of A that are found in B, by threshold tau on the cosine",
+        [
+            {"tau": row.tau, **{n: f"{rate:.4f}" for n, rate in zip(names, row[1:], strict=True)}}
+            for row in rates
+        ],
+    )
 
 
 def transfer(
@@ -195,18 +208,11 @@ def transfer(
     if as_json:
         print_json({"rule": TRANSFER_RULE, "rows": records(table)})
         return
-    for name in LIMITS:
-        parts = (table[f"{name}{tail}"] for tail in ("", "_low", "_high"))
-        table[name] = list(itertools.starmap(_with_interval, zip(*parts, strict=True)))
-    print_table(table[["condition", "positions", "refit", "ce_recovered", *LIMITS, "verdict"]])
-    say(TRANSFER_RULE)
     answer = table[(table["positions"] == "norm_filtered") & (table["verdict"] != "")].iloc[0]
-    say(f"believe norm_filtered: {answer['verdict']}")
-    if answer["reason"]:
-        say(answer["reason"])
-
-
-def _with_interval(value: float, low: float, high: float) -> str:
-    if math.isnan(value):
-        return "-"
-    return f"{value:.3g}" if math.isnan(low) else f"{value:.3g} [{low:.3g}, {high:.3g}]"
+    say_whole(answer["reason"] or f"{answer['verdict']}: {MEANING[answer['verdict']]}", "bold")
+    columns = ["condition", "positions", "refit", "verdict", "ce_recovered", *LIMITS]
+    print_table(
+        "The SAE on the dense and on the pruned model (believe norm_filtered)",
+        with_intervals(table, LIMITS)[columns].to_dict("records"),
+    )
+    say_whole(f"The rule: {TRANSFER_RULE}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import pathlib
 import shlex
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from prunelens.cli.explorer import what_is_done
 from prunelens.cli.options import (
@@ -29,8 +28,7 @@ from prunelens.cli.options import (
     parsed,
     workers_to_simulate,
 )
-from prunelens.cli.printing import print_json, print_table, records
-from prunelens.console import Console
+from prunelens.cli.printing import print_json, print_table, records, say_whole, with_intervals
 from prunelens.errors import UserError
 from prunelens.study_file import read_study
 from prunelens.terminal import say
@@ -138,8 +136,7 @@ def plan(
     if as_json:
         print_json(found._asdict())
     else:
-        console = Console()
-        show_preflight(found, console if console.is_terminal else Console(width=140))
+        show_preflight(config.name, found)
     raise typer.Exit(2 if any(check["level"] == "error" for check in found.checks) else 0)
 
 
@@ -151,12 +148,20 @@ def status(folder: Folder, artifacts: Remembered = None, as_json: AsJson = False
     if as_json:
         print_json(rows)
         return
-    table = Table("run", "status", "stages there", "reason")
-    for row in rows:
-        table.add_row(
-            row["run"], row["status"], f"{row['present']}/{row['stages']}", escape(row["reason"])
-        )
-    Console().print(table)
+    counts = collections.Counter(row["status"] for row in rows)
+    told = ", ".join(f"{count} {name}" for name, count in counts.items())
+    print_table(
+        f"{folder}: {len(rows)} runs, {told}",
+        [
+            {
+                "run": row["run"],
+                "status": row["status"],
+                "stages there": f"{row['present']}/{row['stages']}",
+                "reason": row["reason"],
+            }
+            for row in rows
+        ],
+    )
 
 
 def report(
@@ -195,7 +200,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Before pruning: how likely is each latent to survive, and which are most endangered?"""
-    from prunelens.study.predict import predict_latents
+    from prunelens.study.predict import TARGETS, predict_latents
 
     table = predict_latents(
         folder,
@@ -209,12 +214,16 @@ def predict(
         print_json(records(table))
         return
     shown = table if latents else table.head(top)
-    print_table(shown)
-    say(
+    print_table(
+        f"How likely {len(shown)} of {len(table)} latents are to survive a pruning to sparsity"
+        f" {sparsity:g}, the most endangered first",
+        with_intervals(shown, TARGETS).to_dict("records"),
+    )
+    say_whole(
         "persistence: chance that the latent's activations keep a correlation above 0.7;"
         " shared_init: chance to be matched as published (inflated by the shared start)."
-        " The study's pruning methods are pooled. Intervals: 95 %, of the fit, conditions as"
-        " clusters."
+        " The study's pruning methods are pooled. Intervals, where the fit has any:"
+        " 95 %, conditions as clusters."
     )
 
 
@@ -226,19 +235,26 @@ def clean(
     as_json: AsJson = False,
 ) -> None:
     """Show what a study does not need, and what killed commands left; or free it."""
-    import pandas as pd
-
     from prunelens.study.clean import clean_study, leftovers
 
     found = clean_study(folder) if yes else leftovers(folder)
     if as_json:
         print_json({"freed": yes, "leftovers": [leftover._asdict() for leftover in found]})
         return
-    if found:
-        rows = [(one.path, one.label, one.why, f"{one.num_bytes / 1e6:.1f}") for one in found]
-        print_table(pd.DataFrame(rows, columns=["folder", "made by", "why", "MB"]))
     folders = "1 folder" if len(found) == 1 else f"{len(found)} folders"
     total = f"{sum(one.num_bytes for one in found) / 1e6:.1f} MB in {folders}"
+    print_table(
+        f"What {folder} does not need: {total}",
+        [
+            {
+                "made by": one.label or "-",
+                "MB": f"{one.num_bytes / 1e6:.1f}",
+                "why": one.why,
+                "folder": one.path,
+            }
+            for one in found
+        ],
+    )
     if yes or not found:
         say(f"freed {total}" if found else "nothing to free")
     else:

@@ -6,7 +6,7 @@ import time
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from prunelens.console import Console
+from prunelens.console import Console, in_words
 from prunelens.study.artifacts.store import Stage
 
 SECONDS_BETWEEN_LINES = 15  # where there is no terminal to draw a bar in
@@ -65,11 +65,11 @@ class StudyProgress:
         done = self._done + sum(self._current.values())
         elapsed = time.monotonic() - self._started
         left = elapsed * (self._total - done) / done if done > 0.01 * self._total else None
-        remaining = "" if left is None else f"about {max(0, left):.0f} s left"
+        remaining = "" if left is None else f"about {in_words(max(0, left))} left"
         self._bar.update(self._task, completed=done, description=label, remaining=remaining)
         if not self._console.is_terminal and self._is_time_for_a_line():
             share = 100 * done / self._total
-            line = f"{elapsed:4.0f} s  {share:3.0f} %  {remaining:<18} {label}"
+            line = f"{in_words(elapsed):>9}  {share:3.0f} %  {remaining:<20} {label}"
             self._console.print(line, markup=False, soft_wrap=True)
 
     def _is_time_for_a_line(self) -> bool:
