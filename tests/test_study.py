@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from prunelens.config import study_from_data
@@ -19,8 +20,10 @@ from prunelens.report.paper_tables import write_paper_tables
 from prunelens.report.summary import print_summary
 from prunelens.report.tables import write_tables
 from prunelens.report.write import run_and_report
+from prunelens.sae.architectures import load_sae
 from prunelens.study import conclude, stages
 from prunelens.study.artifacts.store import Store
+from prunelens.study.finished import Study
 from prunelens.study.folder import read_runs, study_status
 from prunelens.study.matrix import parents_first
 from prunelens.study.plan import plan_study
@@ -94,6 +97,33 @@ def test_a_finished_study_keeps_the_contract(finished):
         "tiny-llama/L1/magnitude-global-0.50",
         "tiny-llama/L1/wanda-row-0.30",
     ]
+
+
+def test_its_answers_and_saes_are_had_by_name(finished, prunelens):
+    _, out, _ = finished
+    study = Study(out)
+    answers = dict(zip(study.answers["run"], study.answers["answer"], strict=True))
+    assert list(answers) == study.runs["run"].tolist()[1:]
+    rows = json.loads(prunelens("status", out, "--json").stdout)
+    assert {row["run"]: row["answer"] for row in rows} == {**answers, "tiny-llama/L1/dense": ""}
+    said = " ".join(prunelens("status", out).stdout.split())
+    assert all(f"{run}: {' '.join(answer.split())}" in said for run, answer in answers.items())
+    listed = json.loads(prunelens("match", out, "--json").stdout)
+    assert list(listed) == [
+        f"{out}:{condition}:{seed}"
+        for condition in ("dense", "magnitude-global-0.50", "wanda-row-0.30")
+        for seed in (0, 1)
+    ]
+    one, other, *_ = listed
+    by_name, by_folder = (
+        prunelens("match", *pair, "--json").stdout
+        for pair in ((one, other), (listed[one], listed[other]))
+    )
+    assert by_name == by_folder
+    sae = study.sae("wanda-row-0.30", seed=1)
+    assert torch.equal(
+        sae.decoder_weight, load_sae(listed[f"{out}:wanda-row-0.30:1"]).decoder_weight
+    )
 
 
 def test_all_arms_at_all_taus_in_both_coordinates(finished):

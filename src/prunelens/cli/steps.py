@@ -133,11 +133,19 @@ def prune(
 
 
 def match(
-    sae_a: Annotated[pathlib.Path, typer.Argument(help="Folder of an SAE.")],
-    sae_b: Annotated[pathlib.Path, typer.Argument(help="Folder of an SAE.")],
+    sae_a: Annotated[
+        str, typer.Argument(metavar="SAE_A", help="A folder, or runs/demo:dense:0; or a study's.")
+    ],
+    sae_b: Annotated[
+        str | None,
+        typer.Argument(metavar="SAE_B", help="Likewise; left out, a study's SAEs are listed."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Match the features of two SAEs: one-way, mutual and greedy rates at every tau."""
+    if sae_b is None:
+        _list_saes(sae_a, as_json)
+        return
     from prunelens.study.single import match_saes
 
     rates = match_saes(sae_a, sae_b)
@@ -154,8 +162,22 @@ def match(
     )
 
 
+def _list_saes(study: str, as_json: bool) -> None:
+    from prunelens.study.finished import Study
+
+    saes = {f"{study}:{name}": str(folder) for name, folder in Study(study).saes().items()}
+    if as_json:
+        print_json(saes)
+        return
+    rows = [{"SAE": name, "folder": folder} for name, folder in saes.items()]
+    print_table(f"{study}: {len(rows)} SAEs; match two of them", rows)
+
+
 def transfer(
-    sae: Annotated[str, typer.Argument(metavar="SAE", help="A folder, or RELEASE:SAE_ID.")],
+    sae: Annotated[
+        str,
+        typer.Argument(metavar="SAE", help="A folder, RELEASE:SAE_ID, or runs/demo:dense:0."),
+    ],
     model: Annotated[str, typer.Argument(help="bundled, a hub id or a local folder.")],
     layer: Annotated[int | None, typer.Option(help="Decoder block that the SAE is for.")] = None,
     site: Site = "resid_post",

@@ -28,7 +28,13 @@ from prunelens.cli.options import (
     parsed,
     workers_to_simulate,
 )
-from prunelens.cli.printing import print_json, print_table, records, say_whole, with_intervals
+from prunelens.cli.printing import (
+    print_json,
+    print_table,
+    records,
+    say_whole,
+    with_intervals,
+)
 from prunelens.errors import UserError
 from prunelens.study_file import read_study
 from prunelens.terminal import say
@@ -82,7 +88,8 @@ def run(
     failed = [result for result in outcome.results if result.status == "failed"]
     if as_json:
         runs = {result.run.name: result.reason or "done" for result in outcome.results}
-        print_json({"out": str(folder), "executed": outcome.num_executed, "runs": runs})
+        told = {"out": str(folder), "executed": outcome.num_executed, "runs": runs}
+        print_json({**told, "answers": _answers(folder)})
     elif not quiet:
         say(f"{outcome.num_executed} stages executed; read {folder / 'report.html'}")
     raise typer.Exit(1 if failed or outcome.failures else 0)
@@ -144,7 +151,10 @@ def status(folder: Folder, artifacts: Remembered = None, as_json: AsJson = False
     """How far a study is: which runs are done, failed or missing stages."""
     from prunelens.study.folder import study_status
 
-    rows = study_status(folder, artifacts)
+    answers = _answers(folder)
+    rows = [
+        {**row, "answer": answers.get(row["run"], "")} for row in study_status(folder, artifacts)
+    ]
     if as_json:
         print_json(rows)
         return
@@ -162,6 +172,18 @@ def status(folder: Folder, artifacts: Remembered = None, as_json: AsJson = False
             for row in rows
         ],
     )
+    for run, answer in answers.items():
+        say_whole(f"\n{run}: {answer}")
+
+
+def _answers(folder: pathlib.Path) -> dict[str, str]:
+    """Run -> its answer in sentences, of a study that has any yet."""
+    if not (folder / "tables" / "answers.csv").is_file():
+        return {}
+    from prunelens.study.finished import Study
+
+    answers = Study(folder).answers
+    return dict(zip(answers["run"], answers["answer"], strict=True))
 
 
 def report(
