@@ -22,8 +22,10 @@ from prunelens.cli.printing import print_table
 from prunelens.console import in_words
 from prunelens.report.selftest import SelfTest
 from prunelens.sae.topk import TopKSAE
+from prunelens.study.artifacts.store import Stage
 from prunelens.study.clean import Leftover
 from prunelens.study.preflight.preview import Preflight
+from prunelens.study.progress import StudyProgress
 
 RUN = "Llama-3.2-1B-Instruct/L12/magnitude-global-0.50"
 SENTENCE = "the hub refuses meta-llama/Llama-3.2-1B to your token; ask for access on its page"
@@ -107,7 +109,7 @@ def test_status(prunelens_on_terminal, monkeypatch):
     ]
     monkeypatch.setattr("prunelens.study.folder.study_status", lambda *_: rows)
     shown = prunelens_on_terminal("status", "folder")
-    assert shown.startswith("folder: 2 runs, 1 failed, 1 done\n")
+    assert shown.startswith("Runs of folder: 1 failed, 1 done\n")
     whole(shown, RUN, "failed", "3/123", f"reason: {SENTENCE}", "m/L1/dense", "20/20")
 
 
@@ -273,3 +275,15 @@ def test_help_shows_every_word_of_it(prunelens_on_terminal):
         for word in " ".join(texts).replace("\\[", "[").split():
             assert word in shown, (name, word)
     assert "prunelens[ray]" in prunelens_on_terminal("run", "--help")
+
+
+def test_progress_tells_the_time_that_is_left(terminal):
+    stage = Stage("survival", 1, {}, {}, label=f"survival {RUN} 3-3", cost=100.0)
+
+    def show():
+        with StudyProgress() as progress:
+            progress.start(1000.0)
+            progress._started -= 4000
+            progress.update(stage, 0.8)
+
+    whole(terminal(show), " 8 % ", "about 12 h 47 min left", "survival ", "\u2501")

@@ -161,7 +161,7 @@ def status(folder: Folder, artifacts: Remembered = None, as_json: AsJson = False
     counts = collections.Counter(row["status"] for row in rows)
     told = ", ".join(f"{count} {name}" for name, count in counts.items())
     print_table(
-        f"{folder}: {len(rows)} runs, {told}",
+        f"Runs of {folder}: {told}",
         [
             {
                 "run": row["run"],

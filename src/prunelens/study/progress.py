@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from prunelens.console import Console, in_words
 from prunelens.study.artifacts.store import Stage
@@ -22,8 +23,8 @@ class StudyProgress:
     def __init__(self, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet)
         self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
+            BarColumn(bar_width=10),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[remaining]}"),
@@ -69,7 +70,7 @@ class StudyProgress:
         self._bar.update(self._task, completed=done, description=label, remaining=remaining)
         if not self._console.is_terminal and self._is_time_for_a_line():
             share = 100 * done / self._total
-            line = f"{in_words(elapsed):>9}  {share:3.0f} %  {remaining:<20} {label}"
+            line = f"{in_words(elapsed):>9}  {share:3.0f} %  {remaining:<21} {label}"
             self._console.print(line, markup=False, soft_wrap=True)
 
     def _is_time_for_a_line(self) -> bool:
