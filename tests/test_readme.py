@@ -54,6 +54,14 @@ def test_the_study_file_is_valid():
 
 
 @with_a_demo
+def test_the_demo_passes_its_own_check():
+    judged = Study(DEMO).table("sufficiency")["trained_enough"].dropna()
+    assert len(judged) == 2 and judged.all()
+    assert "not trained enough to compare" not in (DEMO / "report.html").read_text("utf-8")
+    assert set(Study(DEMO).answers["training"]) == {"trained enough"}
+
+
+@with_a_demo
 def test_the_numbers_are_those_of_the_demo():
     """But for what another machine's arithmetic changes."""
     answers = Study(DEMO).answers
