@@ -28,7 +28,7 @@ FORMER = {  # settings that the number was written with, of a study that has oth
     "demo": {
         "sae.expansion": "8", "sae.k": "16", "sae.steps": "500", "sae.batch_tokens": "512",
         "sae.learning_rate": "2e-3", "sae.checkpoint_every": "100",
-        "causal.contexts_per_latent": "8", "perplexity.max_tokens": "12000",
+        "perplexity.max_tokens": "12000",
     }
 }  # fmt: skip
 LATER = {"labels", "planted_labels", "probes", "probe_grades"}  # than these numbers
