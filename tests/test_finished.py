@@ -10,8 +10,7 @@ import torch
 
 from prunelens.errors import UserError
 from prunelens.sae.topk import TopKSAE
-from prunelens.study.finished import Study, sae_place
-from prunelens.study.single import match_saes
+from prunelens.study.finished import Study, match_saes, sae_place
 
 
 @pytest.fixture

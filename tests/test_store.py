@@ -32,7 +32,7 @@ def test_identity_covers_name_version_config_and_parents_and_nothing_else():
         stage(parents={"a": stage(config={"k": 5})}),
     ]
     assert len({s.identity for s in [base, *different]}) == len(different) + 1
-    assert stage(label="other", cost=9.0).identity == base.identity
+    assert stage(label="other", estimate=lambda: 9.0).identity == base.identity
     assert stage(config={"b": 1, "a": 2}).identity == stage(config={"a": 2, "b": 1}).identity
 
 

@@ -278,7 +278,7 @@ def test_help_shows_every_word_of_it(prunelens_on_terminal):
 
 
 def test_progress_tells_the_time_that_is_left(terminal):
-    stage = Stage("survival", 1, {}, {}, label=f"survival {RUN} 3-3", cost=100.0)
+    stage = Stage("survival", 1, {}, {}, label=f"survival {RUN} 3-3", estimate=lambda: 100.0)
 
     def show():
         with StudyProgress() as progress:

@@ -146,7 +146,7 @@ def match(
     if sae_b is None:
         _list_saes(sae_a, as_json)
         return
-    from prunelens.study.single import match_saes
+    from prunelens.study.finished import match_saes
 
     rates = match_saes(sae_a, sae_b)
     if as_json:

@@ -44,7 +44,7 @@ def predictor_stage(plan: Plan, store: Store) -> Stage | None:
         config,
         parents,
         label=f"predictor over {len(parents)} runs",
-        cost=1e9,
+        estimate=lambda: 1e9,
     )
 
 

@@ -1,4 +1,7 @@
-"""A finished study's folder as people hold it: DataFrames, and SAEs by condition and seed."""
+"""A finished study's folder as people hold it: DataFrames, and SAEs by condition and seed.
+
+What takes seconds to import is imported by those who need it.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,15 @@ import pathlib
 
 import pandas as pd
 
+from prunelens.activations import Statistics
+from prunelens.config import StudyConfig
 from prunelens.csv_table import as_written
 from prunelens.errors import UserError
+from prunelens.match import MatchRates, match_dictionaries, match_rates
 from prunelens.sae.architectures import load_sae
 from prunelens.sae.autoencoder import SparseAutoencoder
-from prunelens.study.folder import read_runs
+
+SaeName = str | os.PathLike[str]
 
 
 class Study:
@@ -30,6 +37,8 @@ class Study:
     @property
     def runs(self) -> pd.DataFrame:
         """One row per model x layer x condition: whether it is done, and if not, why."""
+        from prunelens.study.folder import read_runs
+
         return read_runs(self.folder)
 
     @property
@@ -88,7 +97,7 @@ class Study:
         return load_sae(self.sae_folder(condition, seed))
 
 
-def sae_place(name: str | os.PathLike[str]) -> pathlib.Path:
+def sae_place(name: SaeName) -> pathlib.Path:
     """The folder of an SAE, named by itself or as FOLDER:CONDITION:SEED (`runs/demo:dense:0`).
 
     Raises: UserError as `Study.sae_folder`.
@@ -98,6 +107,29 @@ def sae_place(name: str | os.PathLike[str]) -> pathlib.Path:
         return pathlib.Path(name)
     condition, _, seed = sae.rpartition(":")
     return Study(folder).sae_folder(condition, seed)
+
+
+def match_saes(sae_a: SaeName, sae_b: SaeName) -> list[MatchRates]:
+    """Match rates of two SAEs at the default taus, in raw coordinates where both say theirs.
+
+    Args:
+        sae_a, sae_b: folders, or names as `sae_place` takes them.
+    Raises: UserError where there is no SAE or the widths differ.
+    """
+    decoders = []
+    for folder in map(sae_place, (sae_a, sae_b)):
+        decoder = load_sae(folder).decoder_weight.detach()
+        path = folder / "normalisation.safetensors"
+        decoders.append(decoder * Statistics.load(path).sigma if path.exists() else decoder)
+    a, b = decoders
+    if a.shape[1] != b.shape[1]:
+        raise UserError(
+            f"SAE_B: {str(sae_b)!r} has d_model {b.shape[1]}, SAE_A has {a.shape[1]};"
+            " match SAEs of the same width"
+        )
+    taus = StudyConfig().taus
+    matches = match_dictionaries(a, b, lowest_tau=taus[0])
+    return [match_rates(matches, tau) for tau in taus]
 
 
 def _no_such(name: str, known: list[str]) -> str:

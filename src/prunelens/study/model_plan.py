@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ class Sources:
 
     def __init__(self, resolve: bool) -> None:
         self._resolve = resolve
+        self._texts: dict[CorpusConfig, str] = {}
 
     def weights(self, model: ModelConfig, *, field: str = "models.name") -> str:
         """A model's files; `field` names it in errors."""
@@ -38,8 +40,11 @@ class Sources:
 
     def text(self, corpus: CorpusConfig) -> str:
         """A corpus."""
-        name = corpus.dataset or corpus.source
-        return fingerprint(corpus) if self._resolve else _unresolved(name, corpus)
+        if not self._resolve:
+            return _unresolved(corpus.dataset or corpus.source, corpus)
+        if corpus not in self._texts:
+            self._texts[corpus] = fingerprint(corpus)
+        return self._texts[corpus]
 
     def sae(self, sae: PretrainedSaeConfig) -> str:
         """An SAE of others: a folder's content, or its place in SAELens' registry."""
@@ -73,12 +78,19 @@ def checkpoint_model(model: ModelConfig, condition: CheckpointConfig) -> ModelCo
 class ModelPlan:
     """The stages of one model."""
 
-    def __init__(self, study: StudyConfig, model: ModelConfig, sources: Sources) -> None:
+    def __init__(
+        self, study: StudyConfig, model: ModelConfig, sources: Sources, *, check: bool
+    ) -> None:
         self.study, self.config, self._sources = study, model, sources
-        self._shape = model_shape(model)
-        self._check(self._shape)
+        if check:
+            self._check(self.shape)
         self.weights = {"weights": sources.weights(model), "dtype": model.dtype}
         self.corpus = self._tokenised("corpus", study.corpus)
+
+    @functools.cached_property
+    def shape(self) -> ModelShape:
+        """Takes the seconds in which transformers imports the model's code."""
+        return model_shape(self.config)
 
     def stage(
         self,
@@ -95,7 +107,6 @@ class ModelPlan:
         """A stage of this model; parents that are None are left out."""
         present = {role: parent for role, parent in parents.items() if parent is not None}
         kind = STAGES[name]
-        cost = kind.cost(Costed(config, present, self._shape, self.study))
         return Stage(
             name,
             kind.version,
@@ -103,7 +114,9 @@ class ModelPlan:
             present,
             label=f"{name} {label}",
             source=Source(self.config, corpus, self.study.sae.checkpoint_every, given, checkpoint),
-            cost=kind.progress_cost(cost),
+            estimate=lambda: kind.progress_cost(
+                kind.cost(Costed(config, present, self.shape, self.study))
+            ),
             together=together,
         )
 

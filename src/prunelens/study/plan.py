@@ -21,19 +21,25 @@ from prunelens.study.model_plan import ModelPlan, Sources
 from prunelens.study.planted_plan import PlantedPlan
 
 
-def plan_study(study: StudyConfig, *, resolve: bool = True) -> Plan:
+def plan_study(study: StudyConfig, *, resolve: bool = True, check: bool = True) -> Plan:
     """Lay out the matrix; reads fingerprints of models and text, and checks what can be checked.
 
     Args:
         study: what to do.
         resolve: find the content behind every name. Without it the names stand for themselves and
             no hub is asked: enough to count and to cost, but the identities are not the real ones.
+        check: look whether it fits its models, which takes seconds of imports; of no use where it
+            was planned before.
     Raises: UserError for a missing model or text, an unknown layer, too large a k.
     """
     sources = Sources(resolve)
     runs: list[Run] = []
     for model in study.models:
-        plan = PlantedPlan(study, model) if model.is_planted else ModelPlan(study, model, sources)
+        plan = (
+            PlantedPlan(study, model)
+            if model.is_planted
+            else ModelPlan(study, model, sources, check=check)
+        )
         runs += _runs(plan, model.layers)
     return Plan(study, runs)
 

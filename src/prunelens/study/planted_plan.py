@@ -5,7 +5,6 @@ from __future__ import annotations
 from prunelens import planted
 from prunelens.config import ActivationConfig, Condition, ModelConfig, StudyConfig
 from prunelens.errors import UserError
-from prunelens.model import model_shape
 from prunelens.study.artifacts.store import Stage
 from prunelens.study.model_plan import ModelPlan
 
@@ -16,7 +15,7 @@ class PlantedPlan(ModelPlan):
     corpus: None  # type: ignore[assignment]
 
     def __init__(self, study: StudyConfig, model: ModelConfig) -> None:
-        self.study, self.config, self._shape = study, model, model_shape(model)
+        self.study, self.config = study, model
         self.corpus = None
         for pruning in study.conditions():
             if pruning.sparsity != planted.SHARE_DESTROYED:
@@ -33,7 +32,7 @@ class PlantedPlan(ModelPlan):
                     f"activations.{field}: {getattr(given, field)!r} means nothing in the planted"
                     " world, which has no windows and stores float32; leave it out"
                 )
-        self._check_saes(self._shape)
+        self._check_saes(self.shape)
 
     def prune(self, condition: Condition) -> Stage:
         """The world with its directions changed, and what became of each."""

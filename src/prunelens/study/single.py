@@ -1,9 +1,8 @@
-"""What the command line does outside a study: prune a checkpoint, match two SAEs, try an SAE."""
+"""What the command line does outside a study: prune a checkpoint, try an SAE."""
 
 from __future__ import annotations
 
 import logging
-import os
 import pathlib
 from collections.abc import Callable
 
@@ -11,7 +10,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from prunelens.activations import Statistics
 from prunelens.analyses.transfer import DenseReference, Transfer, transfer, transfer_verdicts
 from prunelens.cards import Sharing
 from prunelens.checkpoint import model_folder, stored_dtype
@@ -20,13 +18,11 @@ from prunelens.config import (
     ModelConfig,
     PretrainedSaeConfig,
     PruningConfig,
-    StudyConfig,
     TransferConfig,
     part_from_data,
 )
 from prunelens.corpus import TokenSplits, split_documents, split_tokens, windows
 from prunelens.errors import UserError
-from prunelens.match import MatchRates, match_dictionaries, match_rates
 from prunelens.model import LanguageModel, described_model, load_model, model_fingerprint
 from prunelens.prune.apply import Pruned, check_prunable, prune_model
 from prunelens.prune.calibrate import input_norms
@@ -39,7 +35,6 @@ from prunelens.prune.checkpoint import (
 from prunelens.prune.masks import masks_sha256
 from prunelens.prune.on_disk import NotOnDiskError, copy_to_disk
 from prunelens.prune.record import ModelRecord, PruningRecord, TextRecord
-from prunelens.sae.architectures import load_sae
 from prunelens.sae.exchange.formats import check_fits
 from prunelens.sae.exchange.pretrained import load_given_sae
 from prunelens.study.finished import sae_place
@@ -48,7 +43,6 @@ from prunelens.study.run import resolve_device
 from prunelens.text import fingerprint
 
 log = logging.getLogger(__name__)
-SaeName = str | os.PathLike[str]
 
 
 def prune_checkpoint(
@@ -133,29 +127,6 @@ def _pruned_and_told(
         calibration=text,
     )
     return pruned, record
-
-
-def match_saes(sae_a: SaeName, sae_b: SaeName) -> list[MatchRates]:
-    """Match rates of two SAEs at the default taus, in raw coordinates where both say theirs.
-
-    Args:
-        sae_a, sae_b: folders, or names as `sae_place` takes them.
-    Raises: UserError where there is no SAE or the widths differ.
-    """
-    decoders = []
-    for folder in map(sae_place, (sae_a, sae_b)):
-        decoder = load_sae(folder).decoder_weight.detach()
-        path = folder / "normalisation.safetensors"
-        decoders.append(decoder * Statistics.load(path).sigma if path.exists() else decoder)
-    a, b = decoders
-    if a.shape[1] != b.shape[1]:
-        raise UserError(
-            f"SAE_B: {str(sae_b)!r} has d_model {b.shape[1]}, SAE_A has {a.shape[1]};"
-            " match SAEs of the same width"
-        )
-    taus = StudyConfig().taus
-    matches = match_dictionaries(a, b, lowest_tau=taus[0])
-    return [match_rates(matches, tau) for tau in taus]
 
 
 def transfer_sae(

@@ -16,7 +16,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -70,11 +70,16 @@ class Stage:
     """What a person calls it; not part of the identity."""
     source: Source | None = None
     """Where to find models and text; not part of the identity."""
-    cost: float = 1.0
-    """Rough work in floating-point operations, for progress only."""
+    estimate: Callable[[], float] = lambda: 1.0
+    """Gives `cost`; asked only where work is done, for it may have to look into the model."""
     together: str = ""
     """Stages of one name with the same key read the same inputs, and are best made in one go; ""
     for none. Not part of the identity: a stage is the same however it was made."""
+
+    @functools.cached_property
+    def cost(self) -> float:
+        """Rough work in floating-point operations, for progress only."""
+        return self.estimate()
 
     @functools.cached_property
     def identity(self) -> str:
