@@ -357,7 +357,7 @@ def test_too_little_memory_is_told_in_one_line(
         raise error
 
     assert (failure_of(fail, tmp_path / "x.log") or "").startswith("out of memory: ")
-    monkeypatch.setattr("prunelens.study.single.match_saes", fail)
+    monkeypatch.setattr("prunelens.study.finished.match_saes", fail)
     ended = prunelens("match", "a", "b")
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("prunelens: out of memory (") and "; free some" in ended.stderr
