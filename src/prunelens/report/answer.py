@@ -130,7 +130,7 @@ def _sae(row: dict[str, Any]) -> str:
     )
     told = {
         "its error is {:.3g} times that on the dense model": "fvu_dense_var_ratio",
-        "{:.3g} times relative to the variance": "fvu_raw_ratio",
+        "relative to the variance its error is {:.3g} times that": "fvu_raw_ratio",
         "{:.2g} less of the cross-entropy comes back": "ce_drop",
     }
     known = {text: name for text, name in told.items() if not math.isnan(row[name])}
