@@ -77,8 +77,8 @@ def test_numbers_are_those_of_the_tables() -> None:
         "Perplexity 10 becomes 15 (1.50 times). Features persist at 0.70, harmed more than by"
         " noise of equal size (0.950 of what that leaves, 0.900 to 0.990). Keep the dense SAE: its"
         " error is 1.1 times that on the dense model (limit 1.25), relative to the variance its"
-        " error is 1.2 times that (limit 1.25), 0.01 less of the cross-entropy comes back (limit 0.02)."
-        " Dictionaries are trained enough to compare."
+        " error is 1.2 times that (limit 1.25), 0.01 less of the cross-entropy comes back (limit"
+        " 0.02). Dictionaries are trained enough to compare."
     )
 
 
