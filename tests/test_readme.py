@@ -25,7 +25,8 @@ def test_it_is_short():
     lines = README.splitlines()
     assert len(lines) <= 120
     assert [line for line in lines if len(line) > 120] == []
-    assert len(README.split("## Your model")[0].split()) <= 250
+    words = [word for word in README.split("## Your model")[0].split() if re.search("[a-z]", word)]
+    assert len(words) <= 250
 
 
 @with_a_demo
