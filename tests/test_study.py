@@ -614,7 +614,7 @@ def test_dense_normalisation_gives_every_condition_the_dense_statistics(data, tm
     assert (dense == pruned).all()
     tables = {p.stem for p in (tmp_path / "out" / "tables").iterdir()}
     measured = {"perplexity", "sae_quality", "sae_training", "sinks", "common_change"}
-    measured |= {"persistence", "claims", "depth"}
+    measured |= {"persistence", "claims", "depth", "answers"}
     assert {table for table in tables if not table.startswith("table")} == measured
 
 
