@@ -27,7 +27,8 @@ def one(**changed: object) -> pd.Series:
     place = {"run": RUN, "model": "gemma-3-1b", "layer": 12, "method": "wanda", "sparsity": 0.5}
     before = place | {"run": "gemma-3-1b/L12/dense", "method": "dense", "sparsity": 0.0}
     facts: dict = {"low": 0.9, "value": 0.95, "high": 0.99, "null": (0.99, 1.0, 1.01)}
-    facts |= {"verdicts": ["keep", "keep"], "ratios": (1.1, 1.2, 0.01), "trained": True} | changed
+    facts |= {"verdicts": ["keep", "keep"], "ratios": (1.1, 1.2, 0.01), "trained": True}
+    facts |= {"dense": changed.get("trained", True)} | changed
     names = ("fvu_dense_var_ratio", "fvu_raw_ratio", "ce_drop")
     ratios = dict(zip(names, facts["ratios"], strict=True))
     ours = {"measure": "relative_shuffled", "group": "all"}
@@ -50,15 +51,19 @@ def one(**changed: object) -> pd.Series:
         ]
         + [place | ours | {"source": "pruned", "group": "Q1", "value": 0.1}],
         "transfer": [
-            {**place, **ratios, "positions": positions, "source": source, "refit": "none"}
-            | {"verdict": verdict if (positions, source) == ("norm_filtered", "pruned") else "x"}
-            for verdict in facts["verdicts"]
-            for positions, source in (("norm_filtered", "pruned"), ("all", "pruned"))
+            {**place, **ratios, "positions": positions, "source": "pruned", "refit": "none"}
+            | {"sae": f"seed {seed}", "verdict": verdict if positions == "norm_filtered" else "x"}
+            for seed, verdict in enumerate(facts["verdicts"])
+            for positions in ("norm_filtered", "all")
+        ]
+        + [  # of others
+            {**place, "fvu_raw_ratio": 9.0, "positions": "norm_filtered", "source": "pruned"}
+            | {"refit": "none", "sae": "theirs", "verdict": "retrain"}
         ],
         "sufficiency": [
-            {**where, "trained_enough": facts["trained"], "mean_init_retention": 0.5}
+            {**where, "trained_enough": facts[which], "mean_init_retention": 0.5}
             | {"fvu_fall_beyond_schedule": 0.01, "reason": ""}
-            for where in (before, place)
+            for where, which in ((before, "dense"), (place, "trained"))
         ],
     }
     found = answers({name: pd.DataFrame(rows) for name, rows in tables.items()})
@@ -88,7 +93,8 @@ def test_numbers_are_those_of_the_tables() -> None:
         ({"low": 0.9, "high": 1.1}, "harmed neither more nor less than by noise"),
         ({"low": 1.01, "high": 1.1}, "harmed less than by noise"),
         ({"low": NAN, "high": NAN}, "0.70; beside noise of equal size it was not judged"),
-        ({"null": (0.9, 0.95, 0.99)}, "found where nothing is, so it decides nothing"),
+        ({"null": (0.9, 0.95, 0.99)}, "found where nothing is, too, so it decides nothing"),
+        ({"null": (NAN, NAN, NAN)}, "not asked on the null, so it decides nothing"),
         ({"verdicts": ["keep", "undecided"]}, "Seeds of the dense SAE differ (keep, undecided)"),
         ({"verdicts": [NAN]}, "The dense SAE was not tried."),
         ({"verdicts": ["refit"]}, "Refit the bias or the thresholds of the dense SAE: "),
@@ -98,11 +104,29 @@ def test_numbers_are_those_of_the_tables() -> None:
             "Train a new SAE: its error is 2 times that on the dense model (limit 1.25). ",
         ),
         ({"trained": False}, "Dictionaries are not trained enough: believe nothing"),
+        ({"verdicts": ["keep"], "ratios": (NAN, NAN, NAN)}, "Keep the dense SAE. Dict"),
+        ({"trained": False, "dense": True}, "Dictionaries are not trained enough: believe"),
+        ({"trained": NAN, "dense": True}, "of the pruned one only the distance from its start"),
+        ({"trained": True, "dense": NAN}, "Whether dictionaries are trained enough is not known."),
         ({"trained": NAN}, "Whether dictionaries are trained enough is not known."),
     ],
 )
 def test_words_follow_intervals_and_verdicts(changed: dict, words: str) -> None:
     assert words in one(**changed)["answer"]
+
+
+def test_the_longest_window_is_each_models_own() -> None:
+    """One model is asked with shorter windows alone."""
+    both = {}
+    for name in ("perplexity", "persistence"):
+        other = TABLES[name].assign(model="other", run=TABLES[name]["run"].str.replace("gem", "x"))
+        both[name] = pd.concat([TABLES[name], other])
+    windows = both["perplexity"]["context_tokens"]
+    short = (both["perplexity"]["model"] == "other") & (windows == windows.max())
+    assert short.any() and not short.all()
+    found = answers(both | {"perplexity": both["perplexity"][~short]})
+    assert set(found["model"]) == {"gemma-3-1b", "other"}
+    assert found[["perplexity", "dense_perplexity"]].notna().all().all()
 
 
 @pytest.mark.parametrize("name", ["perplexity", "persistence", "fragility_contrasts", "transfer"])

@@ -13,10 +13,12 @@ import pandas as pd
 from prunelens.analyses.verdict import LIMITS
 from prunelens.report.by_run import SITE, of_run, pruned_runs
 from prunelens.report.panels.panel import Tables
+from prunelens.report.panels.transfer import OWN
 from prunelens.report.sufficiency import training_verdicts, verdict_words
 
 ANSWERS = "answers"
 MEASURE = "relative_shuffled"
+ENOUGH, TOO_LITTLE, DENSE_ALONE = "trained enough", "not trained enough", "dense trained enough"
 UNKNOWN = "not known"
 SAE = {
     "keep": "keep the dense SAE",
@@ -25,8 +27,10 @@ SAE = {
     "undecided": "whether the dense SAE can stay is undecided",
 }
 TRUST = {
-    "trained enough": "Dictionaries are trained enough to compare.",
-    "not trained enough": "Dictionaries are not trained enough: believe nothing that compares two.",
+    ENOUGH: "Dictionaries are trained enough to compare.",
+    DENSE_ALONE: "The dense dictionary is trained enough; of the pruned one only the distance from"
+    " its start is known.",
+    TOO_LITTLE: "Dictionaries are not trained enough: believe nothing that compares two.",
     UNKNOWN: "Whether dictionaries are trained enough is not known.",
 }
 
@@ -47,6 +51,8 @@ def answers(tables: Tables) -> pd.DataFrame:
                 made, ratio, column, measure=MEASURE, group="all", source=source
             )
     plain = given["transfer"]
+    if len(plain):  # SAEs of others have rows and a section of their own
+        plain = plain[plain["sae"].str.fullmatch(OWN)]
     for name in LIMITS:
         made[name] = of_run(
             made, plain, name, positions="norm_filtered", source="pruned", refit="none"
@@ -62,7 +68,8 @@ def _perplexities(made: pd.DataFrame, rows: pd.DataFrame) -> tuple[pd.Series, pd
     """Of the longest window, and the dense model's."""
     if not len(rows):
         return of_run(made, rows, ""), of_run(made, rows, "")
-    longest = rows[rows["context_tokens"] == rows["context_tokens"].max()]
+    most = rows.groupby("model")["context_tokens"].transform("max")
+    longest = rows[rows["context_tokens"] == most]
     dense = longest[longest["method"] == "dense"].groupby("model")["perplexity"].mean()
     return of_run(made, longest, "perplexity"), made["model"].map(dense)
 
@@ -77,18 +84,22 @@ def _verdicts(rows: pd.DataFrame) -> dict[str, str]:
 
 
 def _training(made: pd.DataFrame, tables: Tables) -> list[str]:
-    """Of the run or of the dense one of its site, whichever is worse; `dense` decides if known."""
+    """Of the run and of the dense one of its site: too little where either is."""
     rows = training_verdicts(tables)
     if not len(rows):
         return [UNKNOWN] * len(made)
     rows = rows.assign(words=verdict_words(rows))
     by_run = dict(zip(rows["run"], rows["words"], strict=True))
-    dense = rows[rows["method"] == "dense"].set_index(SITE)["words"].to_dict()
+    by_site = rows[rows["method"] == "dense"].set_index(SITE)["words"].to_dict()
     found = []
     for run in made.itertuples():
-        both = (by_run.get(run.run), dense.get((run.model, run.layer)))
-        known = [words for words in ("not trained enough", "trained enough") if words in both]
-        found.append(known[0] if known else UNKNOWN)
+        own, dense = by_run.get(run.run), by_site.get((run.model, run.layer))
+        if TOO_LITTLE in (own, dense):
+            found.append(TOO_LITTLE)
+        elif dense == ENOUGH:
+            found.append(ENOUGH if own == ENOUGH else DENSE_ALONE)
+        else:
+            found.append(UNKNOWN)
     return found
 
 
@@ -114,8 +125,10 @@ def _features(row: dict[str, Any]) -> str:
     harm = "more" if high < 1 else "less" if low > 1 else "neither more nor less"
     number = f"{row['relative']:.3f} of what that leaves, {low:.3f} to {high:.3f}"
     text = f"{kept}, harmed {harm} than by noise of equal size ({number})."
-    if not row["low_null"] <= 1 <= row["high_null"]:
-        text += " The same is found where nothing is, so it decides nothing."
+    if math.isnan(row["low_null"]):
+        text += " It was not asked on the null, so it decides nothing."
+    elif not row["low_null"] <= 1 <= row["high_null"]:
+        text += " Something is found where nothing is, too, so it decides nothing."
     return text
 
 
@@ -139,4 +152,5 @@ def _sae(row: dict[str, Any]) -> str:
         f"{text.format(row[name])} (limit {LIMITS[name].most:g})"
         for text, name in (beyond or known).items()
     ]
-    return f"{words[0].upper()}{words[1:]}: {', '.join(numbers)}."
+    text = f"{words[0].upper()}{words[1:]}"
+    return f"{text}: {', '.join(numbers)}." if numbers else f"{text}."
